@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""JTok and JTok-M (arXiv 2602.00800) for JAX.
+
+Axis letters, used as suffixes of array names everywhere in this package:
+
+    B  sequences            T  tokens of a sequence     D  model width
+    N  query heads          K  key-value heads          H  head width
+    F  feed-forward width   E  experts                  S  shared-expert width
+    M  token tables a layer (n_e)                       k  chosen experts or tables
+    L  layers               V  vocabulary               U  unique tokens of a step
+    X  cached positions     R  rows: tokens of a batch, flattened (B*T)
+    G  stacked tables: layers that carry tables, or 1 where all share one
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The one place that knows every option: frozen dataclasses, their defaults and their checks.
+
+A file in configs/ changes fields of `base_config()`; `from_config_dict` is the only reader of a
+ConfigDict. Fields that the paper (arXiv 2602.00800) leaves open are marked "open".
+"""
+
+import dataclasses
+import difflib
+import typing
+
+import ml_collections
+
+from jtok_jax.errors import ConfigError
+
+
+def _one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+
+
+def _at_least(config: object, prefix: str, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= minimum:
+            raise ConfigError(f"{prefix}.{name} is {value}; expected at least {minimum}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Mixture-of-experts feed-forward; `num_experts` 0 means a dense feed-forward."""
+
+    num_experts: int = 0  # routed experts
+    top_k: int = 2  # routed experts a token uses
+    expert_dim: int = 256  # width of one routed expert
+    shared_dim: int = 0  # width of the shared expert every token uses; 0: none
+    renormalize: bool = True  # chosen weights are divided by their sum
+    balance_weight: float = 0.01  # weight of the balance loss, summed over layers
+    router_init_std: float = 0.02
+
+    def __post_init__(self):
+        _at_least(self, "model.moe", 0, "num_experts", "shared_dim", "balance_weight")
+        if self.num_experts == 0:
+            return
+        _at_least(self, "model.moe", 1, "top_k", "expert_dim")
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"model.moe.top_k is {self.top_k} but model.moe.num_experts is "
+                f"{self.num_experts}; a token cannot use more experts than there are."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class JtokConfig:
+    """Token tables of JTok (Eq. 7-9) and JTok-M (Eq. 10-13)."""
+
+    kind: str = "none"  # none | jtok | jtok_m
+    norm: str = "rms"  # open: l2 | rms; rms equals l2 with the scale times sqrt(D)
+    eps: float = 1e-6  # open: added to the norm of a row
+    gate_scale_init: float = 1.0  # open: s of JTok; with l2 and 1.0 the gate hardly moves
+    mixture_scale_init: float = 0.0  # open: s of JTok-M; 0 starts as the backbone exactly
+    table_init_std: float = 0.02  # open: standard deviation of a table entry
+    table_dtype: str = "float32"  # open: float32 | bfloat16
+    layers: str = "all"  # open: all | odd | even | indices such as "0,2,5"
+    sharing: str = "per_layer"  # open: per_layer | shared (one set of tables for all layers)
+    num_tables: int = 5  # n_e of JTok-M; JTok has one
+    top_k: int = 2  # K of JTok-M
+    router_input: str = "pre_attention"  # open: pre_attention | post_attention
+    router_norm: str = "shared"  # open: shared (with attention or feed-forward) | own | weightless
+    router_bias: bool = False  # open
+    router_bias_init: float = 0.0  # open; only read with router_bias
+    router_init_std: float = 0.02  # open
+    balance_weight: float = 1e-4  # lambda, App. B; summed over layers
+    balance_probability: str = "sigmoid"  # open: sigmoid | normalized (over the n_e tables)
+
+    def __post_init__(self):
+        _one_of(self.kind, "model.jtok.kind", ("none", "jtok", "jtok_m"))
+        _one_of(self.norm, "model.jtok.norm", ("l2", "rms"))
+        _one_of(self.table_dtype, "model.jtok.table_dtype", ("float32", "bfloat16"))
+        _one_of(self.sharing, "model.jtok.sharing", ("per_layer", "shared"))
+        _one_of(self.router_input, "model.jtok.router_input", ("pre_attention", "post_attention"))
+        _one_of(self.router_norm, "model.jtok.router_norm", ("shared", "own", "weightless"))
+        _one_of(
+            self.balance_probability,
+            "model.jtok.balance_probability",
+            ("sigmoid", "normalized"),
+        )
+        _at_least(self, "model.jtok", 0, "eps", "table_init_std", "balance_weight")
+        _at_least(self, "model.jtok", 1, "num_tables", "top_k")
+        if self.top_k > self.num_tables:
+            raise ConfigError(
+                f"model.jtok.top_k (K) is {self.top_k} but model.jtok.num_tables (n_e) is "
+                f"{self.num_tables}; K cannot exceed n_e."
+            )
+
+    def table_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the layers that carry tables, ascending."""
+        if self.kind == "none":
+            return ()
+        named = {"all": range(num_layers), "even": range(0, num_layers, 2)}
+        named["odd"] = range(1, num_layers, 2)
+        if self.layers in named:
+            return tuple(named[self.layers])
+        try:
+            indices = tuple(sorted({int(part) for part in self.layers.split(",")}))
+        except ValueError as error:
+            raise ConfigError(
+                f"model.jtok.layers is {self.layers!r}; expected all, odd, even or layer "
+                'indices such as "0,2,5".'
+            ) from error
+        if indices[0] < 0 or indices[-1] >= num_layers:
+            raise ConfigError(
+                f"model.jtok.layers is {self.layers!r} but the layers are 0 to {num_layers - 1}."
+            )
+        return indices
+
+    def table_of_layer(self, num_layers: int) -> tuple[int, ...]:
+        """For each layer the index of its table set in the stack, or -1 where it has none."""
+        carrying = self.table_layers(num_layers)
+        shared = self.sharing == "shared"
+        return tuple(
+            -1 if i not in carrying else 0 if shared else carrying.index(i)
+            for i in range(num_layers)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder: pre-norm, rotary, grouped-query attention, SwiGLU or experts, token tables."""
+
+    vocab_size: int = 4096
+    model_dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 0  # 0: model_dim / num_heads
+    ffn_dim: int = 344  # width of the dense SwiGLU; not read where there are experts
+    head: str = "untied"  # untied | tied to the input embedding
+    qk_norm: str = "none"  # none | rms, per head before the rotation
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02  # every projection; output projections divide by sqrt(2 num_layers)
+    param_dtype: str = "float32"
+    compute_dtype: str = "bfloat16"  # norms, softmax, routers and loss stay in float32
+    attention: str = "auto"  # auto (cudnn on a GPU that can, else xla) | xla | cudnn
+    remat: str = "none"  # none | dots (keep matmul results) | full (keep layer inputs only)
+    loss_chunk: int = 0  # tokens whose logits exist at once; 0: all of a microbatch
+    moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
+    jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
+
+    def __post_init__(self):
+        _at_least(
+            self, "model", 1, "vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads",
+            "ffn_dim",
+        )  # fmt: skip
+        _at_least(self, "model", 0, "head_dim", "loss_chunk", "init_std", "norm_eps")
+        _one_of(self.head, "model.head", ("untied", "tied"))
+        _one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
+        _one_of(self.attention, "model.attention", ("auto", "xla", "cudnn"))
+        _one_of(self.remat, "model.remat", ("none", "dots", "full"))
+        _one_of(self.param_dtype, "model.param_dtype", ("float32", "bfloat16"))
+        _one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
+        if not self.head_dim and self.model_dim % self.num_heads:
+            raise ConfigError(
+                f"model.model_dim ({self.model_dim}) is not a multiple of model.num_heads "
+                f"({self.num_heads}); choose heads that divide the width or set model.head_dim."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads ({self.num_heads}) is not a multiple of model.num_kv_heads "
+                f"({self.num_kv_heads}); every key-value head serves the same number of heads."
+            )
+        if self.head_size % 2:
+            raise ConfigError(f"The head width is {self.head_size}; the rotation needs it even.")
+        self.jtok.table_layers(self.num_layers)
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.model_dim // self.num_heads
+
+    @property
+    def tables_shape(self) -> tuple[int, int, int, int] | None:
+        """[G, M, V, D] of the stacked tables, or None without tables."""
+        stack = max(self.jtok.table_of_layer(self.num_layers), default=-1) + 1
+        if stack == 0:
+            return None
+        per_layer = self.jtok.num_tables if self.jtok.kind == "jtok_m" else 1
+        return stack, per_layer, self.vocab_size, self.model_dim
+
+
+@dataclasses.dataclass(frozen=True)
+class TableOptimizerConfig:
+    """AdamW of the token tables, a group of its own. All open in the paper."""
+
+    learning_rate_multiplier: float = 1.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def __post_init__(self):
+        _at_least(self, "optimizer.tables", 0, "learning_rate_multiplier", "weight_decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW of the backbone; decay acts on matrices, never on norms, scales or biases."""
+
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # global norm over backbone and tables; 0: no clipping
+    tables: TableOptimizerConfig = dataclasses.field(default_factory=TableOptimizerConfig)
+
+    def __post_init__(self):
+        _at_least(self, "optimizer", 0, "learning_rate", "weight_decay", "clip_norm", "eps")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over steps, as a fraction of optimizer.learning_rate."""
+
+    kind: str = "cosine"  # cosine | wsd (warm up, stay, decay linearly) | constant
+    steps: int = 0  # length of the schedule; 0: train.steps
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.2  # wsd only; the published runs used 0
+    final_fraction: float = 0.1  # where cosine and wsd end
+
+    def __post_init__(self):
+        _one_of(self.kind, "schedule.kind", ("cosine", "wsd", "constant"))
+        _at_least(self, "schedule", 0, "steps", "warmup_fraction", "decay_fraction")
+        if self.warmup_fraction + self.decay_fraction > 1:
+            raise ConfigError(
+                "schedule.warmup_fraction + schedule.decay_fraction is "
+                f"{self.warmup_fraction + self.decay_fraction}; expected at most 1."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and guards of the run."""
+
+    steps: int = 1000
+    batch_size: int = 8  # sequences per step
+    seq_len: int = 256
+    seed: int = 0  # initial values and data order
+    grad_accumulation: int = 1  # microbatches per step
+    z_loss: float = 1e-4  # weight of mean(logsumexp(logits)^2)
+    max_bad_steps: int = 5  # non-finite steps in a row that stop the run
+    log_every: int = 10  # steps between console lines; metrics.jsonl has every step
+
+    def __post_init__(self):
+        _at_least(
+            self, "train", 1, "steps", "batch_size", "seq_len", "grad_accumulation",
+            "max_bad_steps", "log_every",
+        )  # fmt: skip
+        _at_least(self, "train", 0, "seed", "z_loss")
+        if self.batch_size % self.grad_accumulation:
+            raise ConfigError(
+                f"train.batch_size ({self.batch_size}) is not a multiple of "
+                f"train.grad_accumulation ({self.grad_accumulation})."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+    def __post_init__(self):
+        _at_least(self, "checkpoint", 1, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    every: int = 500  # steps between evaluations; also before step 1 and at the end
+    batch_size: int = 16  # sequences per forward pass
+
+    def __post_init__(self):
+        _at_least(self, "evaluation", 1, "every", "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = "prepared"  # prepared (by jtok_jax.prepare) | synthetic (random ids)
+    path: str = ""  # folder written by jtok_jax.prepare
+    read_threads: int = 2
+    prefetch: int = 8  # batches read ahead
+    verify: str = "hash"  # hash (every shard's SHA-256 at start) | size
+
+    def __post_init__(self):
+        _one_of(self.source, "data.source", ("prepared", "synthetic"))
+        _one_of(self.verify, "data.verify", ("hash", "size"))
+        _at_least(self, "data", 1, "read_threads", "prefetch")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; batches are split over both, parameters over `fsdp`."""
+
+    data: int = -1  # -1: all devices that are left
+    fsdp: int = 1
+
+    def __post_init__(self):
+        _at_least(self, "mesh", 1, "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    tensorboard: bool = False  # also write DIR/tensorboard (needs tensorboardX)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+    @property
+    def schedule_steps(self) -> int:
+        return self.schedule.steps or self.train.steps
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Every field at its default, for a file in configs/ to change a few of."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def to_dict(config: Config) -> dict:
+    """The whole configuration as nested dicts of plain values (what a checkpoint stores)."""
+    return dataclasses.asdict(config)
+
+
+def from_config_dict(values: ml_collections.ConfigDict | dict) -> Config:
+    """The checked configuration. Raises ConfigError at an unknown, missing or mistyped key."""
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    return _build(Config, values, "")
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """{'train.steps': 10, ...} of nested dicts."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def did_you_mean(key: str, choices: typing.Iterable[str]) -> str:
+    """' Did you mean ...?' for the closest choice, or an empty string."""
+    close = difflib.get_close_matches(key, list(choices), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _build(cls: type, values: dict, prefix: str):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"Unknown key {prefix + key!r}.{did_you_mean(key, fields)}")
+    arguments = {}
+    for name, field in fields.items():
+        if name not in values:
+            raise ConfigError(f"Missing key {prefix + name!r}; start from base_config().")
+        value = values[name]
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix + name} is {value!r}; expected a group of fields.")
+            arguments[name] = _build(field.type, value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _typed(value, field.type, prefix + name)
+    return cls(**arguments)
+
+
+def _typed(value: object, expected: type, name: str):
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise ConfigError(
+            f"{name} is {value!r} ({type(value).__name__}); expected {expected.__name__}."
+        )
+    return value

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Documents out of text, JSONL (plain, .gz, .xz, .zst) and Parquet files."""
+
+import collections
+import dataclasses
+import glob
+import gzip
+import io
+import json
+import lzma
+import pathlib
+import sysconfig
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from jtok_jax.errors import DataError
+
+STDLIB = "stdlib"  # the embedded corpus: the source code of Python's own standard library
+
+
+class Document(NamedTuple):
+    """One text and where it came from."""
+
+    origin: str
+    text: str
+
+
+@dataclasses.dataclass
+class Skipped:
+    """What was left out and why; printed and kept in the manifest."""
+
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, reason: str, message: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, message)
+
+    def describe(self) -> list[str]:
+        return [f"skipped {n} ({why}), e.g. {self.examples[why]}" for why, n in self.counts.items()]
+
+
+class BadText(Exception):
+    """A document that is not text; `reason` is its class in the report."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def find_files(pattern: str) -> list[pathlib.Path]:
+    """Files of a glob pattern, or of the embedded corpus for "stdlib", sorted by name.
+
+    Raises:
+        DataError: nothing matches.
+    """
+    if pattern == STDLIB:
+        root = pathlib.Path(sysconfig.get_path("stdlib"))
+        files = [
+            p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & {*p.parts}
+        ]
+    else:
+        files = [pathlib.Path(name) for name in glob.glob(pattern, recursive=True)]
+    files = sorted(path for path in files if path.is_file())
+    if not files:
+        raise DataError(f"No file matches {pattern!r}. Quote the pattern and check the folder.")
+    return files
+
+
+def read_documents(
+    files: list[pathlib.Path], *, skipped: Skipped | None, on_file=lambda path: None
+) -> Iterator[Document]:
+    """Yield every document of `files` in order.
+
+    Args:
+        skipped: takes empty and badly encoded documents; None refuses them.
+        on_file: called with each path after it has been read.
+
+    Raises:
+        DataError: an empty or non-UTF-8 document with `skipped` None, or a damaged file.
+    """
+    for path in files:
+        for origin, content in _contents(path):
+            try:
+                yield Document(origin, _text(origin, content))
+            except BadText as error:
+                if skipped is None:
+                    raise DataError(
+                        f"{error} Use --on-bad-text=skip to drop and count such documents."
+                    ) from error
+                skipped.add(error.reason, str(error))
+        on_file(path)
+
+
+def _text(origin: str, content: bytes | str) -> str:
+    if isinstance(content, bytes):
+        try:
+            content = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            where = f"byte {error.start:,} (0x{content[error.start]:02x})"
+            raise BadText("not UTF-8", f"{origin}: invalid UTF-8 at {where}.") from error
+    else:
+        try:
+            content.encode("utf-8")
+        except UnicodeEncodeError as error:
+            message = f"{origin}: lone surrogate at character {error.start:,}."
+            raise BadText("not UTF-8", message) from error
+    if not content:
+        raise BadText("empty", f"{origin}: empty document.")
+    return content
+
+
+def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
+    """(origin, raw content) of each document in one file."""
+    suffixes = path.suffixes[-2:]
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+    elif ".jsonl" in suffixes:
+        yield from _jsonl(path)
+    else:
+        with _open(path) as stream:
+            yield str(path), stream.read()
+
+
+def _open(path: pathlib.Path) -> IO[bytes]:
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
+    return openers.get(path.suffix, open)(path, "rb")
+
+
+def _jsonl(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
+    number = 0
+    try:
+        with _open(path) as raw:
+            for number, line in enumerate(io.BufferedReader(raw), start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _text_field(path, number, line)
+    except (EOFError, OSError, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise DataError(
+            f"{path}: cannot be read past line {number} ({error}). Likely an interrupted copy; "
+            "fetch it again."
+        ) from error
+    if number == 0:
+        yield str(path), ""
+
+
+def _text_field(path: pathlib.Path, number: int, line: bytes) -> bytes | str:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError:
+        return line  # reported as bad text with the byte's place
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{number}: not JSON ({error}). Each line is one object.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise DataError(f'{path}:{number}: no string under "text". Each line is one object.')
+    return record["text"]
+
+
+def _parquet(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            raise DataError(f'{path}: no column "text"; it has {table.schema_arrow.names}.')
+        row = 0
+        for batch in table.iter_batches(columns=["text"]):
+            for value in batch.column(0).to_pylist():
+                yield f"{path}:{row}", value or ""
+                row += 1
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}).") from error

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""manifest.json: what a prepared corpus holds, with the hashes that protect it."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from jtok_jax.errors import DataError
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file of windows."""
+
+    name: str
+    bytes: int
+    sha256: str
+    windows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Train or valid: windows of seq_len + 1 ids, neighbours sharing one id.
+
+    `targets` ids are predicted, the rest of the last window is padding (only in valid).
+    """
+
+    shards: tuple[Shard, ...]
+    windows: int
+    targets: int
+    documents: int
+    text_bytes: int  # UTF-8 bytes of the documents, end tokens not counted
+    dropped_ids: int  # ids after the last whole window (only in train)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything a reader of the corpus needs to know and to check."""
+
+    format: int
+    seq_len: int
+    dtype: str
+    vocab_size: int
+    end_id: int
+    end_token: str
+    tokenizer_sha256: str
+    train: Split
+    valid: Split
+    recipe: dict
+    skipped: dict
+
+    def fingerprint(self) -> dict[str, str]:
+        """What training depends on: the tokenizer and the windows, not where they came from."""
+        form = f"{self.seq_len} {self.dtype} {self.end_id}"
+        return {
+            "tokenizer": self.tokenizer_sha256,
+            "train": _digest(form, self.train),
+            "valid": _digest(form, self.valid),
+        }
+
+
+def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
+    (folder / FILE_NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
+
+
+def read_manifest(folder: pathlib.Path) -> Manifest:
+    """The manifest of a prepared corpus. Raises DataError if there is none or it is damaged."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise DataError(
+            f"{folder} holds no prepared corpus ({FILE_NAME} is missing). Make one with "
+            f"python -m jtok_jax.prepare --input=GLOB --output={folder}"
+        )
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            raise DataError(f"{path}: format {values['format']}, this version reads {FORMAT}.")
+        for name in ("train", "valid"):
+            shards = tuple(Shard(**shard) for shard in values[name].pop("shards"))
+            values[name] = Split(shards=shards, **values[name])
+        return Manifest(**values)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); prepare the corpus again.") from error
+
+
+def verify_shards(folder: pathlib.Path, manifest: Manifest, *, hashes: bool) -> None:
+    """Compare the size, and with `hashes` the SHA-256, of every shard and the tokenizer.
+
+    Raises:
+        DataError: a file is missing, shorter, or has other contents.
+    """
+    for shard in (*manifest.train.shards, *manifest.valid.shards):
+        path = folder / shard.name
+        if pathlib.Path(shard.name).name != shard.name:
+            raise DataError(f"{folder}: shard name {shard.name!r} leaves the folder. Refused.")
+        if not path.is_file():
+            raise DataError(f"{path} is missing; prepare the corpus again or restore the file.")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise DataError(
+                f"{shard.name} ends at byte {size:,}, the manifest says {shard.bytes:,}. Likely "
+                "an interrupted copy; fetch it again."
+            )
+        if hashes and file_sha256(path) != shard.sha256:
+            raise DataError(
+                f"{shard.name} does not have the SHA-256 in the manifest; fetch it again."
+            )
+
+
+def file_sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(form: str, split: Split) -> str:
+    content = json.dumps(dataclasses.asdict(split), sort_keys=True)
+    return hashlib.sha256(f"{form} {content}".encode()).hexdigest()

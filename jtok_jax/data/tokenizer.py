@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Byte-level BPE with the `tokenizers` library: train one, or take a tokenizer.json."""
+
+import hashlib
+import pathlib
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from jtok_jax.errors import DataError
+
+END_TOKEN = "<|endoftext|>"
+FILE_NAME = "tokenizer.json"
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE of at most `vocab_size` entries, the end token and all 256 bytes included."""
+    if vocab_size < 257:
+        raise DataError(
+            f"--vocab_size={vocab_size} is too small; 256 bytes and the end token fit in 257."
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises DataError where there is none."""
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{path}: not a readable tokenizer.json ({error}).") from error
+
+
+def end_token_id(tokenizer: tokenizers.Tokenizer, end_token: str) -> int:
+    """Id of the token between documents. Raises DataError if the tokenizer has no such token."""
+    token_id = tokenizer.token_to_id(end_token)
+    if token_id is None:
+        raise DataError(
+            f"The tokenizer has no token {end_token!r} to put between documents; name one of its "
+            "tokens with --end_token."
+        )
+    return token_id
+
+
+def tokenizer_sha256(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Windows of token ids in ArrayRecord shards: the writer, and a random-access reader."""
+
+import pathlib
+from collections.abc import Sequence
+
+import array_record.python.array_record_module as array_record
+import grain
+import numpy as np
+
+from jtok_jax.data.manifest import Manifest, Shard, Split, file_sha256
+from jtok_jax.errors import DataError
+
+SHARD_BYTES = 64 << 20
+
+
+class WindowWriter:
+    """Cuts a stream of ids into windows of seq_len + 1, neighbours sharing one id.
+
+    The stream starts with the end token, so every id of every document is a target once.
+    """
+
+    def __init__(self, folder: pathlib.Path, split: str, *, seq_len: int, dtype: str, end_id: int):
+        self._folder, self._split, self._seq_len = folder, split, seq_len
+        self._dtype, self._end_id = np.dtype(dtype), end_id
+        self._pending = [np.array([end_id], self._dtype)]
+        self._num_pending = 1
+        self._windows_per_shard = max(1, SHARD_BYTES // ((seq_len + 1) * self._dtype.itemsize))
+        self._writer, self._in_shard, self._shards = None, 0, []
+        self._windows = self._targets = self._documents = self._text_bytes = 0
+
+    def add(self, ids: Sequence[int], *, text_bytes: int) -> None:
+        """Append one document of `ids` and the end token after it."""
+        self._pending.append(np.array([*ids, self._end_id], self._dtype))
+        self._num_pending += len(ids) + 1
+        self._documents += 1
+        self._text_bytes += text_bytes
+        if self._num_pending > 64 * (self._seq_len + 1):
+            self._flush()
+
+    def close(self, *, pad_tail: bool) -> Split:
+        """Finish the split; its tail is padded with the end token or dropped."""
+        self._flush()
+        stream = np.concatenate(self._pending)
+        tail = len(stream) - 1
+        if pad_tail and tail:
+            padding = np.full(self._seq_len - tail, self._end_id, self._dtype)
+            self._write(np.concatenate([stream, padding]), targets=tail)
+        self._close_shard()
+        return Split(
+            shards=tuple(self._shards),
+            windows=self._windows,
+            targets=self._targets,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            dropped_ids=0 if pad_tail else tail,
+        )
+
+    def _flush(self) -> None:
+        stream = np.concatenate(self._pending)
+        start = 0
+        while start + self._seq_len < len(stream):
+            self._write(stream[start : start + self._seq_len + 1], targets=self._seq_len)
+            start += self._seq_len
+        self._pending, self._num_pending = [stream[start:]], len(stream) - start
+
+    def _write(self, window: np.ndarray, *, targets: int) -> None:
+        if self._writer is None:
+            name = f"{self._split}-{len(self._shards):05d}.array_record"
+            self._path = self._folder / name
+            self._writer = array_record.ArrayRecordWriter(str(self._path), "group_size:1")
+        self._writer.write(window.tobytes())
+        self._in_shard += 1
+        self._windows += 1
+        self._targets += targets
+        if self._in_shard == self._windows_per_shard:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        size, digest = self._path.stat().st_size, file_sha256(self._path)
+        self._shards.append(Shard(self._path.name, size, digest, self._in_shard))
+        self._writer, self._in_shard = None, 0
+
+
+class Windows:
+    """Random access to one split as sequences of `seq_len` targets.
+
+    `seq_len` may be shorter than the prepared windows if it divides their length.
+    """
+
+    def __init__(self, folder: pathlib.Path, manifest: Manifest, split: str, *, seq_len: int):
+        if manifest.seq_len % seq_len:
+            raise DataError(
+                f"train.seq_len is {seq_len} but {folder} holds windows of {manifest.seq_len}; "
+                "use a length that divides it, or prepare again with --seq_len."
+            )
+        self.split: Split = getattr(manifest, split)
+        if not self.split.windows:
+            raise DataError(
+                f"The {split} split of {folder} holds no window of {manifest.seq_len} tokens; "
+                "prepare it from more text or with a shorter --seq_len."
+            )
+        paths = [str(folder / shard.name) for shard in self.split.shards]
+        self._source = grain.sources.ArrayRecordDataSource(paths)
+        self.seq_len = seq_len
+        self._parts = manifest.seq_len // seq_len
+        self._dtype = np.dtype(manifest.dtype)
+
+    def __len__(self) -> int:
+        return self.split.windows * self._parts
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Sequence `index` as int32 ids [seq_len + 1]."""
+        record, part = divmod(index, self._parts)
+        ids = np.frombuffer(self._source[record], self._dtype)
+        start = part * self.seq_len
+        return ids[start : start + self.seq_len + 1].astype(np.int32)
+
+    def locate(self, index: int) -> str:
+        """'shard record position' of the first id of sequence `index`, for messages."""
+        record, part = divmod(index, self._parts)
+        for shard in self.split.shards:
+            if record < shard.windows:
+                return f"{shard.name} record {record} from position {part * self.seq_len}"
+            record -= shard.windows
+        raise IndexError(index)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""python -m jtok_jax.doctor: are the versions and devices here fit for training, and what runs?"""
+
+import importlib.metadata
+import platform
+import sys
+from typing import NamedTuple
+
+import jax
+
+from jtok_jax import flops
+
+SUPPORTED = ((0, 10, 2), (0, 13))  # jax: from, below
+GPU_FROM = (0, 11, 1)  # earlier jaxlib compiles float32 scatter-add to a very slow loop
+FLAX_FOR_JAX = [((0, 11, 2), (0, 12, 10)), ((0, 11, 1), (0, 12, 9)), ((0, 10, 2), (0, 12, 8))]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections")
+
+
+class Finding(NamedTuple):
+    """One judgement; `advice` is empty where nothing needs doing."""
+
+    subject: str
+    found: str
+    advice: str
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """(0, 10, 2) of "0.10.2" or "0.10.2.dev3"."""
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
+def judge_versions(jax_version: str, flax_version: str, backend: str) -> list[Finding]:
+    """Findings on the pair of JAX and Flax for a backend ("cpu", "gpu", "tpu")."""
+    found_jax, found_flax = version_tuple(jax_version), version_tuple(flax_version)
+    advice = ""
+    if not SUPPORTED[0] <= found_jax < SUPPORTED[1]:
+        advice = "outside the tested window 0.10.2 to 0.12; install with a file in constraints/"
+    elif backend == "gpu" and found_jax < GPU_FROM:
+        advice = "on GPUs use JAX 0.11.1 or newer (Python 3.12): scatter-add is very slow before"
+    findings = [Finding("jax", jax_version, advice)]
+    needed = next((flax for jax_from, flax in FLAX_FOR_JAX if found_jax >= jax_from), (0, 12, 8))
+    text = ".".join(map(str, needed))
+    advice = "" if found_flax >= needed else f"this JAX needs flax {text} or newer"
+    return [*findings, Finding("flax", flax_version, advice)]
+
+
+def judge_device(device: jax.Device) -> Finding:
+    """Finding on the kind of device training would use."""
+    peak = flops.peak_flops(device.device_kind)
+    found = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    if device.platform == "cpu":
+        return Finding("devices", found + ", MFU not reported", "")
+    if peak is None:
+        return Finding("devices", found + ", unknown peak: MFU not reported", "")
+    return Finding("devices", f"{found}, {peak / 1e12:.0f} TFLOP/s bfloat16 each", "")
+
+
+def implementations(device: jax.Device) -> list[Finding]:
+    """What the automatic choices come to on this device, and why."""
+    gpu, tpu = device.platform == "gpu", device.platform == "tpu"
+    attention = "cudnn for bfloat16, xla for float32" if gpu else "xla (cudnn is for GPUs)"
+    experts = "lax.ragged_dot" if tpu else "row blocks (ragged_dot grows with experts off TPU)"
+    return [
+        Finding("attention", attention, ""),
+        Finding("experts", experts, ""),
+        Finding("token tables", "xla gather from the stacked table, row gradients", ""),
+    ]
+
+
+def main() -> None:
+    device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    judged = judge_versions(versions["jax"], versions["flax"], device.platform)
+    findings = [Finding("python", platform.python_version(), ""), *judged]
+    findings += [
+        Finding(name, versions[name], "") for name in PACKAGES if name not in ("jax", "flax")
+    ]
+    findings += [judge_device(device), *implementations(device)]
+    for finding in findings:
+        mark = "!!" if finding.advice else "ok"
+        advice = f"  <- {finding.advice}" if finding.advice else ""
+        print(f"{mark}  {finding.subject:<17} {finding.found}{advice}")
+    if any(finding.advice for finding in findings):
+        print("Not ready: follow the advice above.")
+        sys.exit(1)
+    print("Ready.")
+
+
+if __name__ == "__main__":
+    main()

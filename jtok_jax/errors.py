@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Errors a user can act on, each with the exit code of its kind.
+
+Every message says what failed, where, what was expected and found, and what to do.
+"""
+
+import contextlib
+import sys
+
+
+class JtokError(Exception):
+    """A failure with a message for the user; `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class ConfigError(JtokError, ValueError):
+    """The configuration is wrong: unknown key, wrong type, impossible value."""
+
+    exit_code = 2
+
+
+class WorkdirError(JtokError):
+    """The workdir is in use by another trainer or belongs to another run."""
+
+    exit_code = 3
+
+
+class CheckpointError(JtokError):
+    """A checkpoint is missing, damaged or does not fit this configuration."""
+
+    exit_code = 4
+
+
+class DataError(JtokError, ValueError):
+    """Text, tokenizer, shards or token ids are not what they must be."""
+
+    exit_code = 5
+
+
+class NonFiniteError(JtokError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+    exit_code = 6
+
+
+class Preempted(JtokError):
+    """SIGTERM or Ctrl-C: the state is saved, run the same command to go on."""
+
+    exit_code = 42
+
+
+@contextlib.contextmanager
+def exit_on_error():
+    """Turn a `JtokError` into its message on stderr and its exit code."""
+    try:
+        yield
+    except JtokError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

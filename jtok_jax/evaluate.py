@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""python -m jtok_jax.evaluate: loss and bits per byte of a run on the whole held-out set.
+
+python -m jtok_jax.evaluate --workdir=runs/quickstart [--data=FOLDER]
+"""
+
+import argparse
+import dataclasses
+import pathlib
+
+import jax
+
+from jtok_jax.data.loader import open_source
+from jtok_jax.errors import exit_on_error
+from jtok_jax.mesh import make_mesh, replicated
+from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
+from jtok_jax.training.evaluate import evaluate
+from jtok_jax.training.step import make_eval_step
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m jtok_jax.evaluate", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path)
+    parser.add_argument("--data", default="", help="prepared corpus; default: data.path of the run")
+    options = parser.parse_args(arguments)
+    with exit_on_error():
+        saved = load_params(options.workdir)
+        config = saved.config
+        if options.data:
+            data = dataclasses.replace(config.data, path=options.data, source="prepared")
+            config = dataclasses.replace(config, data=data)
+        source = open_source(config)
+        if config.data.source == "prepared":
+            folder = pathlib.Path(config.data.path)
+            require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)
+        mesh = make_mesh(config.mesh)
+        params = jax.device_put(saved.params, replicated(mesh))
+        eval_step = jax.jit(make_eval_step(config.model))
+        result = evaluate(eval_step, params, source, mesh)
+        print(
+            f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "
+            f"{result.val_bpb:.6f} bits/byte"
+        )
+
+
+if __name__ == "__main__":
+    main()

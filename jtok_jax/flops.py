@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Exact parameter, FLOP and byte counts, from the configuration alone."""
+
+import dataclasses
+import math
+
+from jtok_jax.config import ModelConfig
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+# Dense bfloat16 matmul FLOP/s of one chip, from the vendors' data sheets (without sparsity).
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of one device by the longest known prefix of its kind, or None if unknown (CPU)."""
+    known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """Size of every axis letter of a parameter."""
+    stack, tables, _, _ = config.tables_shape or (0, 0, 0, 0)
+    return {
+        "L": config.num_layers, "D": config.model_dim, "V": config.vocab_size,
+        "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_size,
+        "F": config.moe.expert_dim if config.moe.num_experts else config.ffn_dim,
+        "E": config.moe.num_experts, "S": config.moe.shared_dim, "G": stack, "M": tables,
+    }  # fmt: skip
+
+
+def parameter_axes(config: ModelConfig) -> dict[str, str]:
+    """Axis letters of every parameter by name; the tables come last."""
+    axes = {"embed": "VD", "final_norm": "D"}
+    if config.head == "untied":
+        axes["head"] = "DV"
+    attention = {"norm": "LD", "query": "LDNH", "key": "LDKH", "value": "LDKH", "out": "LNHD"}
+    if config.qk_norm == "rms":
+        attention |= {"query_norm": "LH", "key_norm": "LH"}
+    axes |= {f"blocks/attention/{name}": letters for name, letters in attention.items()}
+    if config.moe.num_experts:
+        moe = {"norm": "LD", "router": "LDE", "gate": "LEDF", "up": "LEDF", "down": "LEFD"}
+        if config.moe.shared_dim:
+            moe |= {"shared_gate": "LDS", "shared_up": "LDS", "shared_down": "LSD"}
+        axes |= {f"blocks/moe/{name}": letters for name, letters in moe.items()}
+    else:
+        ffn = {"norm": "LD", "gate": "LDF", "up": "LDF", "down": "LFD"}
+        axes |= {f"blocks/ffn/{name}": letters for name, letters in ffn.items()}
+    jtok = {} if config.jtok.kind == "none" else {"scale": "LD"}
+    if config.jtok.kind == "jtok_m":
+        jtok["router"] = "LDM"
+        if config.jtok.router_bias:
+            jtok["router_bias"] = "LM"
+        if config.jtok.router_norm == "own":
+            jtok["router_norm"] = "LD"
+    axes |= {f"blocks/jtok/{name}": letters for name, letters in jtok.items()}
+    return axes | ({"tables": "GMVD"} if config.tables_shape else {})
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by name."""
+    sizes = axis_sizes(config)
+    return {
+        name: tuple(sizes[letter] for letter in letters)
+        for name, letters in parameter_axes(config).items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Exact integers of one model.
+
+    `active` leaves out routed experts a token does not choose and all tables. FLOPs are per token
+    of a sequence of `seq_len`: 2 per multiply-add of every matmul, attention over the causal half,
+    table mixing and gating as multiply-adds; norms, softmax, activations and the optimizer are
+    left out. Training is forward plus twice forward; recomputation is not counted.
+    """
+
+    backbone: int
+    tables: int
+    active: int
+    active_without_embedding: int
+    table_bytes: int
+    forward_flops: int
+    train_flops: int
+
+    @property
+    def total(self) -> int:
+        return self.backbone + self.tables
+
+
+def count(config: ModelConfig, *, seq_len: int) -> Counts:
+    """Counts of `config`; see `Counts` for what they include."""
+    shapes = parameter_shapes(config)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    tables = sizes.pop("tables", 0)
+    backbone = sum(sizes.values())
+    idle = 0
+    if config.moe.num_experts:
+        routed = sum(sizes[f"blocks/moe/{name}"] for name in ("gate", "up", "down"))
+        idle = routed // config.moe.num_experts * (config.moe.num_experts - config.moe.top_k)
+    forward = _forward_flops(config, sizes, idle, seq_len)
+    return Counts(
+        backbone=backbone,
+        tables=tables,
+        active=backbone - idle,
+        active_without_embedding=backbone - idle - sizes["embed"] - sizes.get("head", 0),
+        table_bytes=tables * BYTES[config.jtok.table_dtype],
+        forward_flops=forward,
+        train_flops=3 * forward,
+    )
+
+
+def _forward_flops(config: ModelConfig, sizes: dict[str, int], idle: int, seq_len: int) -> int:
+    vectors = ("norm", "scale", "bias")
+    jtok = config.jtok
+    carrying = len(jtok.table_layers(config.num_layers))
+    used = sum(size for name, size in sizes.items() if not name.endswith(vectors)) - idle
+    used -= sizes["embed"]
+    if config.head == "tied":
+        used += sizes["embed"]
+    router = sizes.get("blocks/jtok/router", 0)
+    used -= router - router // config.num_layers * carrying
+    # Scores and mixing over (seq_len + 1) / 2 keys on average: 2 x 2 x keys x N x H.
+    attention = 2 * (seq_len + 1) * config.num_heads * config.head_size * config.num_layers
+    mixed = jtok.top_k if jtok.kind == "jtok_m" else 1
+    modulation = 2 * (mixed + 1) * config.model_dim * carrying
+    return 2 * used + attention + modulation

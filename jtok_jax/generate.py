@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""python -m jtok_jax.generate: text from the newest checkpoint of a run.
+
+    python -m jtok_jax.generate --workdir=runs/quickstart --prompt='def ' --tokens=60
+Several --prompt options are generated as one batch.
+"""
+
+import argparse
+import pathlib
+
+from jtok_jax.data import manifest, tokenizer
+from jtok_jax.errors import ConfigError, exit_on_error
+from jtok_jax.inference.generator import generate
+from jtok_jax.inference.sampling import Sampling
+from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m jtok_jax.generate", description=__doc__.splitlines()[0]
+    )
+    option = parser.add_argument
+    option("--workdir", required=True, type=pathlib.Path, help="folder of a run of train.py")
+    option("--prompt", required=True, action="append", help="may be given several times")
+    option("--tokens", type=int, default=64, help="tokens to add (64)")
+    option("--temperature", type=float, default=0.8, help="0: the most likely token (0.8)")
+    option("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all (0)")
+    option("--top_p", type=float, default=0.95, help="only the most likely mass (0.95)")
+    option("--seed", type=int, default=0)
+    option("--data", type=pathlib.Path, help="prepared corpus; default: data.path of the run")
+    with exit_on_error():
+        run(parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print every prompt with its continuation up to the end token."""
+    if options.tokens < 1 or options.temperature < 0 or options.top_k < 0:
+        raise ConfigError("--tokens must be at least 1, --temperature and --top_k at least 0.")
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top_p is {options.top_p}; expected more than 0 and at most 1.")
+    saved = load_params(options.workdir)
+    config = saved.config
+    if not options.data and not config.data.path:
+        raise ConfigError("The run used synthetic data and has no tokenizer to write text with.")
+    folder = options.data or pathlib.Path(config.data.path)
+    found = manifest.read_manifest(folder)
+    require_same_tokenizer(saved, found.tokenizer_sha256, folder)
+    encoder = tokenizer.load_tokenizer(folder / tokenizer.FILE_NAME)
+    # The model saw the end token before every document; it also starts an empty prompt.
+    prompts = [
+        [found.end_id, *encoder.encode(text, add_special_tokens=False).ids]
+        for text in options.prompt
+    ]
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    ids_BT = generate(
+        config.model,
+        saved.params,
+        prompts,
+        tokens=options.tokens,
+        sampling=sampling,
+        seed=options.seed,
+    )
+    for text, ids in zip(options.prompt, ids_BT.tolist(), strict=True):
+        if found.end_id in ids:
+            ids = ids[: ids.index(found.end_id)]
+        print(f"--- step {saved.step} ---\n{text}{encoder.decode(ids)}")
+
+
+if __name__ == "__main__":
+    main()

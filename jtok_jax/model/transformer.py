@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The decoder: embedding, scanned blocks, final norm; where the token tables enter a block.
+
+h ------------+--> norm -> attention --+--> h~ --+--> norm -> feed-forward -> dm --+
+              |                        |         |                                 |
+              +------------------------+         |        JTok: dm * gate(row)  <--+
+                                                 |        JTok-M: dm + dr(rows)    |
+                                                 +---------------------------------+--> h'
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jtok_kernels import RowPlan, gather_rows
+
+from jtok_jax.config import ModelConfig
+from jtok_jax.model import jtok as equations
+from jtok_jax.model.attention import Attend, Attended, Attention, causal
+from jtok_jax.model.layers import FeedForward, normal, rms_norm
+from jtok_jax.model.moe import Moe
+
+Lookup = Callable[[jax.Array], jax.Array]  # choice_BTk -> float32 rows_BTkD of this layer
+
+
+class BlockAux(NamedTuple):
+    """What a block reports beside its output; stacked to [L, ...] by the scan."""
+
+    moe_balance: jax.Array
+    jtok_balance: jax.Array
+    health: dict[str, jax.Array]
+
+
+class Output(NamedTuple):
+    """Result of the blocks.
+
+    `kept` is what `attend` asked to keep of each layer; balance terms are summed over layers.
+    """
+
+    hidden_BTD: jax.Array
+    kept: object
+    moe_balance: jax.Array
+    jtok_balance: jax.Array
+    health: dict[str, jax.Array]
+
+
+class Block(nnx.Module):
+    """Attention, feed-forward (dense or experts) and, where configured, the token tables."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs=rngs)
+        if config.moe.num_experts:
+            self.moe = Moe(config, rngs=rngs)
+        else:
+            self.ffn = FeedForward(config, rngs=rngs)
+        if config.jtok.kind != "none":
+            self.jtok = equations.TokenTables(config, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self, h_BTD: jax.Array, *, positions_BT: jax.Array, attend: Attend, lookup: Lookup | None
+    ) -> tuple[jax.Array, object, BlockAux]:
+        """(h', kept by attend, aux). `lookup` None means that this layer carries no tables."""
+        eps = self.config.norm_eps
+        pre_BTD = rms_norm(h_BTD, self.attention.norm[...], eps=eps)
+        out_BTD, kept = self.attention(pre_BTD, positions_BT=positions_BT, attend=attend)
+        tilde_BTD = h_BTD + out_BTD
+        feed = self.moe if self.config.moe.num_experts else self.ffn
+        post_BTD = rms_norm(tilde_BTD, feed.norm[...], eps=eps)
+        moe_balance = jnp.float32(0)
+        if self.config.moe.num_experts:
+            dm_BTD, moe_balance = self.moe(post_BTD)
+        else:
+            dm_BTD = self.ffn(post_BTD)
+        health = {"hidden_std": jnp.std(h_BTD.astype(jnp.float32))}
+        if lookup is None:
+            return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
+        pre = self.config.jtok.router_input == "pre_attention"
+        routed_by = (h_BTD, pre_BTD) if pre else (tilde_BTD, post_BTD)
+        return self._modulate(tilde_BTD, dm_BTD, routed_by, lookup, kept, moe_balance, health)
+
+    def _modulate(self, tilde_BTD, dm_BTD, routed_by, lookup, kept, moe_balance, health):
+        config = self.config.jtok
+        stream, dm = tilde_BTD.astype(jnp.float32), dm_BTD.astype(jnp.float32)
+        scale_D = self.jtok.scale[...]
+        form = {"norm": config.norm, "eps": config.eps}
+        if config.kind == "jtok":
+            choice = jnp.zeros((*dm.shape[:2], 1), jnp.int32)
+            row_BTD = lookup(choice)[..., 0, :]
+            p_BTD = equations.gate(row_BTD, scale_D, **form)
+            h = stream + equations.apply_gate(dm, p_BTD)
+            balance = jnp.float32(0)
+            health |= _row_health(row_BTD) | {"gate_size": _rms(p_BTD - 1.0)}
+        else:
+            routed = self.jtok.route(*routed_by)
+            rows_BTkD = lookup(routed.choice)
+            e_BTD = equations.mix(rows_BTkD, routed.weights)
+            depth = self.config.num_layers
+            dr_BTD = equations.increment(e_BTD, scale_D, num_layers=depth, **form)
+            h = stream + dm + dr_BTD
+            balance = equations.balance_loss(
+                routed.probabilities, routed.choice, probability=config.balance_probability
+            )
+            health |= _row_health(rows_BTkD) | {"gate_size": _rms(dr_BTD) / _rms(dm)}
+            health |= _router_health(routed)
+        return h.astype(tilde_BTD.dtype), kept, BlockAux(moe_balance, balance, health)
+
+
+class Transformer(nnx.Module):
+    """All parameters of a model; blocks are stacked along a leading layer axis."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dim, vocab, dtype = config.model_dim, config.vocab_size, config.param_dtype
+        self.embed = normal(rngs, vocab, dim, std=config.init_std, dtype=dtype)
+        self.blocks = _stacked_blocks(config, rngs)
+        self.final_norm = nnx.Param(jnp.ones(dim, dtype))
+        if config.head == "untied":
+            self.head = normal(rngs, dim, vocab, std=config.init_std, dtype=dtype)
+        if config.tables_shape:
+            self.tables = normal(
+                rngs,
+                *config.tables_shape,
+                std=config.jtok.table_init_std,
+                dtype=config.jtok.table_dtype,
+            )
+        self.config = config
+
+    @property
+    def head_DV(self) -> jax.Array:
+        return self.embed[...].T if self.config.head == "tied" else self.head[...]
+
+    def __call__(
+        self,
+        ids_BT: jax.Array,
+        *,
+        plan: RowPlan | None = None,
+        row_grads_LMUD: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        attend: Callable[..., Attended] | None = None,
+        cache: object = None,
+    ) -> Output:
+        """Final-normed hidden states of `ids`.
+
+        Args:
+            ids_BT: int32 in [0, V); not checked here.
+            plan, row_grads_LMUD: for training, see jtok_kernels.gather_rows; the plan's `place`
+                has the shape of `ids`.
+            positions_BT: int32; default 0, 1, ... in every sequence.
+            attend: (query, key, value, cache of the layer) -> Attended; default causal.
+            cache: pytree with a leading layer axis, handed to `attend` layer by layer.
+        """
+        config = self.config
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+        if attend is None:
+            attend = lambda q, k, v, _: Attended(causal(q, k, v, kind=config.attention), None)
+        stacks = config.jtok.table_of_layer(config.num_layers)
+        graph, params = nnx.split(self.blocks)
+
+        def body(h_BTD, layer):
+            params, stack, row_grads_MUD, cache = layer
+            block = nnx.merge(graph, params)
+            lookup = self._lookup(ids_BT, plan, stack, row_grads_MUD)
+            run = lambda lookup: block(
+                h_BTD,
+                positions_BT=positions_BT,
+                attend=lambda q, k, v: attend(q, k, v, cache),
+                lookup=lookup,
+            )
+            if max(stacks) < 0:
+                h_BTD, kept, aux = run(None)
+            elif min(stacks) >= 0:
+                h_BTD, kept, aux = run(lookup)
+            else:  # some layers carry tables and some do not
+                h_BTD, kept, aux = _either(stack >= 0, lambda: run(lookup), lambda: run(None))
+            return h_BTD, (kept, aux)
+
+        h_BTD = self.embed[ids_BT].astype(config.compute_dtype)
+        layers = params, np.array(stacks, np.int32), row_grads_LMUD, cache
+        h_BTD, (kept, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
+        hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
+        health = aux.health | {"final_std": jnp.std(h_BTD.astype(jnp.float32))}
+        return Output(hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
+
+    def _lookup(self, ids_BT, plan, stack, row_grads_MUD) -> Lookup:
+        """Rows of this layer, straight from the whole stack: no slice of it is ever made."""
+
+        def lookup(choice_BTk: jax.Array) -> jax.Array:
+            top_k = choice_BTk.shape[-1]
+            choice_Rk, ids_R = choice_BTk.reshape(-1, top_k), ids_BT.reshape(-1)
+            tables = self.tables[...]
+            if row_grads_MUD is None:
+                rows_RkD = tables[stack, choice_Rk, ids_R[:, None]]
+            else:
+                place_R = plan.place.reshape(-1)
+                rows_RkD = gather_rows(tables, row_grads_MUD, stack, choice_Rk, ids_R, place_R)
+            return rows_RkD.astype(jnp.float32).reshape(*choice_BTk.shape, -1)
+
+        return lookup
+
+
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs)
+
+    return build(rngs)
+
+
+def _either(condition: jax.Array, with_tables: Callable, without: Callable):
+    """lax.cond of a layer with tables and one without, whose health lacks some entries."""
+    _, _, aux = jax.eval_shape(with_tables)
+    fill = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), aux.health)
+
+    def filled():
+        h, kept, aux = without()
+        return h, kept, aux._replace(health=fill | aux.health)
+
+    return jax.lax.cond(condition, with_tables, filled)
+
+
+def _remat(body: Callable, kind: str) -> Callable:
+    if kind == "none":
+        return body
+    policies = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    return jax.checkpoint(body, policy=policies[kind], prevent_cse=False)
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x)))
+
+
+def _row_health(rows: jax.Array) -> dict[str, jax.Array]:
+    return {"row_norm": jnp.mean(jnp.linalg.norm(rows, axis=-1))}
+
+
+def _router_health(routed: equations.Route) -> dict[str, jax.Array]:
+    p = routed.probabilities / routed.probabilities.sum(axis=-1, keepdims=True)
+    entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, equations.TINY)), axis=-1)
+    return {
+        "router_entropy": jnp.mean(entropy),
+        "router_load": equations.load(routed.choice, p.shape[-1]),
+    }

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""python -m jtok_jax.prepare: text, JSONL or Parquet into shards of token windows.
+
+python -m jtok_jax.prepare --input=stdlib --output=data/stdlib
+python -m jtok_jax.prepare --input='docs/*.jsonl.xz' --output=data/docs --vocab_size=8192
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import tokenizers
+import tqdm
+
+import jtok_jax
+from jtok_jax.data import corpus, manifest, tokenizer, windows
+from jtok_jax.data.corpus import Document, Skipped
+from jtok_jax.errors import DataError, exit_on_error
+
+ENCODE_BATCH = 256  # documents encoded at once, on all cores
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a corpus was made; a second call with the same recipe does nothing."""
+
+    input: str
+    valid_input: str
+    valid_fraction: float
+    vocab_size: int
+    tokenizer: str
+    end_token: str
+    seq_len: int
+    on_bad_text: str
+
+
+def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
+    """Write the corpus of `recipe` to `output` and return its manifest.
+
+    Everything is written to a folder beside `output`, renamed at the end: an interrupted call
+    leaves nothing that looks finished.
+
+    Raises:
+        DataError: nothing matches, text is bad, a split is empty, or `output` holds other data.
+    """
+    if output.exists():
+        return _already_prepared(recipe, output)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    source = _Source(recipe)
+    encoder = _tokenizer(recipe, source, partial)
+    end_id = tokenizer.end_token_id(encoder, recipe.end_token)
+    size = encoder.get_vocab_size()
+    form = {"seq_len": recipe.seq_len, "end_id": end_id}
+    form["dtype"] = "uint16" if size <= 1 << 16 else "uint32"
+    writers = {name: windows.WindowWriter(partial, name, **form) for name in ("train", "valid")}
+    skipped = source.new_skipped()
+    for name, ids, text_bytes in _encoded(source.documents(skipped, "encoding"), encoder):
+        writers[name].add(ids, text_bytes=text_bytes)
+    result = manifest.Manifest(
+        format=manifest.FORMAT,
+        vocab_size=size,
+        end_token=recipe.end_token,
+        tokenizer_sha256=tokenizer.tokenizer_sha256(partial / tokenizer.FILE_NAME),
+        train=writers["train"].close(pad_tail=False),
+        valid=writers["valid"].close(pad_tail=True),
+        recipe={**dataclasses.asdict(recipe), "version": jtok_jax.__version__},
+        skipped=dict(skipped.counts) if skipped else {},
+        **form,
+    )
+    _check_splits(result)
+    manifest.write_manifest(partial, result)
+    partial.rename(output)
+    for line in skipped.describe() if skipped else ():
+        print(line)
+    return result
+
+
+class _Source:
+    """The documents of a recipe with the split each belongs to; can be read many times."""
+
+    def __init__(self, recipe: Recipe):
+        self._recipe = recipe
+        self._train = corpus.find_files(recipe.input)
+        self._valid = corpus.find_files(recipe.valid_input) if recipe.valid_input else []
+
+    def new_skipped(self) -> Skipped | None:
+        """Where bad documents are counted, or None where they are refused."""
+        embedded = self._recipe.input == corpus.STDLIB  # it holds bad files on purpose
+        return Skipped() if embedded or self._recipe.on_bad_text == "skip" else None
+
+    def documents(self, skipped: Skipped | None, label: str) -> Iterator[tuple[str, Document]]:
+        """(split, document) of the whole input, with a progress bar over its bytes."""
+        total = sum(path.stat().st_size for path in (*self._train, *self._valid))
+        with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
+            read = {"on_file": lambda path: bar.update(path.stat().st_size), "skipped": skipped}
+            for document in corpus.read_documents(self._train, **read):
+                yield self._split(document), document
+            for document in corpus.read_documents(self._valid, **read):
+                yield "valid", document
+
+    def _split(self, document: Document) -> str:
+        """Held out by the document's own hash, so equal documents fall on the same side."""
+        if self._valid:
+            return "train"
+        digest = hashlib.sha256(document.text.encode()).digest()
+        held_out = int.from_bytes(digest[:8]) < self._recipe.valid_fraction * 2**64
+        return "valid" if held_out else "train"
+
+
+def _tokenizer(recipe: Recipe, source: _Source, folder: pathlib.Path) -> tokenizers.Tokenizer:
+    target = folder / tokenizer.FILE_NAME
+    if recipe.tokenizer:
+        encoder = tokenizer.load_tokenizer(pathlib.Path(recipe.tokenizer))
+        shutil.copyfile(recipe.tokenizer, target)
+        return encoder
+    documents = source.documents(source.new_skipped(), "training the tokenizer")
+    texts = (document.text for split, document in documents if split == "train")
+    encoder = tokenizer.train_tokenizer(texts, vocab_size=recipe.vocab_size)
+    encoder.save(str(target))
+    return encoder
+
+
+def _encoded(
+    documents: Iterator[tuple[str, Document]], encoder: tokenizers.Tokenizer
+) -> Iterator[tuple[str, list[int], int]]:
+    while group := list(itertools.islice(documents, ENCODE_BATCH)):
+        texts = [document.text for _, document in group]
+        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+        for (split, document), encoding in zip(group, encodings, strict=True):
+            yield split, encoding.ids, len(document.text.encode())
+
+
+def _already_prepared(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
+    found = manifest.read_manifest(output)
+    wanted = dataclasses.asdict(recipe)
+    changed = [k for k, value in wanted.items() if found.recipe.get(k) != value]
+    if changed:
+        details = "; ".join(f"{k}: {found.recipe.get(k)!r}, now {wanted[k]!r}" for k in changed)
+        raise DataError(
+            f"{output} holds another corpus ({details}). Nothing was changed. Use another "
+            "--output or delete that folder."
+        )
+    manifest.verify_shards(output, found, hashes=True)
+    print(f"{output} is already prepared with these options; nothing to do.")
+    return found
+
+
+def _check_splits(result: manifest.Manifest) -> None:
+    for name in ("train", "valid"):
+        split = getattr(result, name)
+        if not split.windows:
+            raise DataError(
+                f"The {name} split has {split.documents} documents and no window of "
+                f"{result.seq_len} tokens. Give more text, a shorter --seq_len, another "
+                "--valid_fraction, or held-out files with --valid_input."
+            )
+
+
+def _describe(result: manifest.Manifest, output: pathlib.Path) -> str:
+    lines = [f"{output}: vocabulary {result.vocab_size}, windows of {result.seq_len} tokens"]
+    for name in ("train", "valid"):
+        split = getattr(result, name)
+        lines.append(
+            f"  {name}: {split.documents:,} documents, {split.text_bytes:,} bytes, "
+            f"{split.targets:,} tokens in {split.windows:,} windows ({len(split.shards)} shards)"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m jtok_jax.prepare", description=__doc__.splitlines()[0]
+    )
+    option = parser.add_argument
+    option("--input", required=True, help='files as a quoted glob pattern, or "stdlib"')
+    option("--output", required=True, type=pathlib.Path, help="folder to write")
+    option("--valid_input", default="", help="held-out files; default: a share of --input")
+    option("--valid_fraction", type=float, default=0.01, help="documents held out (default 0.01)")
+    option("--vocab_size", type=int, default=4096, help="of a tokenizer trained here (4096)")
+    option("--tokenizer", default="", help="take this tokenizer.json instead of training one")
+    option("--end_token", default=tokenizer.END_TOKEN, help="token between documents")
+    option("--seq_len", type=int, default=1024, help="targets per window (1024)")
+    option("--on-bad-text", choices=("refuse", "skip"), default="refuse", dest="on_bad_text")
+    values = vars(parser.parse_args(arguments))
+    output = values.pop("output")
+    with exit_on_error():
+        print(_describe(prepare(Recipe(**values), output), output))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The only module that knows Orbax: saves a run asynchronously, restores it after checking.
+
+A checkpoint is DIR/checkpoints/STEP: the state as a flat dict of arrays by name, and as metadata
+the resolved configuration, the data fingerprint and the versions that wrote it.
+"""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import flax
+import jax
+from orbax.checkpoint import v1 as ocp
+
+import jtok_jax
+from jtok_jax.config import Config, flatten, from_config_dict, to_dict
+from jtok_jax.errors import CheckpointError, ConfigError, DataError
+from jtok_jax.training.state import TrainState
+
+FOLDER = "checkpoints"
+CONFIG_FILE = "config.json"
+# What may change when a run goes on: nothing here alters a step's numbers, or it is checked apart
+# (the contents of data.path by their fingerprint, train.steps by schedule.steps).
+MAY_CHANGE = (
+    "train.steps", "train.log_every", "checkpoint.", "evaluation.", "logging.", "data.path",
+    "data.read_threads", "data.prefetch", "data.verify", "mesh.",
+)  # fmt: skip
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
+        keep = ocp.training.preservation_policies.LatestN(config.checkpoint.keep)
+        self._folder = workdir.absolute() / FOLDER
+        self._config, self._data, self._pending = config, data, None
+        self._checkpointer = ocp.training.Checkpointer(
+            self._folder,
+            preservation_policy=keep,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+        )
+
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Start writing `state`; returns once the arrays may change.
+
+        Raises:
+            CheckpointError: the save before this one failed.
+        """
+        self.wait()
+        metadata = {
+            "config": to_dict(self._config),
+            "data": self._data,
+            "jtok_jax": jtok_jax.__version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+        }
+        self._pending = (
+            step,
+            self._checkpointer.save_async(step, named_leaves(state), custom_metadata=metadata),
+        )
+
+    def check(self) -> None:
+        """Raise CheckpointError now if a save in the background has failed; do not wait."""
+        self._finish(timeout=0)
+
+    def wait(self) -> None:
+        """Wait for the save under way. Raises CheckpointError if it failed."""
+        self._finish(timeout=None)
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    def _finish(self, *, timeout: float | None) -> None:
+        if self._pending is None:
+            return
+        step, response = self._pending
+        try:
+            response.result(timeout=timeout)
+            self._pending = None
+        except TimeoutError:
+            return
+        except Exception as error:
+            self._pending = None
+            raise CheckpointError(
+                f"Save of step {step} under {self._folder} failed: {error}. Earlier checkpoints "
+                "are intact. Free space or mend the folder, then run the same command again."
+            ) from error
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest state, in the shardings of `abstract`, after comparing everything.
+
+        Raises:
+            ConfigError: the run was made with another configuration.
+            DataError: the data would give other batches.
+            CheckpointError: names, shapes or dtypes differ, or the files are damaged.
+        """
+        step = self.latest_step()
+        found = _metadata(self._checkpointer, step, self._folder)
+        require_same_config(found.custom_metadata["config"], self._config, self._folder.parent)
+        _require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
+        wanted = named_leaves(abstract)
+        _compare_leaves(found.metadata, wanted, step)
+        leaves = _load(self._checkpointer, step, wanted)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
+
+
+class Saved(NamedTuple):
+    """What the tools read of a run's newest checkpoint."""
+
+    step: int
+    config: Config
+    data: dict[str, str]  # fingerprint of the data, see jtok_jax.data.manifest
+    params: dict[str, jax.Array]
+
+
+def load_params(workdir: pathlib.Path) -> Saved:
+    """Parameters of the newest checkpoint under `workdir`, without the optimizer.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = workdir.absolute() / FOLDER
+    if not folder.is_dir():
+        raise CheckpointError(f"{workdir} holds no {FOLDER} folder; is this a train.py --workdir?")
+    checkpointer = ocp.training.Checkpointer(folder)
+    if checkpointer.latest is None:
+        raise CheckpointError(f"No finished checkpoint in {folder}; train until the first save.")
+    step = checkpointer.latest.step
+    found = _metadata(checkpointer, step, folder)
+    config = from_config_dict(found.custom_metadata["config"])
+    prefix = "params/"
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for name, leaf in found.metadata.items()
+    }
+    partial = {name: leaf if name.startswith(prefix) else ... for name, leaf in wanted.items()}
+    leaves = _load(checkpointer, step, partial)
+    checkpointer.close()
+    params = {n.removeprefix(prefix): x for n, x in leaves.items() if n.startswith(prefix)}
+    return Saved(step, config, found.custom_metadata["data"], params)
+
+
+def require_same_tokenizer(saved: Saved, tokenizer_sha256: str, where: pathlib.Path) -> None:
+    """Raise DataError if text would be cut into other ids than the run was trained on."""
+    trained = saved.data.get("tokenizer")
+    if trained != tokenizer_sha256:
+        raise DataError(
+            f"The tokenizer of {where} (SHA-256 {tokenizer_sha256[:12]}) is not the one the run "
+            f"was trained with ({str(trained)[:12]}). Prepare the text with "
+            "--tokenizer=FOLDER_OF_THE_RUN/tokenizer.json."
+        )
+
+
+def named_leaves(state: TrainState) -> dict[str, jax.Array]:
+    """Every leaf of a state by its path, e.g. "params/embed"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
+    """Write the configuration into a fresh workdir, or compare it with the one there.
+
+    Raises:
+        ConfigError: the workdir belongs to a run with another configuration.
+    """
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        require_same_config(json.loads(path.read_text()), config, workdir)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    partial.replace(path)
+
+
+def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> None:
+    """Raise ConfigError with a diff if `saved` would give other numbers than `config`."""
+    old, new = flatten(saved), flatten(to_dict(config))
+    old["schedule.steps"] = old.get("schedule.steps") or old["train.steps"]
+    new["schedule.steps"] = config.schedule_steps
+    lines = [
+        f"  {key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if lines:
+        if any("schedule.steps" in line for line in lines):
+            lines.append(
+                f"  (to train longer on the same schedule, pass "
+                f"--config.schedule.steps={old['schedule.steps']})"
+            )
+        raise ConfigError(
+            f"{workdir} belongs to a run with another configuration:\n"
+            + "\n".join(lines)
+            + "\nNothing was changed. Use the same values, or another --workdir."
+        )
+
+
+def _require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
+    keys = sorted(saved.keys() | now.keys())
+    lines = [
+        f"  {key}: {str(saved.get(key))[:32]} in the run, {str(now.get(key))[:32]} now"
+        for key in keys
+        if saved.get(key) != now.get(key)
+    ]
+    if lines:
+        raise DataError(
+            f"Data differs from the run in {workdir}:\n"
+            + "\n".join(lines)
+            + "\nThe same step would give other examples. Restore the shards and the tokenizer, "
+            "or use another --workdir."
+        )
+
+
+def _metadata(checkpointer, step: int, folder: pathlib.Path):
+    try:
+        found = checkpointer.metadata(step)
+        if not {"config", "data"} <= (found.custom_metadata or {}).keys():
+            raise KeyError("the configuration of the run")
+        return found
+    except Exception as error:
+        raise CheckpointError(
+            f"Checkpoint {folder / str(step)} cannot be read: {error}. Move that folder away to "
+            "go on from the checkpoint before it."
+        ) from error
+
+
+def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
+    try:
+        return checkpointer.load(step, wanted)
+    except Exception as error:
+        raise CheckpointError(
+            f"Checkpoint step {step} is damaged: {error}. Move its folder away to go on from the "
+            "checkpoint before it."
+        ) from error
+
+
+def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
+    """Orbax casts dtypes silently; nothing is loaded unless all leaves agree."""
+    problems = [f"  {name}: missing" for name in wanted if name not in found]
+    problems += [f"  {name}: not in this configuration" for name in found if name not in wanted]
+    for name in wanted.keys() & found.keys():
+        ours, saved = wanted[name], found[name]
+        if tuple(saved.shape) != ours.shape or saved.dtype != ours.dtype:
+            problems.append(
+                f"  {name}: saved {saved.dtype}{tuple(saved.shape)}, "
+                f"configuration gives {ours.dtype}{ours.shape}"
+            )
+    if problems:
+        raise CheckpointError(
+            f"Checkpoint step {step} does not fit this configuration:\n"
+            + "\n".join(sorted(problems))
+            + "\nNothing was loaded. Use the configuration of the run."
+        )

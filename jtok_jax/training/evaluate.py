@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Validation loss and bits per byte over the whole held-out set."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jtok_jax.data.loader import Source
+from jtok_jax.mesh import put_batch
+from jtok_jax.model.params import Params
+
+
+class Validation(NamedTuple):
+    """Every token of the held-out documents, and the end token after each, is predicted once."""
+
+    val_loss: float  # nats per token
+    val_bpb: float  # total nats / ln 2 / UTF-8 bytes of the documents
+
+
+def evaluate(eval_step: Callable, params: Params, source: Source, mesh: Mesh) -> Validation:
+    """Validation of `params`; `eval_step` is the jitted step of `make_eval_step`."""
+    nats = weight = 0.0
+    for batch in source.valid_batches():
+        sums = eval_step(params, *[put_batch(mesh, array) for array in batch])
+        nats += float(np.asarray(sums.nats))
+        weight += float(np.asarray(sums.weight))
+    return Validation(nats / weight, nats / math.log(2) / source.valid_bytes)

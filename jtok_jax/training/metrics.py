@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""metrics.jsonl, TensorBoard and what the console shows."""
+
+import json
+import math
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from jtok_jax import flops
+from jtok_jax.config import Config
+from jtok_jax.training.step import StepMetrics
+
+FILE_NAME = "metrics.jsonl"
+
+
+def step_record(
+    metrics: StepMetrics, *, step: int, batch_hash: str, with_health: bool
+) -> dict[str, object]:
+    """What metrics.jsonl says of one step; waits for the step. Values that are not finite: null."""
+    health = metrics.health if with_health else {}
+    values, health = jax.device_get((metrics._replace(health={}), health))
+    record = {"step": step, "batch_hash": batch_hash}
+    for name, value in values._asdict().items():
+        if name != "health":
+            record[name] = _plain(value)
+    return record | {name: _plain(value) for name, value in health.items()}
+
+
+class Timer:
+    """Speed of the steps since the last report."""
+
+    def __init__(self, config: Config):
+        self._tokens = config.train.batch_size * config.train.seq_len
+        counts = flops.count(config.model, seq_len=config.train.seq_len)
+        peak = flops.peak_flops(jax.devices()[0].device_kind)
+        self._flops_per_token = counts.train_flops
+        self._peak = peak * jax.device_count() if peak else None
+        self._wait = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what happened since the last step (evaluation, saving)."""
+        self._last = time.perf_counter()
+
+    def add_wait(self, seconds: float) -> None:
+        """Count time spent waiting for data."""
+        self._wait += seconds
+
+    def step(self) -> dict[str, float]:
+        """Speed of the step that just finished."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        speed = self._tokens / seconds
+        record = {"tokens_per_second": speed, "step_seconds": seconds, "data_wait": self._wait}
+        self._wait = 0.0
+        if self._peak:
+            record["mfu"] = speed * self._flops_per_token / self._peak
+        return record
+
+
+class MetricsWriter:
+    """Appends one JSON object a line; a resumed run first drops the steps it will repeat."""
+
+    def __init__(self, workdir: pathlib.Path, *, resumed_at: int | None, tensorboard: bool):
+        self._path = workdir / FILE_NAME
+        kept = [] if resumed_at is None else _lines_up_to(self._path, resumed_at)
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
+        self._board = _tensorboard(workdir / "tensorboard") if tensorboard else None
+
+    def write(self, record: dict[str, object]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def console_line(record: dict[str, object], *, steps: int) -> str:
+    """One line of progress."""
+    step, seconds = record["step"], record["step_seconds"]
+    loss = record["loss"]
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        "loss  not finite" if loss is None else f"loss {loss:.4f}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"MFU {100 * record['mfu']:.1f}%" if "mfu" in record else "MFU n/a",
+        f"{1000 * seconds:.0f} ms/step",
+        f"data wait {1000 * record['data_wait']:.0f} ms",
+        f"{_duration((steps - step) * seconds)} left",
+    ]
+    if record["bad_steps"]:
+        parts.append(f"{record['bad_steps']} steps skipped")
+    return "  ".join(parts)
+
+
+def parameter_table(config: Config) -> str:
+    """Counts of the model and its tables, for the start of a run."""
+    counts = flops.count(config.model, seq_len=config.train.seq_len)
+    moments = 2 * 4  # AdamW keeps two float32 numbers a parameter
+    rows = [
+        ("backbone", counts.backbone, "parameters"),
+        ("tables", counts.tables, f"parameters, {_mebibytes(counts.table_bytes)} MiB"),
+        ("total", counts.total, "parameters"),
+        ("active", counts.active, "parameters a token, tables left out"),
+        ("optimizer", moments * counts.total, "bytes of AdamW moments"),
+        ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
+    ]
+    return "\n".join(f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _plain(value: np.ndarray) -> object:
+    """A JSON value of a scalar or array; what is not finite becomes null."""
+    if value.ndim:
+        return [_plain(item) for item in value]
+    number = value.item()
+    return number if math.isfinite(number) else None
+
+
+def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
+    """Whole lines of steps up to `step`; a line cut short by a kill is dropped."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    return kept
+
+
+def _tensorboard(folder: pathlib.Path):
+    import tensorboardX  # optional: pip install jtok-jax[tensorboard]
+
+    return tensorboardX.SummaryWriter(str(folder))

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Everything a training step changes, born in its final sharding."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jtok_jax import flops
+from jtok_jax.config import Config
+from jtok_jax.mesh import replicated, sharding
+from jtok_jax.model.params import Params, init_params
+
+
+class TrainState(NamedTuple):
+    """State of a run after `step` steps."""
+
+    step: jax.Array  # int32
+    params: Params
+    opt_state: optax.OptState
+    bad_steps: jax.Array  # int32, steps skipped as not finite
+    bad_in_row: jax.Array  # int32, how many of them were the last ones
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before step 1, a pure function of `train.seed`."""
+    build = _builder(config, optimizer)
+    key = jax.random.key(config.train.seed)
+    return jax.jit(build, out_shardings=state_shardings(config, optimizer, mesh))(key)
+
+
+def abstract_state(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without any memory."""
+    shapes = jax.eval_shape(_builder(config, optimizer), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(config, optimizer, mesh),
+    )
+
+
+def state_shardings(
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """NamedSharding of every leaf; a moment is split as the parameter it belongs to."""
+    axes = flops.parameter_axes(config.model)
+
+    def leaf_sharding(path, leaf):
+        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else None
+        if name in axes and leaf.ndim == len(axes[name]):
+            return sharding(mesh, axes[name], leaf.shape)
+        return replicated(mesh)
+
+    shapes = jax.eval_shape(_builder(config, optimizer), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(leaf_sharding, shapes)
+
+
+def _builder(config: Config, optimizer: optax.GradientTransformation):
+    def build(key: jax.Array) -> TrainState:
+        params = init_params(config.model, key)
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+    return build

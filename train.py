@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Train a model: python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Any field is overridden by --config.a.b=c. The same command goes on where a run stopped.
+
+Starting rules:
+  a fresh workdir                     starts at step 1
+  a workdir with a checkpoint         goes on after it, bit for bit
+  a workdir of another configuration  is refused, with the difference
+  a workdir in use                    is refused before anything is touched
+"""
+
+import contextlib
+import pathlib
+import time
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jtok_jax import flops
+from jtok_jax.config import Config, from_config_dict
+from jtok_jax.data.loader import open_source, train_batches
+from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_error
+from jtok_jax.mesh import check_batch, make_mesh, put_batch
+from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
+from jtok_jax.training.evaluate import evaluate
+from jtok_jax.training.guards import StopSignal, WorkdirLock
+from jtok_jax.training.metrics import (
+    MetricsWriter,
+    Timer,
+    console_line,
+    parameter_table,
+    step_record,
+)
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import abstract_state, init_state, state_shardings
+from jtok_jax.training.step import make_eval_step, make_train_step
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints and metrics.")
+
+
+def train(config: Config, workdir: pathlib.Path) -> None:
+    """Train until config.train.steps, or until a signal asks to stop."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(WorkdirLock(workdir))
+        stop = stack.enter_context(StopSignal())
+        # ---------------------------------------------------------------- mesh and data
+        mesh = make_mesh(config.mesh)
+        check_batch(mesh, "train.batch_size / grad_accumulation",
+                    config.train.batch_size // config.train.grad_accumulation)  # fmt: skip
+        check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
+        source = open_source(config)
+        claim_workdir(workdir, config)
+        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+        print(parameter_table(config), flush=True)
+
+        # ---------------------------------------------------------------- model and optimizer
+        optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
+        shardings = state_shardings(config, optimizer, mesh)
+        train_step = jax.jit(
+            make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
+        )
+        eval_step = jax.jit(make_eval_step(config.model))
+
+        # ---------------------------------------------------------------- resume or start
+        checkpoints = Checkpoints(workdir, config, data=source.fingerprint)
+        stack.callback(checkpoints.close)
+        done = checkpoints.latest_step()
+        if done is None:
+            state = init_state(config, optimizer, mesh)
+        else:
+            state = checkpoints.restore(abstract_state(config, optimizer, mesh))
+            print(f"resumed at step {done}", flush=True)
+        steps = config.train.steps
+        if done is not None and done >= steps:
+            print(f"{workdir} has finished its {steps} steps; nothing to do.")
+            return
+        writer = MetricsWriter(workdir, resumed_at=done, tensorboard=config.logging.tensorboard)
+        stack.callback(writer.close)
+        if done is None:
+            validation = evaluate(eval_step, state.params, source, mesh)
+            writer.write({"step": 0} | validation._asdict())
+            _print_validation(0, validation)
+
+        # ---------------------------------------------------------------- loop
+        timer = Timer(config)
+        batches = train_batches(source, config, first_step=(done or 0) + 1)
+        unreported = None  # metrics are fetched a step late: the device never waits for us
+
+        def report(step, batch_hash, metrics, *, validate=False):
+            """Write down one step, which is waited for; evaluate after it if asked."""
+            logged = validate or step % config.train.log_every == 0
+            record = step_record(metrics, step=step, batch_hash=batch_hash, with_health=logged)
+            record |= timer.step()
+            if logged or step == 1 or record["bad_in_row"]:
+                print(console_line(record, steps=steps), flush=True)
+            if validate:
+                validation = evaluate(eval_step, state.params, source, mesh)
+                record |= validation._asdict()
+                _print_validation(step, validation)
+            writer.write(record)
+            if record["bad_in_row"] >= config.train.max_bad_steps:
+                raise NonFiniteError(
+                    f"Steps {step - record['bad_in_row'] + 1} to {step}: loss or gradient is not "
+                    "finite. No step of these was applied and nothing was saved after them; last "
+                    f"checkpoint: {checkpoints.latest_step()}. Lower the learning rate, or look "
+                    f"at batch {batch_hash}."
+                )
+
+        for step in range((done or 0) + 1, steps + 1):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            timer.add_wait(time.perf_counter() - waiting)
+            ids, targets = put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)
+            state, metrics = train_step(state, ids, targets)
+            if unreported:
+                report(*unreported)
+            unreported = step, batch.hash, metrics
+            checkpoints.check()
+            stopping = stop.name or step == steps
+            evaluating = step % config.evaluation.every == 0 or step == steps
+            if stopping or evaluating or step % config.checkpoint.every == 0:
+                report(*unreported, validate=evaluating)
+                unreported = None
+                if stopping or step % config.checkpoint.every == 0:
+                    checkpoints.save(state, step)
+                timer.restart()
+            if stop.name and step < steps:
+                checkpoints.wait()
+                raise Preempted(f"{stop.name}: saved step {step}. Run the same command to go on.")
+        checkpoints.wait()
+        print(f"finished {steps} steps; checkpoint in {workdir / 'checkpoints' / str(steps)}")
+
+
+def _print_validation(step: int, validation) -> None:
+    print(
+        f"step {step}: validation loss {validation.val_loss:.4f} nats/token, "
+        f"{validation.val_bpb:.4f} bits/byte",
+        flush=True,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    with exit_on_error():
+        if len(arguments) > 1:
+            raise ConfigError(f"Unexpected argument {arguments[1]!r}; options start with --.")
+        for name in ("config", "workdir"):
+            if flags.FLAGS[name].value is None:
+                raise ConfigError(f"--{name} is missing. Example: {__doc__.splitlines()[0]}")
+        train(from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value))
+
+
+def parse(arguments: list[str]) -> list[str]:
+    """Parse flags; a misspelt or mistyped override ends with its reason and exit code 2."""
+    with exit_on_error():
+        try:
+            return flags.FLAGS(arguments)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+            raise ConfigError(" ".join(str(part) for part in error.args)) from error
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
