@@ -85,14 +85,14 @@ class Block(nnx.Module):
 
     def _modulate(self, tilde_BTD, dm_BTD, routed_by, lookup, kept, moe_balance, health):
         config = self.config.jtok
-        stream, dm = tilde_BTD.astype(jnp.float32), dm_BTD.astype(jnp.float32)
+        dtype, dm = dm_BTD.dtype, dm_BTD.astype(jnp.float32)
         scale_D = self.jtok.scale[...]
         form = {"norm": config.norm, "eps": config.eps}
         if config.kind == "jtok":
             choice = jnp.zeros((*dm.shape[:2], 1), jnp.int32)
             row_BTD = lookup(choice)[..., 0, :]
             p_BTD = equations.gate(row_BTD, scale_D, **form)
-            h = stream + equations.apply_gate(dm, p_BTD)
+            h_BTD = tilde_BTD + equations.apply_gate(dm, p_BTD).astype(dtype)
             balance = jnp.float32(0)
             health |= _row_health(row_BTD) | {"gate_size": _rms(p_BTD - 1.0)}
         else:
@@ -101,13 +101,13 @@ class Block(nnx.Module):
             e_BTD = equations.mix(rows_BTkD, routed.weights)
             depth = self.config.num_layers
             dr_BTD = equations.increment(e_BTD, scale_D, num_layers=depth, **form)
-            h = stream + dm + dr_BTD
+            h_BTD = tilde_BTD + dm_BTD + dr_BTD.astype(dtype)
             balance = equations.balance_loss(
                 routed.probabilities, routed.choice, probability=config.balance_probability
             )
             health |= _row_health(rows_BTkD) | {"gate_size": _rms(dr_BTD) / _rms(dm)}
             health |= _router_health(routed)
-        return h.astype(tilde_BTD.dtype), kept, BlockAux(moe_balance, balance, health)
+        return h_BTD, kept, BlockAux(moe_balance, balance, health)
 
 
 class Transformer(nnx.Module):

@@ -50,7 +50,7 @@ def make_train_step(
     def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array):
         plan = _plan(config.model, ids_BT)
         losses, grads = _gradients(config, state.params, ids_BT, targets_BT, plan)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

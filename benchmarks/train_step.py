@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Time of one training step against a hand-written one, paired: python benchmarks/train_step.py
+
+Arms: `plain` (benchmarks/plain_step.py) and the step of train.py for `dense`, `jtok` and `jtok_m`
+at the shapes of configs/quickstart.py, on the one device there is.
+
+1. dense and plain start from the same parameters and must give the same loss for 3 steps
+2. every round runs one step of each arm, in an order that rotates
+3. a ratio is the median over rounds of the ratio within a round (10th to 90th percentile)
+"""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import time
+
+import flax
+import jax
+import jaxlib
+import numpy as np
+import optax
+from plain_step import Plain, init_state, make_step
+
+from jtok_jax import flops
+from jtok_jax.config import Config, DataConfig, JtokConfig, ModelConfig, ScheduleConfig, TrainConfig
+from jtok_jax.data.loader import make_batch, open_source
+from jtok_jax.mesh import make_mesh, put_batch
+from jtok_jax.training import state as training_state
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.step import make_train_step
+
+KINDS = {"dense": "none", "jtok": "jtok", "jtok_m": "jtok_m"}
+BATCHES = 8  # distinct batches, taken in turn
+TARGET = 1.10  # dense / plain
+
+
+class Arm:
+    """A compiled step and its state."""
+
+    def __init__(self, step, state, ids, targets):
+        self.step, self.state, self.seconds = step, state, []
+        compiled = step.lower(state, ids, targets).compile()
+        self.temp_mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+    def run(self, ids, targets):
+        """One step, waited for; its metrics."""
+        start = time.perf_counter()
+        self.state, metrics = jax.block_until_ready(self.step(self.state, ids, targets))
+        self.seconds.append(time.perf_counter() - start)
+        return metrics
+
+
+def make_config(arguments, kind: str, dtype: str) -> Config:
+    return Config(
+        model=ModelConfig(compute_dtype=dtype, jtok=JtokConfig(kind=kind)),
+        schedule=ScheduleConfig(kind="constant", warmup_fraction=0.0),
+        train=TrainConfig(batch_size=arguments.batch, seq_len=arguments.seq_len),
+        data=DataConfig(source="synthetic"),
+    )
+
+
+def our_arm(config: Config, mesh, batch) -> Arm:
+    """The step as train.py builds it."""
+    optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
+    shardings = training_state.state_shardings(config, optimizer, mesh)
+    step = jax.jit(
+        make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
+    )
+    return Arm(step, training_state.init_state(config, optimizer, mesh), *batch)
+
+
+def plain_arm(config: Config, params: dict, batch) -> Arm:
+    """The hand-written step, from a copy of `params` of a dense model."""
+    model, optimizer = config.model, config.optimizer
+    cudnn = model.compute_dtype == "bfloat16" and jax.default_backend() == "gpu"
+    plain = Plain(
+        heads=model.num_heads,
+        kv_heads=model.num_kv_heads,
+        head_dim=model.head_size,
+        rope_base=model.rope_base,
+        norm_eps=model.norm_eps,
+        z_loss=config.train.z_loss,
+        learning_rate=optimizer.learning_rate,
+        weight_decay=optimizer.weight_decay,
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        clip_norm=optimizer.clip_norm,
+        dtype=model.compute_dtype,
+        attention="cudnn" if cudnn else "xla",
+    )
+    return Arm(make_step(plain), init_state(plain_layout(params)), *batch)
+
+
+def plain_layout(params: dict) -> dict:
+    """Our parameters under the names and shapes of plain_step, as new arrays."""
+    ours = {name.removeprefix("blocks/"): np.asarray(value) for name, value in params.items()}
+    join = lambda *names: np.concatenate([flat(ours[name]) for name in names], axis=-1)
+    flat = lambda x: x.reshape(*x.shape[:2], -1)  # [L, D, heads, H] -> [L, D, heads * H]
+    out = ours["attention/out"]
+    layout = {
+        "embed": ours["embed"],
+        "head": ours["head"],
+        "final_norm": ours["final_norm"],
+        "attn_norm": ours["attention/norm"],
+        "qkv": join("attention/query", "attention/key", "attention/value"),
+        "out": out.reshape(out.shape[0], -1, out.shape[-1]),
+        "ffn_norm": ours["ffn/norm"],
+        "gate_up": join("ffn/gate", "ffn/up"),
+        "down": ours["ffn/down"],
+    }
+    return {name: jax.numpy.array(value, copy=True) for name, value in layout.items()}
+
+
+def check_equal(config: Config, mesh, batches) -> None:
+    """Stop unless dense and plain give the same losses, in float32 and full precision."""
+    model = dataclasses.replace(config.model, compute_dtype="float32")
+    config = dataclasses.replace(config, model=model)
+    with jax.default_matmul_precision("highest"):
+        dense = our_arm(config, mesh, batches[0])
+        plain = plain_arm(config, dense.state.params, batches[0])
+        ours = [float(dense.run(*batch).loss) for batch in batches]
+        theirs = [float(plain.run(*batch)[0]) for batch in batches]
+    print("losses   dense", *[f"{loss:.6f}" for loss in ours])
+    print("         plain", *[f"{loss:.6f}" for loss in theirs], flush=True)
+    if not np.allclose(ours, theirs, rtol=0, atol=1e-4):
+        raise SystemExit("dense and plain do not compute the same step")
+
+
+def percentiles(ratios: np.ndarray) -> str:
+    low, middle, high = np.percentile(ratios, [10, 50, 90])
+    return f"{middle:5.3f} ({low:5.3f}-{high:5.3f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--compute_dtype", help="default: float32 on a CPU, else bfloat16")
+    arguments = parser.parse_args()
+    if jax.device_count() != 1:
+        raise SystemExit("This compares steps on one device; hide the others.")
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = arguments.compute_dtype or default
+    configs = {arm: make_config(arguments, kind, dtype) for arm, kind in KINDS.items()}
+    dense = configs["dense"]
+    model = dense.model
+
+    print("command ", shlex.join(["python", *sys.argv]))
+    print("device  ", jax.devices()[0].device_kind, f"({jax.default_backend()})")
+    print(f"versions jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
+          f"flax {flax.__version__}, optax {optax.__version__}")  # fmt: skip
+    print(f"shapes   batch {arguments.batch} x {arguments.seq_len}, vocab {model.vocab_size}, "
+          f"dim {model.model_dim}, layers {model.num_layers}, heads {model.num_heads}, "
+          f"ffn {model.ffn_dim}, compute {dtype}", flush=True)  # fmt: skip
+
+    mesh = make_mesh(dense.mesh)
+    source = open_source(dense)
+    batches = []
+    for step in range(1, BATCHES + 1):
+        batch = make_batch(source.sequences(step))
+        batches.append((put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)))
+    check_equal(dense, mesh, batches[:3])
+
+    arms = {name: our_arm(config, mesh, batches[0]) for name, config in configs.items()}
+    arms = {"plain": plain_arm(dense, arms["dense"].state.params, batches[0])} | arms
+    for arm in arms.values():
+        for batch in batches[:2]:
+            arm.run(*batch)
+        arm.seconds.clear()
+    names = list(arms)
+    for index in range(arguments.rounds):
+        shift = index % len(names)
+        order = names[shift:] + names[:shift]
+        backwards = index // len(names) % 2  # so that an arm follows each of its neighbours
+        for name in reversed(order) if backwards else order:
+            arms[name].run(*batches[index % BATCHES])
+
+    print(f"\n{arguments.rounds} rounds; ratios: median (10th-90th percentile) of rounds")
+    print(f"{'arm':8}{'median ms':>10}  {'/ plain':21}{'/ dense':21}{'temp MiB':>8}")
+    seconds = {name: np.array(arm.seconds) for name, arm in arms.items()}
+    for name, arm in arms.items():
+        to_plain = percentiles(seconds[name] / seconds["plain"])
+        to_dense = percentiles(seconds[name] / seconds["dense"])
+        milliseconds = 1e3 * np.median(seconds[name])
+        print(f"{name:8}{milliseconds:10.1f}  {to_plain:21}{to_dense:21}{arm.temp_mib:8.1f}")
+    print(f"target: dense / plain at most {TARGET:.2f}")
+
+
+if __name__ == "__main__":
+    main()

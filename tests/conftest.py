@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Settings every test needs: a compilation cache that survives from run to run."""
+
+import pathlib
+
+import jax
+import pytest
+from small import prepare_small_corpus
+
+ROOT = pathlib.Path(__file__).parent.parent
+CACHE = ROOT / ".pytest_cache" / "xla"
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small prepared corpus: 40 documents of made-up words, windows of 64 tokens."""
+    return prepare_small_corpus(tmp_path_factory.mktemp("corpus"))

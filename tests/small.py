@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Small models, states and corpora shared by tests; sizes are different primes where possible."""
+
+import dataclasses
+import pathlib
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtok_jax import flops
+from jtok_jax.config import Config, JtokConfig, ModelConfig, MoeConfig, TrainConfig
+from jtok_jax.mesh import make_mesh
+from jtok_jax.model.params import init_params
+from jtok_jax.prepare import Recipe, prepare
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import init_state
+from jtok_jax.training.step import make_train_step
+
+DENSE = ModelConfig(
+    vocab_size=29,
+    model_dim=12,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    ffn_dim=17,
+    init_std=0.3,
+    compute_dtype="float32",
+)
+MOE = MoeConfig(num_experts=5, top_k=2, expert_dim=7, shared_dim=11, router_init_std=0.5)
+JTOK = JtokConfig(kind="jtok", table_init_std=0.5)
+JTOK_M = JtokConfig(kind="jtok_m", mixture_scale_init=0.7, table_init_std=0.5, router_init_std=0.5)
+
+# Every kind of model, by name.
+KINDS = {
+    "dense": DENSE,
+    "dense-jtok": dataclasses.replace(DENSE, jtok=JTOK),
+    "dense-jtok_m": dataclasses.replace(DENSE, jtok=JTOK_M),
+    "moe": dataclasses.replace(DENSE, moe=MOE),
+    "moe-jtok": dataclasses.replace(DENSE, moe=MOE, jtok=JTOK),
+    "moe-jtok_m": dataclasses.replace(DENSE, moe=MOE, jtok=JTOK_M),
+}
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> dict[str, jax.Array]:
+    """Initial parameters with norms, scales and biases moved away from their round values."""
+    params = init_params(config, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+    return {
+        name: value + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
+        if name.endswith(("norm", "scale", "bias"))
+        else value
+        for name, value in params.items()
+    }
+
+
+def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
+
+
+def training(config: Config):
+    """(state, jitted step, optimizer) of a run on one device."""
+    optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
+    state = init_state(config, optimizer, make_mesh(config.mesh))
+    return state, jax.jit(make_train_step(config, optimizer)), optimizer
+
+
+def small_config(model: ModelConfig, **train) -> Config:
+    """A run of `model` on batches of 4 x 16 tokens."""
+    return Config(model=model, train=TrainConfig(batch_size=4, seq_len=16, **train))
+
+
+def write_documents(folder: pathlib.Path, count: int = 40, seed: int = 0) -> None:
+    """Text files of made-up words."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(60)]
+    for index in range(count):
+        text = " ".join(rng.choices(words, k=rng.randint(50, 200)))
+        (folder / f"{index:03d}.txt").write_text(text + " \u00e9\n")
+
+
+def small_recipe(folder: pathlib.Path, **changes) -> Recipe:
+    """Recipe of a vocabulary of 300 and windows of 64 tokens from the text files of `folder`."""
+    recipe = Recipe(
+        input=str(folder / "*.txt"),
+        valid_input="",
+        valid_fraction=0.2,
+        vocab_size=300,
+        tokenizer="",
+        end_token="<|endoftext|>",
+        seq_len=64,
+        on_bad_text="refuse",
+    )
+    return dataclasses.replace(recipe, **changes)
+
+
+def prepare_small_corpus(folder: pathlib.Path) -> pathlib.Path:
+    """Folder of a prepared corpus."""
+    text = folder / "text"
+    text.mkdir()
+    write_documents(text)
+    prepare(small_recipe(text), folder / "prepared")
+    return folder / "prepared"
