@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> None:
         if len(arguments) > 1:
             raise ConfigError(f"Unexpected argument {arguments[1]!r}; options start with --.")
         for name in ("config", "workdir"):
-            if flags.FLAGS[name].value is None:
+            if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name} is missing. Example: {__doc__.splitlines()[0]}")
         train(from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value))
 

@@ -40,9 +40,9 @@ class Arm:
     """A compiled step and its state."""
 
     def __init__(self, step, state, ids, targets):
-        self.step, self.state, self.seconds = step, state, []
-        compiled = step.lower(state, ids, targets).compile()
-        self.temp_mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        self.state, self.seconds = state, []
+        self.step = step.lower(state, ids, targets).compile()
+        self.temp_mib = self.step.memory_analysis().temp_size_in_bytes / 2**20
 
     def run(self, ids, targets):
         """One step, waited for; its metrics."""
@@ -97,8 +97,8 @@ def plain_arm(config: Config, params: dict, batch) -> Arm:
 def plain_layout(params: dict) -> dict:
     """Our parameters under the names and shapes of plain_step, as new arrays."""
     ours = {name.removeprefix("blocks/"): np.asarray(value) for name, value in params.items()}
-    join = lambda *names: np.concatenate([flat(ours[name]) for name in names], axis=-1)
     flat = lambda x: x.reshape(*x.shape[:2], -1)  # [L, D, heads, H] -> [L, D, heads * H]
+    join = lambda *names: np.concatenate([flat(ours[name]) for name in names], axis=-1)
     out = ours["attention/out"]
     layout = {
         "embed": ours["embed"],

@@ -3,6 +3,7 @@
 """Small models, states and corpora shared by tests; sizes are different primes where possible."""
 
 import dataclasses
+import functools
 import pathlib
 import random
 
@@ -62,8 +63,9 @@ def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
 
 
+@functools.cache
 def training(config: Config):
-    """(state, jitted step, optimizer) of a run on one device."""
+    """(state, jitted step, optimizer) of a run on one device; nothing is donated."""
     optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
     state = init_state(config, optimizer, make_mesh(config.mesh))
     return state, jax.jit(make_train_step(config, optimizer)), optimizer

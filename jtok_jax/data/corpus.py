@@ -3,6 +3,7 @@
 """Documents out of text, JSONL (plain, .gz, .xz, .zst) and Parquet files."""
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -11,12 +12,12 @@ import json
 import lzma
 import pathlib
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from jtok_jax.errors import DataError
 
@@ -123,27 +124,36 @@ def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     elif ".jsonl" in suffixes:
         yield from _jsonl(path)
     else:
-        with _open(path) as stream:
-            yield str(path), stream.read()
+        with _open(path) as stream, _readable(path):
+            content = stream.read()
+        yield str(path), content
 
 
 def _open(path: pathlib.Path) -> IO[bytes]:
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
+    if path.suffix == ".zst":  # pyarrow notices a stream that ends early
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    openers = {".gz": gzip.open, ".xz": lzma.open}
     return openers.get(path.suffix, open)(path, "rb")
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """Turn the many errors of damaged files into one a user understands."""
+    try:
+        yield
+    except (EOFError, OSError, lzma.LZMAError, zlib.error, pyarrow.ArrowInvalid) as error:
+        raise DataError(
+            f"{path}: cannot be read to its end ({error}). Likely an interrupted copy; fetch it "
+            "again."
+        ) from error
 
 
 def _jsonl(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     number = 0
-    try:
-        with _open(path) as raw:
-            for number, line in enumerate(io.BufferedReader(raw), start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _text_field(path, number, line)
-    except (EOFError, OSError, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise DataError(
-            f"{path}: cannot be read past line {number} ({error}). Likely an interrupted copy; "
-            "fetch it again."
-        ) from error
+    with _open(path) as stream, _readable(path):
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _text_field(path, number, line)
     if number == 0:
         yield str(path), ""
 
@@ -161,8 +171,7 @@ def _text_field(path: pathlib.Path, number: int, line: bytes) -> bytes | str:
 
 
 def _parquet(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
+    with _readable(path), pyarrow.parquet.ParquetFile(path) as table:
         if "text" not in table.schema_arrow.names:
             raise DataError(f'{path}: no column "text"; it has {table.schema_arrow.names}.')
         row = 0
@@ -170,5 +179,3 @@ def _parquet(path: pathlib.Path) -> Iterator[tuple[str, str]]:
             for value in batch.column(0).to_pylist():
                 yield f"{path}:{row}", value or ""
                 row += 1
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}).") from error

@@ -2,8 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """Windows of token ids in ArrayRecord shards: the writer, and a random-access reader."""
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import array_record.python.array_record_module as array_record
 import grain
@@ -105,7 +106,9 @@ class Windows:
                 "prepare it from more text or with a shorter --seq_len."
             )
         paths = [str(folder / shard.name) for shard in self.split.shards]
-        self._source = grain.sources.ArrayRecordDataSource(paths)
+        with _readable(folder):
+            self._source = grain.sources.ArrayRecordDataSource(paths)
+        self._folder = folder
         self.seq_len = seq_len
         self._parts = manifest.seq_len // seq_len
         self._dtype = np.dtype(manifest.dtype)
@@ -116,7 +119,8 @@ class Windows:
     def __getitem__(self, index: int) -> np.ndarray:
         """Sequence `index` as int32 ids [seq_len + 1]."""
         record, part = divmod(index, self._parts)
-        ids = np.frombuffer(self._source[record], self._dtype)
+        with _readable(self._folder):
+            ids = np.frombuffer(self._source[record], self._dtype)
         start = part * self.seq_len
         return ids[start : start + self.seq_len + 1].astype(np.int32)
 
@@ -128,3 +132,13 @@ class Windows:
                 return f"{shard.name} record {record} from position {part * self.seq_len}"
             record -= shard.windows
         raise IndexError(index)
+
+
+@contextlib.contextmanager
+def _readable(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what ArrayRecord raises at a wrong checksum
+        raise DataError(
+            f"A shard in {folder} is damaged: {error}. Fetch it again, or prepare the corpus again."
+        ) from error

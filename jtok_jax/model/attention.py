@@ -30,8 +30,8 @@ def causal(
     """Mixed values [B, T, N, H] of every token attending to itself and those before it.
 
     Args:
-        kind: "xla", "cudnn", or "auto": cudnn where it can run, else xla. JAX refuses to trace cudnn
-            attention where the library is missing, so "auto" goes by the devices present.
+        kind: "xla", "cudnn", or "auto": cudnn where it can run, else xla. JAX refuses to trace
+            cudnn attention where the library is missing, so "auto" goes by the devices present.
     """
     if kind == "auto":
         fits = query_BTNH.dtype == jnp.bfloat16 and query_BTNH.shape[-1] in range(8, 129, 8)

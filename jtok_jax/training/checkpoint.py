@@ -16,8 +16,8 @@ from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
 from jtok_jax.config import Config, flatten, from_config_dict, to_dict
-from jtok_jax.errors import CheckpointError, ConfigError, DataError
-from jtok_jax.training.state import TrainState
+from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from jtok_jax.training.state import TrainState, non_finite_params
 
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
@@ -52,8 +52,15 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the save before this one failed.
+            NonFiniteError: a parameter is not finite, as when an update overflows.
         """
         self.wait()
+        broken = non_finite_params(state)
+        if broken:
+            raise NonFiniteError(
+                f"Step {step}: parameters are not finite ({', '.join(broken)}). Not saved; last "
+                f"checkpoint: {self.latest_step()}. Lower optimizer.learning_rate."
+            )
         metadata = {
             "config": to_dict(self._config),
             "data": self._data,
@@ -224,8 +231,8 @@ def _require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
 def _metadata(checkpointer, step: int, folder: pathlib.Path):
     try:
         found = checkpointer.metadata(step)
-        if not {"config", "data"} <= (found.custom_metadata or {}).keys():
-            raise KeyError("the configuration of the run")
+        if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
+            raise ValueError("its metadata is incomplete")
         return found
     except Exception as error:
         raise CheckpointError(

@@ -33,6 +33,7 @@ class WorkdirLock:
         except BlockingIOError:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
+            self._file.close()
             raise WorkdirError(
                 f"{self._workdir} is in use by {holder}. Nothing was changed. Use another "
                 "--workdir, or stop that run first."

@@ -60,6 +60,17 @@ def state_shardings(
     return jax.tree_util.tree_map_with_path(leaf_sharding, shapes)
 
 
+def non_finite_params(state: TrainState) -> list[str]:
+    """Names of the parameters that hold a NaN or an infinity; waits for the state."""
+    finite = jax.device_get(_all_finite(state.params))
+    return [name for name, value in finite.items() if not value]
+
+
+@jax.jit
+def _all_finite(params: Params) -> dict[str, jax.Array]:
+    return {name: jnp.all(jnp.isfinite(value)) for name, value in params.items()}
+
+
 def _builder(config: Config, optimizer: optax.GradientTransformation):
     def build(key: jax.Array) -> TrainState:
         params = init_params(config.model, key)

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Configuration: what is refused, and that every field changes something."""
+
+import dataclasses
+import functools
+import hashlib
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+from small import DENSE, JTOK_M, MOE, training
+
+from jtok_jax import flops
+from jtok_jax.config import (
+    Config,
+    EvaluationConfig,
+    TrainConfig,
+    base_config,
+    flatten,
+    from_config_dict,
+    to_dict,
+)
+from jtok_jax.data.loader import open_source
+from jtok_jax.errors import ConfigError
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import _builder
+from jtok_jax.training.step import make_train_step
+
+
+def changed(config: Config, changes: dict[str, object]) -> Config:
+    """`config` with {"train.steps": 3, ...}; goes through the reader and its checks."""
+    values = ml_collections.ConfigDict(to_dict(config))
+    with values.unlocked():
+        for key, value in changes.items():
+            *groups, name = key.split(".")
+            target = functools.reduce(lambda group, part: group[part], groups, values)
+            with target.ignore_type():
+                target[name] = value
+    return from_config_dict(values)
+
+
+def test_base_config_is_the_default_config():
+    assert from_config_dict(base_config()) == Config()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.stps", 3, r"Unknown key 'train.stps'. Did you mean 'steps'\?"),
+        ("model.jtok.kin", "jtok", r"Unknown key 'model.jtok.kin'. Did you mean 'kind'\?"),
+        ("train.steps", "3", "train.steps is '3' .*expected int"),
+        ("train.steps", 3.0, "expected int"),
+        ("train.steps", True, "expected int"),
+        ("optimizer.learning_rate", "fast", "expected float"),
+        ("train.steps", 0, "train.steps is 0; expected at least 1"),
+        ("optimizer.learning_rate", float("nan"), "expected at least 0"),
+        ("model.jtok.kind", "jtok-m", "expected one of none, jtok, jtok_m"),
+        ("model.num_heads", 5, r"model.model_dim \(128\) is not a multiple of model.num_heads"),
+        ("model.num_kv_heads", 3, "not a multiple of model.num_kv_heads"),
+        ("model.head_dim", 7, "needs it even"),
+        ("model.jtok.top_k", 6, r"top_k \(K\) is 6 but model.jtok.num_tables \(n_e\) is 5"),
+        ("model.jtok.layers", "0,9", "the layers are 0 to 3"),
+        ("model.jtok.layers", "some", "expected all, odd, even"),
+        ("model.moe", {**to_dict(Config())["model"]["moe"], "num_experts": 1}, "cannot use more"),
+        ("model.moe", 3, "expected a group of fields"),
+        ("train.grad_accumulation", 3, "not a multiple"),
+        ("schedule.warmup_fraction", 0.9, "expected at most 1"),
+    ],
+)
+def test_wrong_values_are_refused_with_the_reason(key, value, message):
+    start = changed(Config(), {"model.jtok.kind": "jtok"})  # only a used field is looked into
+    with pytest.raises(ConfigError, match=message):
+        changed(start, {key: value})
+
+
+def test_missing_key_is_refused():
+    values = to_dict(Config())
+    del values["train"]["seed"]
+    with pytest.raises(ConfigError, match=r"Missing key 'train.seed'"):
+        from_config_dict(values)
+
+
+# Small runs whose programs are compared, and for each the fields changed on top of it.
+JTOK_M_MOE = Config(
+    model=dataclasses.replace(DENSE, moe=MOE, jtok=dataclasses.replace(JTOK_M, router_bias=True)),
+    train=TrainConfig(batch_size=2, seq_len=8),
+    evaluation=EvaluationConfig(batch_size=2),
+)
+PROGRAM_FIELDS = {
+    "model.vocab_size": 31, "model.model_dim": 16, "model.num_layers": 2, "model.num_heads": 2,
+    "model.num_kv_heads": 4, "model.head_dim": 4, "model.head": "tied", "model.qk_norm": "rms",
+    "model.rope_base": 5e4, "model.norm_eps": 1e-3, "model.init_std": 0.1,
+    "model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16", "model.remat": "full",
+    "model.loss_chunk": 5, "model.moe.num_experts": 4, "model.moe.top_k": 1,
+    "model.moe.expert_dim": 5, "model.moe.shared_dim": 0, "model.moe.renormalize": False,
+    "model.moe.balance_weight": 0.5, "model.moe.router_init_std": 0.1, "model.jtok.kind": "none",
+    "model.jtok.norm": "l2", "model.jtok.eps": 1e-3, "model.jtok.mixture_scale_init": 0.1,
+    "model.jtok.table_init_std": 0.1, "model.jtok.table_dtype": "bfloat16",
+    "model.jtok.layers": "odd", "model.jtok.sharing": "shared", "model.jtok.num_tables": 4,
+    "model.jtok.top_k": 1, "model.jtok.router_input": "post_attention",
+    "model.jtok.router_norm": "own", "model.jtok.router_bias": False,
+    "model.jtok.router_bias_init": -2.0, "model.jtok.router_init_std": 0.1,
+    "model.jtok.balance_weight": 0.5, "model.jtok.balance_probability": "normalized",
+    "optimizer.learning_rate": 1.0, "optimizer.weight_decay": 0.5, "optimizer.b1": 0.5,
+    "optimizer.b2": 0.5, "optimizer.eps": 1e-3, "optimizer.clip_norm": 0.5,
+    "optimizer.tables.learning_rate_multiplier": 2.0, "optimizer.tables.weight_decay": 0.5,
+    "optimizer.tables.b1": 0.5, "optimizer.tables.b2": 0.5, "schedule.kind": "wsd",
+    "schedule.steps": 77, "schedule.warmup_fraction": 0.1, "schedule.final_fraction": 0.5,
+    "train.steps": 500, "train.batch_size": 4, "train.seq_len": 9, "train.grad_accumulation": 2,
+    "train.z_loss": 0.5,
+}  # fmt: skip
+# Fields whose effect needs another starting point.
+ON_TOP = {
+    "model.ffn_dim": (19, {"model.moe.num_experts": 0}),
+    "model.jtok.gate_scale_init": (0.3, {"model.jtok.kind": "jtok"}),
+    "schedule.decay_fraction": (0.5, {"schedule.kind": "wsd"}),
+}
+# Fields with tests of their own elsewhere: what they change is not the program of a step.
+ELSEWHERE = {
+    "model.attention": "test_cudnn_is_obeyed_or_refused",
+    "train.seed": "test_seed_changes_values_and_batches",
+    "train.max_bad_steps": "test_train_loop",
+    "train.log_every": "test_train_loop",
+    "checkpoint.every": "test_train_loop",
+    "checkpoint.keep": "test_train_loop",
+    "evaluation.every": "test_train_loop",
+    "evaluation.batch_size": "test_data",
+    "data.source": "test_data",
+    "data.path": "test_data",
+    "data.read_threads": "test_data",
+    "data.prefetch": "test_data",
+    "data.verify": "test_data",
+    "mesh.data": "test_mesh",
+    "mesh.fsdp": "test_mesh",
+    "logging.tensorboard": "test_train_loop",
+}
+
+
+@functools.cache
+def program(config: Config) -> str:
+    """Digest of the lowered initialisation and training step."""
+    optimizer = make_optimizer(config, _names(config))
+    build = _builder(config, optimizer)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(build, key)
+    shape = (config.train.batch_size, config.train.seq_len)
+    ids = jax.ShapeDtypeStruct(shape, np.int32)
+    step = jax.jit(make_train_step(config, optimizer)).lower(state, ids, ids).as_text()
+    return hashlib.sha256((jax.jit(build).lower(key).as_text() + step).encode()).hexdigest()
+
+
+def _names(config: Config) -> list[str]:
+    return list(flops.parameter_axes(config.model))
+
+
+def test_every_field_is_listed():
+    listed = PROGRAM_FIELDS.keys() | ON_TOP.keys() | ELSEWHERE.keys()
+    assert flatten(to_dict(Config())).keys() == listed
+
+
+@pytest.mark.parametrize("key", PROGRAM_FIELDS)
+def test_field_changes_the_program(key):
+    assert program(changed(JTOK_M_MOE, {key: PROGRAM_FIELDS[key]})) != program(JTOK_M_MOE)
+
+
+@pytest.mark.parametrize("key", ON_TOP)
+def test_field_changes_the_program_where_it_is_read(key):
+    value, start = ON_TOP[key]
+    base = changed(JTOK_M_MOE, start)
+    assert program(changed(base, {key: value})) != program(base)
+
+
+def test_cudnn_is_obeyed_or_refused():
+    """An explicit implementation is never replaced in silence; here there is no GPU."""
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        program(changed(JTOK_M_MOE, {"model.attention": "cudnn"}))
+    assert program(changed(JTOK_M_MOE, {"model.attention": "xla"})) == program(JTOK_M_MOE)
+
+
+def test_seed_changes_values_and_batches():
+    start = changed(JTOK_M_MOE, {"data.source": "synthetic"})
+    other = changed(start, {"train.seed": 1})
+    batches = [open_source(config).sequences(1) for config in (start, other)]
+    assert np.any(batches[0] != batches[1])
+    values = [_first_values(config) for config in (start, other)]
+    assert np.any(values[0] != values[1])
+
+
+def _first_values(config: Config) -> np.ndarray:
+    return np.asarray(training(config)[0].params["embed"])

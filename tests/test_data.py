@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""From files to batches: formats, splits, windows, the order of batches, and what is refused."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import lzma
+import pathlib
+import shutil
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from small import DENSE, small_recipe, write_documents
+
+from jtok_jax.config import Config, DataConfig, EvaluationConfig, TrainConfig
+from jtok_jax.data import corpus, manifest, tokenizer
+from jtok_jax.data.loader import make_batch, open_source, train_batches
+from jtok_jax.data.windows import Windows, WindowWriter
+from jtok_jax.errors import DataError
+from jtok_jax.prepare import main as prepare_main
+from jtok_jax.prepare import prepare
+
+replace = dataclasses.replace
+ZSTD = pyarrow.Codec("zstd")
+
+
+def run_config(folder: pathlib.Path, **changes) -> Config:
+    return Config(
+        model=replace(DENSE, vocab_size=300),
+        train=TrainConfig(**{"batch_size": 4, "seq_len": 16, "steps": 30} | changes),
+        data=DataConfig(path=str(folder)),
+        evaluation=EvaluationConfig(batch_size=3),
+    )
+
+
+def copy_of(corpus_folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return shutil.copytree(corpus_folder, tmp_path / "copy")
+
+
+def texts(pattern: str, skipped=None) -> list[str]:
+    return [d.text for d in corpus.read_documents(corpus.find_files(pattern), skipped=skipped)]
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    documents = ["first\nline", "zw\u00f6lf \U0001f600", "a" * 3000]
+    lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in documents).encode()
+    writers = {
+        "a.jsonl": lines,
+        "b.jsonl.gz": gzip.compress(lines),
+        "c.jsonl.xz": lzma.compress(lines),
+        "d.jsonl.zst": ZSTD.compress(lines, asbytes=True),
+    }
+    for name, content in writers.items():
+        (tmp_path / name).write_bytes(content)
+        assert texts(str(tmp_path / name)) == documents
+    table = pyarrow.table({"text": documents, "other": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, tmp_path / "e.parquet")
+    assert texts(str(tmp_path / "e.parquet")) == documents
+    for index, text in enumerate(documents):
+        (tmp_path / f"{index}.md").write_text(text)
+    assert texts(str(tmp_path / "*.md")) == documents
+    (tmp_path / "z.txt.gz").write_bytes(gzip.compress(documents[1].encode()))
+    assert texts(str(tmp_path / "z.txt.gz")) == [documents[1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "empty document"),
+        ("bad.txt", b"abc\xff", r"invalid UTF-8 at byte 3 \(0xff\)"),
+        ("empty.jsonl", b"", "empty document"),
+        ("blank.jsonl", b'{"text": ""}\n', "blank.jsonl:1: empty document"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl:2: invalid UTF-8"),
+        ("lone.jsonl", b'{"text": "\\ud800"}\n', "lone surrogate"),
+    ],
+)
+def test_bad_text_is_refused_or_counted(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        texts(str(path))
+    assert "--on-bad-text=skip" in str(caught.value)
+    skipped = corpus.Skipped()
+    texts(str(path), skipped)
+    assert sum(skipped.counts.values()) == 1
+    assert name in skipped.describe()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 500)[:-20], "interrupted copy"),
+        ("cut.jsonl.xz", lzma.compress(b'{"text": "abc"}\n' * 500)[:-20], "interrupted copy"),
+        (
+            "cut.jsonl.zst",
+            ZSTD.compress(b'{"text": "abc"}\n' * 500, asbytes=True)[:-9],
+            "interrupted copy",
+        ),
+        ("not.jsonl", b"hello\n", "not.jsonl:1: not JSON"),
+        ("other.jsonl", b'{"content": "x"}\n', 'no string under "text"'),
+        ("list.jsonl", b"[1]\n", 'no string under "text"'),
+        ("not.parquet", b"hello", "cannot be read to its end"),
+    ],
+)
+def test_damaged_files_are_refused_even_when_skipping_bad_text(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts(str(tmp_path / name), corpus.Skipped())
+
+
+def test_parquet_without_text_and_patterns_without_files_are_refused(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"no column \"text\"; it has \['body'\]"):
+        texts(str(tmp_path / "x.parquet"))
+    with pytest.raises(DataError, match="No file matches"):
+        texts(str(tmp_path / "*.none"))
+
+
+def test_embedded_corpus_is_the_standard_library():
+    files = corpus.find_files(corpus.STDLIB)
+    assert len(files) > 500
+    assert any(path.name == "dataclasses.py" for path in files)
+    assert not any("site-packages" in path.parts for path in files)
+
+
+# --------------------------------------------------------------------------- preparing
+
+
+def test_windows_cover_every_token_once(tmp_path):
+    """Concatenated, the targets of a split are its documents, each with an end token."""
+    documents = [list(range(1, 1 + length)) for length in (3, 11, 1, 25, 7)]
+    stream = np.concatenate([[*ids, 0] for ids in documents])
+    for pad_tail in (True, False):
+        folder = tmp_path / str(pad_tail)
+        folder.mkdir()
+        writer = WindowWriter(folder, "valid", seq_len=8, dtype="uint16", end_id=0)
+        for ids in documents:
+            writer.add(ids, text_bytes=len(ids))
+        split = writer.close(pad_tail=pad_tail)
+        whole = manifest.Manifest(1, 8, "uint16", 99, 0, "", "", split, split, {}, {})
+        for seq_len in (8, 4, 2):
+            windows = Windows(folder, whole, "valid", seq_len=seq_len)
+            sequences = [windows[index] for index in range(len(windows))]
+            targets = np.concatenate([ids[1:] for ids in sequences])
+            np.testing.assert_array_equal(targets[: split.targets], stream[: split.targets])
+            inputs = np.concatenate([ids[:-1] for ids in sequences])
+            np.testing.assert_array_equal(inputs[1 : split.targets], stream[: split.targets - 1])
+            assert inputs[0] == 0
+        assert split.targets == (52 if pad_tail else 48)
+        assert split.dropped_ids == (0 if pad_tail else 4)
+        assert (split.documents, split.text_bytes) == (5, 47)
+
+
+def test_shards_rotate_and_locate(tmp_path, monkeypatch):
+    monkeypatch.setattr("jtok_jax.data.windows.SHARD_BYTES", 60)
+    writer = WindowWriter(tmp_path, "train", seq_len=8, dtype="uint16", end_id=0)
+    writer.add(list(range(1, 82)), text_bytes=81)
+    split = writer.close(pad_tail=False)
+    assert [shard.windows for shard in split.shards] == [3, 3, 3, 1]
+    whole = manifest.Manifest(1, 8, "uint16", 99, 0, "", "", split, split, {}, {})
+    windows = Windows(tmp_path, whole, "train", seq_len=4)
+    np.testing.assert_array_equal(windows[7], [28, 29, 30, 31, 32])
+    assert windows.locate(7) == "train-00001.array_record record 0 from position 4"
+
+
+def test_prepare_holds_out_whole_documents_and_counts_bytes(tmp_path):
+    write_documents(tmp_path)
+    result = prepare(small_recipe(tmp_path), tmp_path / "out")
+    files = sorted(tmp_path.glob("*.txt"))
+    held = [
+        text
+        for text in (path.read_text() for path in files)
+        if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < 0.2 * 2**64
+    ]
+    assert result.valid.documents == len(held)
+    assert result.train.documents == len(files) - len(held)
+    assert result.valid.text_bytes == sum(len(text.encode()) for text in held)
+    encoder = tokenizer.load_tokenizer(tmp_path / "out" / "tokenizer.json")
+    ids = [[*encoder.encode(text).ids, result.end_id] for text in held]
+    windows = Windows(tmp_path / "out", result, "valid", seq_len=64)
+    targets = np.concatenate([windows[index][1:] for index in range(len(windows))])
+    np.testing.assert_array_equal(targets[: result.valid.targets], np.concatenate(ids))
+    assert encoder.decode(targets[: len(ids[0]) - 1].tolist()) == held[0]
+    assert manifest.read_manifest(tmp_path / "out") == result
+
+
+def test_prepare_again_does_nothing_and_other_options_are_refused(tmp_path, capsys):
+    write_documents(tmp_path)
+    recipe = small_recipe(tmp_path)
+    first = prepare(recipe, tmp_path / "out")
+    before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
+    assert prepare(recipe, tmp_path / "out") == first
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(DataError, match="seq_len: 64, now 32"):
+        prepare(replace(recipe, seq_len=32), tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_interrupted_prepare_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    write_documents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("jtok_jax.data.manifest.write_manifest", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(small_recipe(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    prepare(small_recipe(tmp_path), tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_given_tokenizer_and_validation_files(tmp_path):
+    write_documents(tmp_path)
+    first = prepare(small_recipe(tmp_path), tmp_path / "a")
+    again = small_recipe(
+        tmp_path,
+        tokenizer=str(tmp_path / "a" / "tokenizer.json"),
+        valid_input=str(tmp_path / "00*.txt"),
+    )
+    second = prepare(again, tmp_path / "b")
+    assert second.tokenizer_sha256 == first.tokenizer_sha256
+    assert (second.train.documents, second.valid.documents) == (40, 10)
+    with pytest.raises(DataError, match=r"no token '</s>'"):
+        prepare(replace(again, end_token="</s>"), tmp_path / "c")
+    with pytest.raises(DataError, match=r"not a readable tokenizer\.json"):
+        prepare(replace(again, tokenizer=str(tmp_path / "000.txt")), tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"valid_fraction": 0.0}, "valid split has 0 documents"),
+        ({"valid_fraction": 1.0}, "train split has 0 documents"),
+        ({"seq_len": 100_000}, "no window of 100000 tokens"),
+        ({"vocab_size": 100}, "too small"),
+    ],
+)
+def test_impossible_recipes_are_refused(tmp_path, changes, message):
+    write_documents(tmp_path)
+    with pytest.raises(DataError, match=message):
+        prepare(small_recipe(tmp_path, **changes), tmp_path / "out")
+
+
+def test_prepare_command_line(tmp_path, capsys):
+    write_documents(tmp_path)
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    arguments = [f"--input={tmp_path}/*.txt", f"--output={tmp_path}/out", "--vocab_size=300"]
+    arguments += ["--valid_fraction=0.2", "--seq_len=64"]
+    with pytest.raises(SystemExit) as stop:
+        prepare_main(arguments)
+    assert stop.value.code == 5
+    assert "DataError" in capsys.readouterr().err
+    prepare_main([*arguments, "--on-bad-text=skip"])
+    out = capsys.readouterr().out
+    assert "skipped 1 (not UTF-8)" in out
+    assert "vocabulary 300, windows of 64 tokens" in out
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["skipped"] == {
+        "not UTF-8": 1
+    }
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(corpus):
+    config = run_config(corpus)
+    straight = list(train_batches(open_source(config), config, first_step=1))
+    assert len(straight) == 30
+    for threads, first in ((1, 7), (3, 30)):
+        data = replace(config.data, read_threads=threads, prefetch=threads)
+        other = replace(config, data=data)
+        resumed = list(train_batches(open_source(other), other, first_step=first))
+        assert [b.hash for b in resumed] == [b.hash for b in straight[first - 1 :]]
+    assert len({batch.hash for batch in straight}) == 30
+    reseeded = replace(config, train=replace(config.train, seed=1))
+    assert open_source(reseeded).sequences(1).tolist() != straight[0].ids_BT.tolist()
+    np.testing.assert_array_equal(straight[0].ids_BT[:, 1:], straight[0].targets_BT[:, :-1])
+
+
+def test_an_epoch_reads_every_sequence_once(corpus):
+    config = run_config(corpus, batch_size=1)
+    source = open_source(config)
+    windows = Windows(corpus, source.manifest, "train", seq_len=16)
+    wanted = sorted(windows[index].tobytes() for index in range(len(windows)))
+    epochs = [
+        [
+            source.sequences(epoch * len(windows) + step + 1).tobytes()
+            for step in range(len(windows))
+        ]
+        for epoch in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == wanted
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("source", ["prepared", "synthetic"])
+def test_validation_weighs_every_target_once(corpus, source):
+    config = run_config(corpus)
+    config = replace(config, data=replace(config.data, source=source))
+    opened = open_source(config)
+    batches = list(opened.valid_batches())
+    assert {batch.ids_BT.shape for batch in batches} == {(3, 16)}
+    total = sum(batch.weights_BT.sum() for batch in batches)
+    if source == "prepared":
+        assert total == opened.manifest.valid.targets
+        whole = Windows(corpus, opened.manifest, "valid", seq_len=64)
+        stream = np.concatenate([whole[index][1:] for index in range(len(whole))])
+        kept = np.concatenate([b.targets_BT[b.weights_BT > 0] for b in batches])
+        np.testing.assert_array_equal(kept, stream[: len(kept)])
+    else:
+        assert total == opened.valid_bytes == 4 * 3 * 16
+
+
+def test_changing_any_token_changes_the_hash():
+    ids = np.arange(20, dtype=np.int32).reshape(2, 10)
+    other = ids.copy()
+    other[1, 9] += 1
+    assert make_batch(ids).hash == make_batch(ids.copy()).hash != make_batch(other).hash
+
+
+# --------------------------------------------------------------------------- refused
+
+
+def test_token_ids_outside_the_vocabulary_are_refused_with_their_place(tmp_path, corpus):
+    folder = copy_of(corpus, tmp_path)
+    found = manifest.read_manifest(folder)
+    # A manifest that claims a small vocabulary: the ids themselves are checked all the same.
+    manifest.write_manifest(folder, replace(found, vocab_size=20))
+    config = run_config(folder)
+    small = replace(config, model=replace(config.model, vocab_size=200))
+    source = open_source(small)
+    message = r"Token id 2\d\d outside \[0, 200\) in train-00000.array_record record \d+ from"
+    with pytest.raises(DataError, match=message):
+        [source.sequences(step) for step in range(1, 31)]
+    with pytest.raises(DataError, match="outside"):
+        list(train_batches(source, small, first_step=1))
+
+
+def test_tokenizer_larger_than_the_vocabulary_is_refused(corpus):
+    config = run_config(corpus)
+    with pytest.raises(DataError, match=r"has 300 entries, model\.vocab_size is 299"):
+        open_source(replace(config, model=replace(config.model, vocab_size=299)))
+
+
+def _append_to_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text() + " ")
+
+
+def _truncate(folder):
+    path = next(folder.glob("train*"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(folder):
+    path = next(folder.glob("train*"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _lead_outside(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"train-', '"../train-'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_append_to_tokenizer, "not the tokenizer the shards were written with"),
+        (_truncate, r"train-00000.array_record ends at byte [\d,]+, the manifest says"),
+        (_flip, "does not have the SHA-256"),
+        (lambda folder: next(folder.glob("valid*")).unlink(), "is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "holds no prepared corpus"),
+        (lambda folder: (folder / "manifest.json").write_text("{}"), "is damaged"),
+        (_lead_outside, "leaves the folder"),
+    ],
+)
+def test_damaged_corpora_are_refused(tmp_path, corpus, damage, message):
+    folder = copy_of(corpus, tmp_path)
+    damage(folder)
+    with pytest.raises(DataError, match=message):
+        open_source(run_config(folder))
+
+
+def test_with_sizes_alone_damage_is_still_found_when_read(tmp_path, corpus):
+    folder = copy_of(corpus, tmp_path)
+    _flip(folder)
+    config = run_config(folder)
+    config = replace(config, data=replace(config.data, verify="size"))
+    with pytest.raises(DataError, match=r"A shard in .* is damaged"):
+        [open_source(config).sequences(step) for step in range(1, 31)]
+
+
+def test_length_that_does_not_divide_and_missing_path_are_refused(corpus):
+    with pytest.raises(DataError, match="windows of 64"):
+        open_source(run_config(corpus, seq_len=48))
+    with pytest.raises(DataError, match=r"data.path is empty"):
+        open_source(run_config(""))

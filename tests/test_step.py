@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The training step: bad numbers, accumulation, remat, optimizer groups, schedules; the loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tolerances
+from small import KINDS, random_ids, small_config, training
+
+from jtok_jax.config import OptimizerConfig, ScheduleConfig, TableOptimizerConfig
+from jtok_jax.model.loss import cross_entropy
+from jtok_jax.training.optimizer import group, schedule
+
+replace = dataclasses.replace
+JTOK_M = KINDS["dense-jtok_m"]
+
+
+def _leaves_equal(a, b) -> bool:
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["dense", "dense-jtok_m"])
+def test_a_bad_step_changes_nothing_but_counters(name):
+    """A step with a NaN loss, then a good one: equal to the good one alone."""
+    config = small_config(KINDS[name])
+    state, step, _ = training(config)
+    bad_id, ids = 7, random_ids(config.model, 4, 16)
+    good = jnp.where(ids == bad_id, bad_id + 1, ids)
+    bad = good.at[1, 3].set(bad_id)
+    poisoned = state._replace(
+        params=state.params | {"embed": state.params["embed"].at[bad_id].set(jnp.nan)}
+    )
+    after_bad, metrics = step(poisoned, bad, bad)
+    assert not np.isfinite(metrics.loss)
+    assert _leaves_equal(after_bad.opt_state, poisoned.opt_state)
+    np.testing.assert_array_equal(
+        after_bad.params["embed"][:bad_id], poisoned.params["embed"][:bad_id]
+    )
+    assert (after_bad.step, after_bad.bad_steps, after_bad.bad_in_row) == (1, 1, 1)
+    again, metrics = step(after_bad, bad, bad)
+    assert (again.bad_steps, again.bad_in_row) == (2, 2)
+    healed = again._replace(params=again.params | {"embed": state.params["embed"]})
+    after_good, metrics = step(healed, good, good)
+    alone, metrics_alone = step(state, good, good)
+    assert _leaves_equal(after_good.params, alone.params)
+    assert _leaves_equal(after_good.opt_state, alone.opt_state)
+    assert metrics.learning_rate == metrics_alone.learning_rate
+    assert (after_good.bad_steps, after_good.bad_in_row) == (2, 0)
+
+
+@pytest.mark.parametrize("name", ["dense-jtok", "dense-jtok_m"])
+def test_accumulation_gives_the_same_step(name):
+    """Without balance losses, which are those of a microbatch."""
+    model = replace(KINDS[name], jtok=replace(KINDS[name].jtok, balance_weight=0.0))
+    ids = random_ids(model, 4, 16)
+    states = []
+    for count in (1, 4):
+        state, step, _ = training(small_config(model, grad_accumulation=count))
+        states.append(step(state, ids, ids)[0])
+    for key, value in states[0].params.items():
+        np.testing.assert_allclose(value, states[1].params[key], rtol=1e-3, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_memory_not_numbers(remat):
+    ids = random_ids(JTOK_M, 4, 16)
+    state, step, _ = training(small_config(JTOK_M))
+    _, rematted, _ = training(small_config(replace(JTOK_M, remat=remat)))
+    (plain, _), (other, _) = step(state, ids, ids), rematted(state, ids, ids)
+    for key, value in plain.params.items():
+        np.testing.assert_allclose(value, other.params[key], rtol=1e-3, atol=1e-5, err_msg=key)
+
+
+def test_optimizer_groups_are_adamw_with_their_own_settings():
+    """First step by hand: Adam moves every entry by its rate, decay pulls matrices and tables."""
+    tables = TableOptimizerConfig(learning_rate_multiplier=3.0, weight_decay=0.5)
+    config = replace(
+        small_config(JTOK_M),
+        optimizer=OptimizerConfig(
+            learning_rate=0.01, weight_decay=0.2, clip_norm=0.0, eps=0.0, tables=tables
+        ),
+        schedule=ScheduleConfig(kind="constant", warmup_fraction=0.0),
+    )
+    state, _, optimizer = training(config)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
+    for name, update in updates.items():
+        rate, decay = {"matrices": (0.01, 0.2), "vectors": (0.01, 0.0), "tables": (0.03, 0.5)}[
+            group(name)
+        ]
+        expected = -rate * (1 + decay * state.params[name])
+        np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-7, err_msg=name)
+    groups = {name: group(name) for name in state.params}
+    assert groups["tables"] == "tables"
+    assert groups["blocks/jtok/scale"] == groups["blocks/attention/norm"] == "vectors"
+    assert groups["blocks/jtok/router"] == groups["embed"] == groups["head"] == "matrices"
+
+
+def test_clipping_counts_table_gradients():
+    config = replace(
+        small_config(JTOK_M),
+        optimizer=OptimizerConfig(learning_rate=1.0, clip_norm=1.0),
+    )
+    state, _, optimizer = training(config)
+    grads = jax.tree.map(jnp.zeros_like, state.params)
+    grads = grads | {"tables": grads["tables"] + 5.0, "final_norm": grads["final_norm"] + 1.0}
+    clipped, _ = optax.clip_by_global_norm(1.0).update(grads, ())
+    _, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    moments = {
+        path[-1].key: leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
+        if "mu" in jax.tree_util.keystr(path)
+    }
+    np.testing.assert_allclose(moments["final_norm"], 0.1 * clipped["final_norm"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "constant"])
+def test_schedule_shape(kind):
+    options = ScheduleConfig(kind=kind, warmup_fraction=0.1, decay_fraction=0.2, final_fraction=0.1)
+    config = replace(small_config(JTOK_M, steps=100), schedule=options)
+    rates = np.array([schedule(config)(step) for step in range(100)]) / 3e-3
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-5)
+    assert np.all(rates <= 1 + 1e-6)
+    if kind == "constant":
+        np.testing.assert_allclose(rates[10:], 1.0, rtol=1e-6)
+    if kind == "wsd":
+        np.testing.assert_allclose(rates[10:80], 1.0, rtol=1e-6)
+        np.testing.assert_allclose(rates[90], 0.55, rtol=1e-5)
+    if kind == "cosine":
+        np.testing.assert_allclose(rates[55], 0.55, rtol=1e-5)
+    if kind != "constant":
+        assert rates[99] < 0.16
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_chunked_loss_equals_the_whole(chunk):
+    rng = np.random.default_rng(0)
+    hidden, head = rng.standard_normal((2, 11, 5)), rng.standard_normal((5, 13))
+    targets, weights = rng.integers(0, 13, (2, 11)), rng.integers(0, 2, (2, 11))
+
+    def loss(hidden, head, chunk):
+        sums = cross_entropy(hidden, head, targets, jnp.float32(weights), chunk=chunk)
+        return sums.nats + 0.1 * sums.z, sums
+
+    arguments = jnp.float32(hidden), jnp.float32(head)
+    grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    (whole, sums), (chunked, chunked_sums) = grad(*arguments, 0), grad(*arguments, chunk)
+    logits = hidden @ head
+    lse = np.log(np.exp(logits).sum(-1))
+    nats = (weights * (lse - np.take_along_axis(logits, targets[..., None], -1)[..., 0])).sum()
+    np.testing.assert_allclose(sums.nats, nats, **tolerances.FORWARD["float32"])
+    for a, b in zip((*whole, *sums), (*chunked, *chunked_sums), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_chunked_loss_never_holds_all_logits():
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 256, 32), (32, 8192))]
+    targets = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+    def temporaries(chunk):
+        def loss(hidden, head, targets):
+            ones = jnp.ones(targets.shape)
+            return cross_entropy(hidden, head, targets, ones, chunk=chunk).nats
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * 256 * 8192 * 4
+    assert temporaries(0) >= logits
+    assert temporaries(64) < logits / 4

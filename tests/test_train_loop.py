@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""train.py in this process: what it writes, what it refuses, and the tools that read its output."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import KINDS
+from test_config import changed
+from test_data import run_config
+
+import train as train_module
+from jtok_jax.data import manifest
+from jtok_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    WorkdirError,
+)
+from jtok_jax.evaluate import main as evaluate_main
+from jtok_jax.generate import main as generate_main
+from jtok_jax.training.checkpoint import load_params
+from jtok_jax.training.guards import WorkdirLock
+
+train = train_module.train
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    """Eleven steps of a JTok-M model; saves at 4, 8, 11; evaluates at 0, 5, 10, 11."""
+    model = dataclasses.replace(KINDS["dense-jtok_m"], vocab_size=300)
+    start = dataclasses.replace(run_config(corpus, steps=11), model=model)
+    changes = {"checkpoint.every": 4, "evaluation.every": 5, "train.log_every": 3}
+    return changed(start, changes)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """Workdir of a finished run; tests copy it before they change anything."""
+    workdir = tmp_path_factory.mktemp("finished")
+    train(config, workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def records(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_have_every_step_once_with_the_promised_names(finished):
+    found = records(finished)
+    assert [record["step"] for record in found] == list(range(12))
+    for record in found[1:]:
+        assert {"loss", "tokens_per_second", "batch_hash"} <= record.keys()
+    evaluated = [record["step"] for record in found if "val_loss" in record]
+    assert evaluated == [0, 5, 10, 11]
+    assert all("val_bpb" in found[step] for step in evaluated)
+    health = {"hidden_std", "row_norm", "gate_size", "router_entropy", "router_load"}
+    with_health = [record["step"] for record in found if health <= record.keys()]
+    assert with_health == [3, 5, 6, 9, 10, 11]
+    assert np.shape(found[3]["router_load"]) == (3, 5)
+    np.testing.assert_allclose(np.sum(found[3]["router_load"], axis=1), 1.0, rtol=1e-5)
+    assert found[11]["loss"] < found[1]["loss"]
+
+
+def test_checkpoints_are_kept_as_configured(finished):
+    steps = sorted(int(path.name) for path in (finished / "checkpoints").iterdir())
+    assert steps == [8, 11]
+
+
+def test_console_shows_counts_progress_and_validation(config, tmp_path, capsys):
+    train(changed(config, {"train.steps": 4, "checkpoint.keep": 1}), tmp_path)
+    out = capsys.readouterr().out
+    for name in ("backbone", "tables", "total", "active", "optimizer", "FLOPs"):
+        assert re.search(rf"^ *{name} +[\d,]+ ", out, re.MULTILINE), name
+    line = r"step 3/4  loss \d\.\d+  [\d,]+ tokens/s  MFU n/a  \d+ ms/step  data wait \d+ ms  \d+m"
+    assert re.search(line, out), out
+    assert re.search(r"step 4: validation loss \d\.\d+ nats/token, \d\.\d+ bits/byte", out)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_no_program_is_compiled_after_the_first_step(config, tmp_path):
+    counts = []
+    listener = lambda name, *_, **__: counts.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    totals = []
+    for steps in (3, 9):
+        jax.clear_caches()
+        before = len(counts)
+        train(changed(config, {"train.steps": steps}), tmp_path / str(steps))
+        totals.append(len(counts) - before)
+    assert totals[0] == totals[1] > 0
+
+
+def test_a_finished_run_does_nothing_more(config, workdir, capsys):
+    before = (workdir / "metrics.jsonl").read_text()
+    train(config, workdir)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_going_on_from_an_earlier_checkpoint_repeats_the_same_numbers(config, finished, workdir):
+    shutil.rmtree(workdir / "checkpoints" / "11")
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')  # as a killed process leaves it
+    train(config, workdir)
+    for old, new in zip(records(finished), records(workdir), strict=True):
+        for key in ("step", "loss", "batch_hash", "val_loss", "val_bpb", "grad_norm"):
+            assert old.get(key) == new.get(key), key
+    old, new = load_params(finished).params, load_params(workdir).params
+    for name, value in old.items():
+        np.testing.assert_array_equal(value, new[name], err_msg=name)
+
+
+def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
+    """Parameters that turn NaN after step 5 (as by a fault): K bad steps, then exit 6, no save."""
+    real = train_module.make_train_step
+
+    def faulty(config, optimizer):
+        step = real(config, optimizer)
+
+        def wrapped(state, ids, targets):
+            state, metrics = step(state, ids, targets)
+            factor = jnp.where(state.step == 5, jnp.nan, 1.0)
+            params = state.params | {"final_norm": state.params["final_norm"] * factor}
+            return state._replace(params=params), metrics
+
+        return wrapped
+
+    monkeypatch.setattr(train_module, "make_train_step", faulty)
+    changes = {"train.max_bad_steps": 3, "checkpoint.every": 4, "train.steps": 20}
+    with pytest.raises(NonFiniteError, match=r"Steps 6 to 8: .* last checkpoint: 4"):
+        train(changed(config, changes), tmp_path)
+    assert NonFiniteError.exit_code == 6
+    found = records(tmp_path)
+    assert [r["step"] for r in found if r.get("bad_in_row")] == [6, 7, 8]
+    assert all(found[step]["loss"] is None for step in (6, 7, 8))
+    assert np.all(np.isfinite(load_params(tmp_path).params["final_norm"]))
+
+
+def test_parameters_that_overflow_are_never_saved(config, tmp_path):
+    """Loss and gradients stay finite here: the norms hide a huge embedding."""
+    changes = {"optimizer.learning_rate": 1e30, "checkpoint.every": 1}
+    with pytest.raises(NonFiniteError):
+        train(changed(config, changes), tmp_path)
+    params = load_params(tmp_path).params
+    assert all(np.all(np.isfinite(value)) for value in params.values())
+
+
+# --------------------------------------------------------------------------- refused
+
+
+def test_a_second_trainer_is_refused_before_it_touches_anything(config, workdir):
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    with WorkdirLock(workdir):
+        locked = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+        with pytest.raises(WorkdirError, match=r"in use by a trainer with pid \d+ on"):
+            train(config, workdir)
+        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == locked
+    assert before.keys() == locked.keys()
+    train(config, workdir)  # the lock went with its holder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.seed": 5}, "train.seed: 0 in the run, 5 now"),
+        ({"model.jtok.top_k": 1}, "model.jtok.top_k: 2 in the run, 1 now"),
+        ({"train.steps": 22}, "pass --config.schedule.steps=11"),
+    ],
+)
+def test_a_workdir_of_another_configuration_is_refused(config, workdir, changes, message):
+    before = (workdir / "metrics.jsonl").read_text(), (workdir / "config.json").read_text()
+    with pytest.raises(ConfigError, match=message):
+        train(changed(config, changes), workdir)
+    after = (workdir / "metrics.jsonl").read_text(), (workdir / "config.json").read_text()
+    assert before == after
+
+
+def test_training_longer_on_the_same_schedule_is_allowed(config, workdir):
+    longer = {"train.steps": 13, "schedule.steps": 11, "evaluation.every": 100}
+    train(changed(config, longer), workdir)
+    assert [record["step"] for record in records(workdir)] == list(range(14))
+
+
+def test_changed_data_is_refused_with_a_diff(config, workdir, tmp_path, corpus):
+    other = shutil.copytree(corpus, tmp_path / "other")
+    found = manifest.read_manifest(other)
+    valid = dataclasses.replace(found.valid, targets=found.valid.targets - 1)
+    manifest.write_manifest(other, dataclasses.replace(found, valid=valid))
+    with pytest.raises(DataError, match=r"valid: [0-9a-f]{32} in the run, [0-9a-f]{32} now"):
+        train(changed(config, {"data.path": str(other), "train.steps": 11}), workdir)
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    train(changed(config, {"data.path": str(moved)}), workdir)  # the same data elsewhere is fine
+
+
+def test_a_checkpoint_with_other_leaves_is_refused(config, workdir):
+    """As after a change of the code: the metadata of the configuration still agrees."""
+    path = workdir / "checkpoints" / "11" / "_CHECKPOINT_METADATA"
+    saved = json.loads(path.read_text())
+    text = json.dumps(saved).replace('"num_tables": 5', '"num_tables": 4')
+    path.write_text(text)
+    (workdir / "config.json").unlink()
+    smaller = changed(config, {"model.jtok.num_tables": 4, "train.steps": 12, "schedule.steps": 11})
+    message = r"params/tables: saved float32\(3, 5, 300, 12\), configuration gives .*3, 4, 300, 12"
+    with pytest.raises(CheckpointError, match=message):
+        train(smaller, workdir)
+
+
+@pytest.mark.parametrize(
+    "name", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/_METADATA"]
+)
+def test_a_damaged_checkpoint_is_refused_by_name(config, workdir, name):
+    (workdir / "checkpoints" / "11" / name).write_text("damaged")
+    with pytest.raises(CheckpointError, match="11"):
+        load_params(workdir)
+    with pytest.raises(CheckpointError, match="11"):
+        train(changed(config, {"train.steps": 12, "schedule.steps": 11}), workdir)
+
+
+def test_workdirs_without_checkpoints_are_refused_by_the_tools(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate_main([f"--workdir={tmp_path}"])
+    assert stop.value.code == 4
+    assert "holds no checkpoints folder" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------- tools
+
+
+def test_evaluate_repeats_the_validation_of_the_last_step(finished, capsys):
+    evaluate_main([f"--workdir={finished}"])
+    last = records(finished)[-1]
+    expected = f"loss {last['val_loss']:.6f} nats/token, {last['val_bpb']:.6f} bits/byte"
+    assert expected in capsys.readouterr().out
+
+
+def test_bits_per_byte_are_nats_over_ln2_and_bytes(config, finished, corpus):
+    split = manifest.read_manifest(corpus).valid
+    last = records(finished)[-1]
+    bits = last["val_loss"] * split.targets / np.log(2)
+    np.testing.assert_allclose(last["val_bpb"], bits / split.text_bytes, rtol=1e-6)
+
+
+def test_generate_prints_every_prompt_with_a_continuation(finished, capsys):
+    arguments = [f"--workdir={finished}", "--prompt=abc", "--prompt=", "--tokens=5"]
+    generate_main([*arguments, "--temperature=0"])
+    out = capsys.readouterr().out
+    assert out.count("--- step 11 ---") == 2
+    assert "--- step 11 ---\nabc" in out
+    for bad in ("--tokens=0", "--top_p=0", "--temperature=-1"):
+        with pytest.raises(SystemExit) as stop:
+            generate_main([*arguments, bad])
+        assert stop.value.code == 2
+
+
+def test_tools_refuse_another_tokenizer(finished, tmp_path, corpus, capsys):
+    other = shutil.copytree(corpus, tmp_path / "other")
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    found = manifest.read_manifest(other)
+    digest = manifest.file_sha256(tokenizer)
+    manifest.write_manifest(other, dataclasses.replace(found, tokenizer_sha256=digest))
+    for call in (evaluate_main, lambda a: generate_main([*a, "--prompt=x"])):
+        with pytest.raises(SystemExit) as stop:
+            call([f"--workdir={finished}", f"--data={other}"])
+        assert stop.value.code == 5
+        assert "is not the one the run was trained with" in capsys.readouterr().err
+
+
+def test_tensorboard_files_are_written_if_asked(config, tmp_path):
+    train(changed(config, {"train.steps": 2, "logging.tensorboard": True}), tmp_path)
+    assert list((tmp_path / "tensorboard").iterdir())
