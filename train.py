@@ -61,9 +61,11 @@ def train(config: Config, workdir: pathlib.Path) -> None:
         optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
         shardings = state_shardings(config, optimizer, mesh)
         train_step = jax.jit(
-            make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
+            make_train_step(config, optimizer, mesh),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
         )
-        eval_step = jax.jit(make_eval_step(config.model))
+        eval_step = jax.jit(make_eval_step(config.model, mesh))
 
         # ---------------------------------------------------------------- resume or start
         checkpoints = Checkpoints(workdir, config, data=source.fingerprint)

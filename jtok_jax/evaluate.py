@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
             require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)
         mesh = make_mesh(config.mesh)
         params = jax.device_put(saved.params, replicated(mesh))
-        eval_step = jax.jit(make_eval_step(config.model))
+        eval_step = jax.jit(make_eval_step(config.model, mesh))
         result = evaluate(eval_step, params, source, mesh)
         print(
             f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "

@@ -54,9 +54,14 @@ def check_batch(mesh: Mesh, name: str, size: int) -> None:
         )
 
 
+def split_batch(mesh: Mesh) -> NamedSharding:
+    """First axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(MESH_AXES["B"]))
+
+
 def put_batch(mesh: Mesh, array: np.ndarray) -> jax.Array:
     """The batch on the devices, split along its first axis."""
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(MESH_AXES["B"])))
+    return jax.device_put(array, split_batch(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

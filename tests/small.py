@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jtok_jax import flops
-from jtok_jax.config import Config, JtokConfig, ModelConfig, MoeConfig, TrainConfig
+from jtok_jax.config import Config, JtokConfig, MeshConfig, ModelConfig, MoeConfig, TrainConfig
 from jtok_jax.mesh import make_mesh
 from jtok_jax.model.params import init_params
 from jtok_jax.prepare import Recipe, prepare
@@ -67,8 +67,13 @@ def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
 def training(config: Config):
     """(state, jitted step, optimizer) of a run on one device; nothing is donated."""
     optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
-    state = init_state(config, optimizer, make_mesh(config.mesh))
-    return state, jax.jit(make_train_step(config, optimizer)), optimizer
+    mesh = one_device()
+    state = init_state(config, optimizer, mesh)
+    return state, jax.jit(make_train_step(config, optimizer, mesh)), optimizer
+
+
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig())
 
 
 def small_config(model: ModelConfig, **train) -> Config:

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
-from small import DENSE, JTOK_M, MOE, training
+from small import DENSE, JTOK_M, MOE, one_device, training
 
 from jtok_jax import flops
 from jtok_jax.config import (
@@ -147,7 +147,9 @@ def program(config: Config) -> str:
     state = jax.eval_shape(build, key)
     shape = (config.train.batch_size, config.train.seq_len)
     ids = jax.ShapeDtypeStruct(shape, np.int32)
-    step = jax.jit(make_train_step(config, optimizer)).lower(state, ids, ids).as_text()
+    step = (
+        jax.jit(make_train_step(config, optimizer, one_device())).lower(state, ids, ids).as_text()
+    )
     return hashlib.sha256((jax.jit(build).lower(key).as_text() + step).encode()).hexdigest()
 
 

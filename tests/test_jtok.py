@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import tolerances
-from small import DENSE, JTOK, JTOK_M, KINDS, MOE, random_ids, random_params
+from small import DENSE, JTOK, JTOK_M, KINDS, MOE, one_device, random_ids, random_params
 
 from jtok_jax.config import Config, ModelConfig, TrainConfig
 from jtok_jax.model import jtok
@@ -115,7 +115,8 @@ def test_unvisited_rows_receive_no_gradient_and_shared_tables_add_up():
         model = dataclasses.replace(DENSE, moe=MOE, jtok=settings)
         ids = random_ids(model, 2, 7)
         config = Config(model=model, train=TrainConfig(batch_size=2, seq_len=7))
-        _, grads = _gradients(config, random_params(model), ids, ids, _plan(model, ids))
+        arguments = config, random_params(model), ids, ids, _plan(model, ids), one_device()
+        _, grads = _gradients(*arguments)
         visited = np.isin(np.arange(model.vocab_size), ids)
         norms = np.square(grads["tables"]).sum(axis=(0, 1, 3))
         assert np.all(norms[~visited] == 0)

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import tolerances
-from small import DENSE, JTOK, JTOK_M, KINDS, MOE, random_ids, random_params
+from small import DENSE, JTOK, JTOK_M, KINDS, MOE, one_device, random_ids, random_params
 
 from jtok_jax.config import Config, ModelConfig, TrainConfig
 from jtok_jax.model.params import bind
@@ -99,7 +99,7 @@ def test_gradients_equal_the_oracle(name, accumulation):
     ids, targets = random_ids(model, 2, 5), random_ids(model, 2, 5, seed=1)
     plan = _plan(model, ids)
     losses, grads = jax.jit(
-        lambda params, ids, targets: _gradients(config, params, ids, targets, plan)
+        lambda params, ids, targets: _gradients(config, params, ids, targets, plan, one_device())
     )(params, ids, targets)
     params64, spec = as_float64(params), oracle_spec(model)
     batches = np.split(np.arange(2), accumulation)  # balance losses are those of a microbatch

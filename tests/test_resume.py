@@ -58,15 +58,15 @@ def records(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def final_state(workdir) -> dict[str, np.ndarray]:
+def final_state(workdir, steps: int = STEPS) -> dict[str, np.ndarray]:
     checkpointer = ocp.training.Checkpointer(workdir / "checkpoints")
-    assert checkpointer.latest.step == STEPS
+    assert checkpointer.latest.step == steps
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in checkpointer.metadata(STEPS).metadata.items()
+        for name, leaf in checkpointer.metadata(steps).metadata.items()
     }
-    state = checkpointer.load(STEPS, wanted)
+    state = checkpointer.load(steps, wanted)
     checkpointer.close()
     return jax.tree.map(np.asarray, state)
 

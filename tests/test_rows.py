@@ -11,6 +11,7 @@ import pytest
 import tolerances
 from jtok_kernels import dense_gradient, gather_rows, row_plan
 from jtok_kernels.rows import num_unique
+from small import one_device
 
 from jtok_jax.config import Config, JtokConfig, ModelConfig, TrainConfig
 from jtok_jax.model.params import bind, init_params
@@ -88,7 +89,7 @@ def test_backward_holds_no_table_beside_the_gradient_itself():
         ids = jax.ShapeDtypeStruct((2, 32), jnp.int32)
 
         def gradients(params, ids):
-            return _gradients(config, params, ids, ids, _plan(model, ids))[1]
+            return _gradients(config, params, ids, ids, _plan(model, ids), one_device())[1]
 
         return _temporaries(gradients, params, ids)
 

@@ -127,8 +127,8 @@ def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
     """Parameters that turn NaN after step 5 (as by a fault): K bad steps, then exit 6, no save."""
     real = train_module.make_train_step
 
-    def faulty(config, optimizer):
-        step = real(config, optimizer)
+    def faulty(config, optimizer, mesh):
+        step = real(config, optimizer, mesh)
 
         def wrapped(state, ids, targets):
             state, metrics = step(state, ids, targets)

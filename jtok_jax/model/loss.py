@@ -28,32 +28,33 @@ def cross_entropy(
 
     Args:
         chunk: tokens whose float32 logits [chunk, V] exist at once, forward and backward (they are
-            computed twice); 0 for all tokens at once (computed once).
+            computed twice), at least one place of every sequence; 0 for all tokens at once.
     """
-    hidden_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    rows = hidden_RD, targets_BT.reshape(-1), weights_BT.reshape(-1)
-    num_rows = hidden_RD.shape[0]
-    head_DV = head_DV.astype(hidden_RD.dtype)
-    if chunk == 0 or num_rows <= chunk:
-        return _sums(head_DV, *rows)
-    missing = -num_rows % chunk
-    padded = [jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1)) for x in rows]
-    chunks = [x.reshape(-1, chunk, *x.shape[1:]) for x in padded]
+    head_DV = head_DV.astype(hidden_BTD.dtype)
+    arrays = hidden_BTD, targets_BT, weights_BT
+    batch, length = targets_BT.shape
+    if chunk == 0 or batch * length <= chunk:
+        return _sums(head_DV, *arrays)
+    # Chunks are cut along T: every device keeps its own sequences in each of them.
+    places = max(1, chunk // batch)
+    missing = -length % places
+    padded = [jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
+    chunks = [x.reshape(batch, -1, places, *x.shape[2:]).swapaxes(0, 1) for x in padded]
 
     @jax.checkpoint
-    def body(total, chunk_rows):
-        return jax.tree.map(jnp.add, total, _sums(head_DV, *chunk_rows)), None
+    def body(total, chunk_arrays):
+        return jax.tree.map(jnp.add, total, _sums(head_DV, *chunk_arrays)), None
 
     zeros = LossSums(*[jnp.zeros((), jnp.float32)] * 3)
     return jax.lax.scan(body, zeros, chunks)[0]
 
 
-def _sums(head_DV, hidden_RD, targets_R, weights_R) -> LossSums:
-    logits_RV = jnp.dot(hidden_RD, head_DV, preferred_element_type=jnp.float32)
-    lse_R = jax.nn.logsumexp(logits_RV, axis=-1)
-    target_R = jnp.take_along_axis(logits_RV, targets_R[:, None], axis=-1)[:, 0]
+def _sums(head_DV, hidden_BTD, targets_BT, weights_BT) -> LossSums:
+    logits_BTV = jnp.dot(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return LossSums(
-        nats=jnp.sum(weights_R * (lse_R - target_R)),
-        z=jnp.sum(weights_R * jnp.square(lse_R)),
-        weight=jnp.sum(weights_R),
+        nats=jnp.sum(weights_BT * (lse_BT - target_BT)),
+        z=jnp.sum(weights_BT * jnp.square(lse_BT)),
+        weight=jnp.sum(weights_BT),
     )

@@ -142,6 +142,7 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         attend: Callable[..., Attended] | None = None,
         cache: object = None,
+        constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
     ) -> Output:
         """Final-normed hidden states of `ids`.
 
@@ -152,6 +153,7 @@ class Transformer(nnx.Module):
             positions_BT: int32; default 0, 1, ... in every sequence.
             attend: (query, key, value, cache of the layer) -> Attended; default causal.
             cache: pytree with a leading layer axis, handed to `attend` layer by layer.
+            constrain: applied to the stream between blocks, to keep its batch split over devices.
         """
         config = self.config
         if positions_BT is None:
@@ -177,9 +179,9 @@ class Transformer(nnx.Module):
                 h_BTD, kept, aux = run(lookup)
             else:  # some layers carry tables and some do not
                 h_BTD, kept, aux = _either(stack >= 0, lambda: run(lookup), lambda: run(None))
-            return h_BTD, (kept, aux)
+            return constrain(h_BTD), (kept, aux)
 
-        h_BTD = self.embed[ids_BT].astype(config.compute_dtype)
+        h_BTD = constrain(self.embed[ids_BT].astype(config.compute_dtype))
         layers = params, np.array(stacks, np.int32), row_grads_LMUD, cache
         h_BTD, (kept, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)

@@ -6,6 +6,7 @@ A checkpoint is DIR/checkpoints/STEP: the state as a flat dict of arrays by name
 the resolved configuration, the data fingerprint and the versions that wrote it.
 """
 
+import contextlib
 import json
 import pathlib
 from typing import NamedTuple
@@ -139,21 +140,23 @@ def load_params(workdir: pathlib.Path) -> Saved:
     folder = workdir.absolute() / FOLDER
     if not folder.is_dir():
         raise CheckpointError(f"{workdir} holds no {FOLDER} folder; is this a train.py --workdir?")
-    checkpointer = ocp.training.Checkpointer(folder)
-    if checkpointer.latest is None:
-        raise CheckpointError(f"No finished checkpoint in {folder}; train until the first save.")
-    step = checkpointer.latest.step
-    found = _metadata(checkpointer, step, folder)
-    config = from_config_dict(found.custom_metadata["config"])
-    prefix = "params/"
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in found.metadata.items()
-    }
-    partial = {name: leaf if name.startswith(prefix) else ... for name, leaf in wanted.items()}
-    leaves = _load(checkpointer, step, partial)
-    checkpointer.close()
+    with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
+        if checkpointer.latest is None:
+            raise CheckpointError(
+                f"No finished checkpoint in {folder}; train until the first save."
+            )
+        step = checkpointer.latest.step
+        found = _metadata(checkpointer, step, folder)
+        config = from_config_dict(found.custom_metadata["config"])
+        prefix = "params/"
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+            if name.startswith(prefix)
+            else ...  # Orbax skips it
+            for name, leaf in found.metadata.items()
+        }
+        leaves = _load(checkpointer, step, wanted)
     params = {n.removeprefix(prefix): x for n, x in leaves.items() if n.startswith(prefix)}
     return Saved(step, config, found.custom_metadata["data"], params)
 

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jtok_kernels import RowPlan, dense_gradient, row_plan
 
 from jtok_jax.config import Config, ModelConfig
+from jtok_jax.mesh import split_batch
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind
 from jtok_jax.training.optimizer import schedule
@@ -38,7 +40,7 @@ class _Losses(NamedTuple):
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation
+    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, StepMetrics]]:
     """step(state, ids_BT, targets_BT) -> (state, metrics), to be jitted with the state donated.
 
@@ -49,7 +51,7 @@ def make_train_step(
 
     def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array):
         plan = _plan(config.model, ids_BT)
-        losses, grads = _gradients(config, state.params, ids_BT, targets_BT, plan)
+        losses, grads = _gradients(config, state.params, ids_BT, targets_BT, plan, mesh)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -70,12 +72,12 @@ def make_train_step(
     return step
 
 
-def make_eval_step(config: ModelConfig) -> Callable[..., LossSums]:
+def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[..., LossSums]:
     """step(params, ids_BT, targets_BT, weights_BT) -> sums over the weighted tokens."""
 
     def step(params: Params, ids_BT, targets_BT, weights_BT) -> LossSums:
         model = bind(config, params)
-        hidden = model(ids_BT).hidden_BTD
+        hidden = model(ids_BT, constrain=_constrain(mesh)).hidden_BTD
         chunk = config.loss_chunk
         return cross_entropy(hidden, model.head_DV, targets_BT, weights_BT, chunk=chunk)
 
@@ -88,7 +90,12 @@ def _plan(config: ModelConfig, ids_BT: jax.Array) -> RowPlan:
 
 
 def _gradients(
-    config: Config, params: Params, ids_BT: jax.Array, targets_BT: jax.Array, plan: RowPlan
+    config: Config,
+    params: Params,
+    ids_BT: jax.Array,
+    targets_BT: jax.Array,
+    plan: RowPlan,
+    mesh: Mesh,
 ) -> tuple[_Losses, Params]:
     """Losses and float32 gradients, averaged over the microbatches."""
     backbone = {name: value for name, value in params.items() if name != "tables"}
@@ -96,7 +103,7 @@ def _gradients(
     value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True, allow_int=True)
 
     def microbatch(ids, targets, place):
-        arguments = config, params.get("tables"), ids, targets, plan._replace(place=place)
+        arguments = config, params.get("tables"), ids, targets, plan._replace(place=place), mesh
         (_, losses), grads = value_and_grad(backbone, row_grads, *arguments)
         return losses, grads
 
@@ -133,10 +140,10 @@ def _zero_row_grads(config: ModelConfig, plan: RowPlan) -> jax.Array | None:
     return jnp.zeros(shape, jnp.float32)
 
 
-def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan):
+def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan, mesh):
     params = backbone if tables is None else backbone | {"tables": tables}
     model = bind(config.model, params)
-    output = model(ids_BT, plan=plan, row_grads_LMUD=row_grads)
+    output = model(ids_BT, plan=plan, row_grads_LMUD=row_grads, constrain=_constrain(mesh))
     ones = jnp.ones(targets_BT.shape, jnp.float32)
     sums = cross_entropy(
         output.hidden_BTD, model.head_DV, targets_BT, ones, chunk=config.model.loss_chunk
@@ -149,6 +156,11 @@ def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan)
         + config.model.jtok.balance_weight * output.jtok_balance
     )
     return total, _Losses(loss, output.moe_balance, output.jtok_balance, output.health)
+
+
+def _constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Keep the batch split; left alone the partitioner may gather it to split D instead."""
+    return lambda x: jax.lax.with_sharding_constraint(x, split_batch(mesh))
 
 
 def _where(condition: jax.Array, new, old):
