@@ -66,7 +66,7 @@ def our_arm(config: Config, mesh, batch) -> Arm:
     optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
     shardings = training_state.state_shardings(config, optimizer, mesh)
     step = jax.jit(
-        make_train_step(config, optimizer), donate_argnums=0, out_shardings=(shardings, None)
+        make_train_step(config, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, None)
     )
     return Arm(step, training_state.init_state(config, optimizer, mesh), *batch)
 

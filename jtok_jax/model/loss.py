@@ -52,7 +52,11 @@ def cross_entropy(
 def _sums(head_DV, hidden_BTD, targets_BT, weights_BT) -> LossSums:
     logits_BTV = jnp.dot(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # The target's logit from its column of the head: picking it out of the logits would scatter
+    # into [B, T, V] in the backward pass.
+    target_BT = jnp.einsum(
+        "BTD,BTD->BT", hidden_BTD, head_DV.T[targets_BT], preferred_element_type=jnp.float32
+    )
     return LossSums(
         nats=jnp.sum(weights_BT * (lse_BT - target_BT)),
         z=jnp.sum(weights_BT * jnp.square(lse_BT)),
