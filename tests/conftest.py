@@ -2,7 +2,11 @@
 # Copyright 2026 The jtok_jax authors
 """Settings every test needs: a compilation cache that survives from run to run."""
 
+import os
 import pathlib
+
+# Hundreds of small programs are compiled here and run once; must be set before JAX starts.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import jax
 import pytest

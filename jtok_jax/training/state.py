@@ -29,7 +29,10 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
     """The state before step 1, a pure function of `train.seed`."""
     build = _builder(config, optimizer)
     key = jax.random.key(config.train.seed)
-    return jax.jit(build, out_shardings=state_shardings(config, optimizer, mesh))(key)
+    shardings = state_shardings(config, optimizer, mesh)
+    # Run once: on CPUs compiling the random draws in full would take longer than all else.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(build, out_shardings=shardings, compiler_options=options)(key)
 
 
 def abstract_state(
