@@ -3,10 +3,11 @@
 """train.py in this process: what it writes, what it refuses, and the tools that read its output."""
 
 import dataclasses
-import gc
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -222,13 +223,15 @@ def test_a_checkpoint_with_other_leaves_is_refused(config, workdir):
 @pytest.mark.parametrize(
     "name", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/_METADATA"]
 )
-def test_a_damaged_checkpoint_is_refused_by_name(config, workdir, name):
+def test_a_damaged_checkpoint_is_refused_by_name(workdir, name):
+    """In a process of its own: Orbax leaves event loops behind when a load fails."""
     (workdir / "checkpoints" / "11" / name).write_text("damaged")
-    with pytest.raises(CheckpointError, match="11"):
-        load_params(workdir)
-    with pytest.raises(CheckpointError, match="11"):
-        train(changed(config, {"train.steps": 12, "schedule.steps": 11}), workdir)
-    gc.collect()  # so that what Orbax left is found here and not in the next test
+    command = [sys.executable, "-m", "jtok_jax.evaluate", f"--workdir={workdir}"]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "CheckpointError: Checkpoint" in done.stderr
+    assert "Move" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_workdirs_without_checkpoints_are_refused_by_the_tools(tmp_path, capsys):

@@ -8,6 +8,7 @@ the resolved configuration, the data fingerprint and the versions that wrote it.
 
 import contextlib
 import json
+import logging
 import pathlib
 from typing import NamedTuple
 
@@ -232,6 +233,7 @@ def _require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
 
 
 def _metadata(checkpointer, step: int, folder: pathlib.Path):
+    _quiet()
     try:
         found = checkpointer.metadata(step)
         if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
@@ -245,6 +247,7 @@ def _metadata(checkpointer, step: int, folder: pathlib.Path):
 
 
 def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
+    _quiet()
     try:
         return checkpointer.load(step, wanted)
     except Exception as error:
@@ -252,6 +255,12 @@ def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
             f"Checkpoint step {step} is damaged: {error}. Move its folder away to go on from the "
             "checkpoint before it."
         ) from error
+
+
+def _quiet() -> None:
+    """A failed load logs every leaf with a traceback; the error raised says it once."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
