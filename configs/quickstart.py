@@ -14,7 +14,7 @@ def get_config():
     config.data.path = "data/stdlib"
     config.model.compute_dtype = "float32"  # CPUs have no fast bfloat16
     config.model.jtok.kind = "jtok_m"
-    config.train.steps = 400
+    config.train.steps = 300
     config.checkpoint.every = 100
     config.evaluation.every = 100
     return config
