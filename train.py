@@ -122,17 +122,18 @@ def train(config: Config, workdir: pathlib.Path) -> None:
                 report(*unreported)
             unreported = step, batch.hash, metrics
             checkpoints.check()
-            stopping = stop.name or step == steps
-            evaluating = step % config.evaluation.every == 0 or step == steps
-            if stopping or evaluating or step % config.checkpoint.every == 0:
+            last, stopped_by = step == steps, stop.name  # a signal may arrive at any line below
+            evaluating = last or step % config.evaluation.every == 0
+            saving = last or stopped_by or step % config.checkpoint.every == 0
+            if evaluating or saving:
                 report(*unreported, validate=evaluating)
                 unreported = None
-                if stopping or step % config.checkpoint.every == 0:
+                if saving:
                     checkpoints.save(state, step)
                 timer.restart()
-            if stop.name and step < steps:
+            if stopped_by and not last:
                 checkpoints.wait()
-                raise Preempted(f"{stop.name}: saved step {step}. Run the same command to go on.")
+                raise Preempted(f"{stopped_by}: saved step {step}. Run the same command to go on.")
         checkpoints.wait()
         print(f"finished {steps} steps; checkpoint in {workdir / 'checkpoints' / str(steps)}")
 
