@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jtok_jax.config import ModelConfig
-from jtok_jax.model.layers import normal, residual_std, rms_norm, rotate
+from jtok_jax.model.layers import Rotation, normal, residual_std, rms_norm, rotate
 
 
 class Attended(NamedTuple):
@@ -59,7 +59,7 @@ class Attention(nnx.Module):
             self.key_norm = nnx.Param(jnp.ones(size, dtype))
         self.config = config
 
-    def __call__(self, x_BTD: jax.Array, *, positions_BT: jax.Array, attend: Attend) -> Attended:
+    def __call__(self, x_BTD: jax.Array, *, by: Rotation, attend: Attend) -> Attended:
         """Attended, projected back to [B, T, D]."""
         config, dtype = self.config, x_BTD.dtype
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query[...].astype(dtype))
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
         if config.qk_norm == "rms":
             query = rms_norm(query, self.query_norm[...], eps=config.norm_eps)
             key = rms_norm(key, self.key_norm[...], eps=config.norm_eps)
-        query = rotate(query, positions_BT, base=config.rope_base)
-        key = rotate(key, positions_BT, base=config.rope_base)
+        query = rotate(query, by)
+        key = rotate(key, by)
         mixed, kept = attend(query, key, value)
         return Attended(jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(dtype)), kept)

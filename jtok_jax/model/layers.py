@@ -7,6 +7,8 @@ write to the residual stream (attention out, feed-forward down) divided by sqrt(
 tables, routers and scales as their own config fields say.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,15 +25,26 @@ def rms_norm(x: jax.Array, weight_D: jax.Array | None, *, eps: float) -> jax.Arr
     return scaled.astype(x.dtype)
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, *, base: float) -> jax.Array:
-    """Rotary embedding: the two halves of H turn by position * base^(-2i/H)."""
-    half = x_BTNH.shape[-1] // 2
+class Rotation(NamedTuple):
+    """Sine and cosine of every position and frequency, made once for all layers."""
+
+    sin: jax.Array  # float32 [B or 1, T, 1, H/2]
+    cos: jax.Array
+
+
+def rotation(positions_BT: jax.Array, *, head_dim: int, base: float) -> Rotation:
+    """Angles position * base^(-2i/H) of int32 positions [B, T], or [1, T] shared by a batch."""
+    half = head_dim // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    return Rotation(jnp.sin(angles), jnp.cos(angles))
+
+
+def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:
+    """Rotary embedding: the two halves of H turn by the angle of their position."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:

@@ -50,15 +50,18 @@ def cross_entropy(
 
 
 def _sums(head_DV, hidden_BTD, targets_BT, weights_BT) -> LossSums:
-    logits_BTV = jnp.dot(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
-    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    # Two axes, not three: XLA on the CPU copies three-axis logits in the backward pass.
+    hidden_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    targets_R, weights_R = targets_BT.reshape(-1), weights_BT.reshape(-1)
+    logits_RV = jnp.dot(hidden_RD, head_DV, preferred_element_type=jnp.float32)
+    lse_R = jax.nn.logsumexp(logits_RV, axis=-1)
     # The target's logit from its column of the head: picking it out of the logits would scatter
-    # into [B, T, V] in the backward pass.
-    target_BT = jnp.einsum(
-        "BTD,BTD->BT", hidden_BTD, head_DV.T[targets_BT], preferred_element_type=jnp.float32
+    # into [R, V] in the backward pass.
+    target_R = jnp.einsum(
+        "RD,RD->R", hidden_RD, head_DV.T[targets_R], preferred_element_type=jnp.float32
     )
     return LossSums(
-        nats=jnp.sum(weights_BT * (lse_BT - target_BT)),
-        z=jnp.sum(weights_BT * jnp.square(lse_BT)),
-        weight=jnp.sum(weights_BT),
+        nats=jnp.sum(weights_R * (lse_R - target_R)),
+        z=jnp.sum(weights_R * jnp.square(lse_R)),
+        weight=jnp.sum(weights_R),
     )

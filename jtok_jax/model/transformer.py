@@ -21,7 +21,7 @@ from jtok_kernels import RowPlan, gather_rows
 from jtok_jax.config import ModelConfig
 from jtok_jax.model import jtok as equations
 from jtok_jax.model.attention import Attend, Attended, Attention, causal
-from jtok_jax.model.layers import FeedForward, normal, rms_norm
+from jtok_jax.model.layers import FeedForward, Rotation, normal, rms_norm, rotation
 from jtok_jax.model.moe import Moe
 
 Lookup = Callable[[jax.Array], jax.Array]  # choice_BTk -> float32 rows_BTkD of this layer
@@ -62,12 +62,12 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(
-        self, h_BTD: jax.Array, *, positions_BT: jax.Array, attend: Attend, lookup: Lookup | None
+        self, h_BTD: jax.Array, *, by: Rotation, attend: Attend, lookup: Lookup | None
     ) -> tuple[jax.Array, object, BlockAux]:
         """(h', kept by attend, aux). `lookup` None means that this layer carries no tables."""
         eps = self.config.norm_eps
         pre_BTD = rms_norm(h_BTD, self.attention.norm[...], eps=eps)
-        out_BTD, kept = self.attention(pre_BTD, positions_BT=positions_BT, attend=attend)
+        out_BTD, kept = self.attention(pre_BTD, by=by, attend=attend)
         tilde_BTD = h_BTD + out_BTD
         feed = self.moe if self.config.moe.num_experts else self.ffn
         post_BTD = rms_norm(tilde_BTD, feed.norm[...], eps=eps)
@@ -157,7 +157,8 @@ class Transformer(nnx.Module):
         """
         config = self.config
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+            positions_BT = jnp.arange(ids_BT.shape[1])[None]
+        by = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
         if attend is None:
             attend = lambda q, k, v, _: Attended(causal(q, k, v, kind=config.attention), None)
         stacks = config.jtok.table_of_layer(config.num_layers)
@@ -169,7 +170,7 @@ class Transformer(nnx.Module):
             lookup = self._lookup(ids_BT, plan, stack, row_grads_MUD)
             run = lambda lookup: block(
                 h_BTD,
-                positions_BT=positions_BT,
+                by=by,
                 attend=lambda q, k, v: attend(q, k, v, cache),
                 lookup=lookup,
             )
