@@ -92,11 +92,11 @@ def train(config: Config, workdir: pathlib.Path) -> None:
         batches = train_batches(source, config, first_step=(done or 0) + 1)
         unreported = None  # metrics are fetched a step late: the device never waits for us
 
-        def report(step, batch_hash, metrics, *, validate=False):
+        def report(step, batch_hash, metrics, data_wait, *, validate=False):
             """Write down one step, which is waited for; evaluate after it if asked."""
             logged = validate or step % config.train.log_every == 0
             record = step_record(metrics, step=step, batch_hash=batch_hash, with_health=logged)
-            record |= timer.step()
+            record |= timer.step(data_wait=data_wait)
             if logged or step == 1 or record["bad_in_row"]:
                 print(console_line(record, steps=steps), flush=True)
             if validate:
@@ -113,14 +113,14 @@ def train(config: Config, workdir: pathlib.Path) -> None:
                 )
 
         for step in range((done or 0) + 1, steps + 1):
-            waiting = time.perf_counter()
+            asked = time.perf_counter()
             batch = next(batches)
-            timer.add_wait(time.perf_counter() - waiting)
+            wait = time.perf_counter() - asked
             ids, targets = put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)
             state, metrics = train_step(state, ids, targets)
             if unreported:
                 report(*unreported)
-            unreported = step, batch.hash, metrics
+            unreported = step, batch.hash, metrics, wait
             checkpoints.check()
             last, stopped_by = step == steps, stop.name  # a signal may arrive at any line below
             evaluating = last or step % config.evaluation.every == 0
@@ -162,8 +162,10 @@ def parse(arguments: list[str]) -> list[str]:
     with exit_on_error():
         try:
             return flags.FLAGS(arguments)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
-            raise ConfigError(" ".join(str(part) for part in error.args)) from error
+        except Exception as error:  # also whatever a config file raises: it is Python
+            raise ConfigError(
+                f"{' '.join(map(str, error.args))} ({type(error).__name__})"
+            ) from error
 
 
 if __name__ == "__main__":

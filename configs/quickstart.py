@@ -9,11 +9,11 @@ python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 from jtok_jax.config import base_config
 
 
-def get_config():
+def get_config(kind="jtok_m"):
     config = base_config()
     config.data.path = "data/stdlib"
     config.model.compute_dtype = "float32"  # CPUs have no fast bfloat16
-    config.model.jtok.kind = "jtok_m"
+    config.model.jtok.kind = kind
     config.train.steps = 300
     config.checkpoint.every = 100
     config.evaluation.every = 100

@@ -8,7 +8,7 @@ ConfigDict. Fields that the paper (arXiv 2602.00800) leaves open are marked "ope
 
 import dataclasses
 import difflib
-import typing
+import math
 
 import ml_collections
 
@@ -101,6 +101,10 @@ class JtokConfig:
         named = {"all": range(num_layers), "even": range(0, num_layers, 2)}
         named["odd"] = range(1, num_layers, 2)
         if self.layers in named:
+            if not named[self.layers]:
+                raise ConfigError(
+                    f"model.jtok.layers is {self.layers!r}: of {num_layers} layers none has tables."
+                )
             return tuple(named[self.layers])
         try:
             indices = tuple(sorted({int(part) for part in self.layers.split(",")}))
@@ -231,10 +235,10 @@ class ScheduleConfig:
     def __post_init__(self):
         _one_of(self.kind, "schedule.kind", ("cosine", "wsd", "constant"))
         _at_least(self, "schedule", 0, "steps", "warmup_fraction", "decay_fraction")
-        if self.warmup_fraction + self.decay_fraction > 1:
+        used = self.warmup_fraction + self.decay_fraction * (self.kind == "wsd")
+        if used > 1:
             raise ConfigError(
-                "schedule.warmup_fraction + schedule.decay_fraction is "
-                f"{self.warmup_fraction + self.decay_fraction}; expected at most 1."
+                f"schedule.warmup_fraction and decay_fraction add up to {used}; at most 1 is left."
             )
 
 
@@ -257,6 +261,8 @@ class TrainConfig:
             "max_bad_steps", "log_every",
         )  # fmt: skip
         _at_least(self, "train", 0, "seed", "z_loss")
+        if self.seed >= 1 << 32:
+            raise ConfigError(f"train.seed is {self.seed}; expected less than 2^32.")
         if self.batch_size % self.grad_accumulation:
             raise ConfigError(
                 f"train.batch_size ({self.batch_size}) is not a multiple of "
@@ -343,9 +349,8 @@ def to_dict(config: Config) -> dict:
 
 def from_config_dict(values: ml_collections.ConfigDict | dict) -> Config:
     """The checked configuration. Raises ConfigError at an unknown, missing or mistyped key."""
-    if isinstance(values, ml_collections.ConfigDict):
-        values = values.to_dict()
-    return _build(Config, values, "")
+    plain = values if isinstance(values, dict) else values.to_dict()
+    return _build(Config, plain, "")
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
@@ -359,17 +364,13 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def did_you_mean(key: str, choices: typing.Iterable[str]) -> str:
-    """' Did you mean ...?' for the closest choice, or an empty string."""
-    close = difflib.get_close_matches(key, list(choices), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
 def _build(cls: type, values: dict, prefix: str):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"Unknown key {prefix + key!r}.{did_you_mean(key, fields)}")
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"Unknown key {prefix + key!r}.{hint}")
     arguments = {}
     for name, field in fields.items():
         if name not in values:
@@ -387,6 +388,8 @@ def _build(cls: type, values: dict, prefix: str):
 def _typed(value: object, expected: type, name: str):
     if expected is float and type(value) is int:
         return float(value)
+    if expected is float and type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; expected a finite number.")
     if type(value) is not expected:
         raise ConfigError(
             f"{name} is {value!r} ({type(value).__name__}); expected {expected.__name__}."

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from jtok_jax import flops
+from jtok_jax.model.attention import cudnn_lacks
 
 SUPPORTED = ((0, 10, 2), (0, 13))  # jax: from, below
 GPU_FROM = (0, 11, 1)  # earlier jaxlib compiles float32 scatter-add to a very slow loop
@@ -59,8 +60,8 @@ def judge_device(device: jax.Device) -> Finding:
 
 def implementations(device: jax.Device) -> list[Finding]:
     """What the automatic choices come to on this device, and why."""
-    gpu, tpu = device.platform == "gpu", device.platform == "tpu"
-    attention = "cudnn for bfloat16, xla for float32" if gpu else "xla (cudnn is for GPUs)"
+    tpu, lacks = device.platform == "tpu", cudnn_lacks(device)
+    attention = f"xla ({lacks})" if lacks else "cudnn for bfloat16, xla for float32"
     experts = "lax.ragged_dot" if tpu else "row blocks (ragged_dot grows with experts off TPU)"
     return [
         Finding("attention", attention, ""),

@@ -22,7 +22,7 @@ class ConfigError(JtokError, ValueError):
 
 
 class WorkdirError(JtokError):
-    """The workdir is in use by another trainer or belongs to another run."""
+    """The workdir is in use by another trainer, or cannot be written."""
 
     exit_code = 3
 

@@ -11,9 +11,10 @@ import pathlib
 
 import jax
 
+from jtok_jax.config import MeshConfig
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import exit_on_error
-from jtok_jax.mesh import make_mesh, replicated
+from jtok_jax.mesh import check_batch, make_mesh, replicated
 from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.step import make_eval_step
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         if config.data.source == "prepared":
             folder = pathlib.Path(config.data.path)
             require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)
-        mesh = make_mesh(config.mesh)
+        mesh = make_mesh(MeshConfig())  # the devices here need not be those of the run
+        check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
         params = jax.device_put(saved.params, replicated(mesh))
         eval_step = jax.jit(make_eval_step(config.model, mesh))
         result = evaluate(eval_step, params, source, mesh)

@@ -8,6 +8,7 @@ import math
 from jtok_jax.config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
+VECTORS = ("norm", "scale", "bias")  # endings of names that no matmul uses and no decay touches
 
 # Dense bfloat16 matmul FLOP/s of one chip, from the vendors' data sheets (without sparsity).
 PEAK_FLOPS = {
@@ -126,10 +127,9 @@ def count(config: ModelConfig, *, seq_len: int) -> Counts:
 
 
 def _forward_flops(config: ModelConfig, sizes: dict[str, int], idle: int, seq_len: int) -> int:
-    vectors = ("norm", "scale", "bias")
     jtok = config.jtok
     carrying = len(jtok.table_layers(config.num_layers))
-    used = sum(size for name, size in sizes.items() if not name.endswith(vectors)) - idle
+    used = sum(size for name, size in sizes.items() if not name.endswith(VECTORS)) - idle
     used -= sizes["embed"]
     if config.head == "tied":
         used += sizes["embed"]

@@ -22,6 +22,7 @@ from jtok_jax.data import corpus, manifest, tokenizer, windows
 from jtok_jax.data.corpus import Document, Skipped
 from jtok_jax.errors import DataError, exit_on_error
 
+DEFAULT_VOCAB = 4096
 ENCODE_BATCH = 256  # documents encoded at once, on all cores
 
 
@@ -32,11 +33,19 @@ class Recipe:
     input: str
     valid_input: str
     valid_fraction: float
-    vocab_size: int
+    vocab_size: int  # of a new tokenizer; 0: the default
     tokenizer: str
     end_token: str
     seq_len: int
     on_bad_text: str
+
+    def __post_init__(self):
+        if self.seq_len < 1:
+            raise DataError(f"--seq_len is {self.seq_len}; expected at least 1.")
+        if not 0 <= self.valid_fraction <= 1:
+            raise DataError(f"--valid_fraction is {self.valid_fraction}; expected 0 to 1.")
+        if self.tokenizer and self.vocab_size:
+            raise DataError("--vocab_size is that of a new tokenizer; --tokenizer takes one.")
 
 
 def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
@@ -48,7 +57,7 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     Raises:
         DataError: nothing matches, text is bad, a split is empty, or `output` holds other data.
     """
-    if output.exists():
+    if output.exists() and any(output.iterdir()):
         return _already_prepared(recipe, output)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -56,28 +65,29 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     source = _Source(recipe)
     encoder = _tokenizer(recipe, source, partial)
     end_id = tokenizer.end_token_id(encoder, recipe.end_token)
-    size = encoder.get_vocab_size()
+    size = max(encoder.get_vocab().values()) + 1  # ids may have gaps
     form = {"seq_len": recipe.seq_len, "end_id": end_id}
     form["dtype"] = "uint16" if size <= 1 << 16 else "uint32"
     writers = {name: windows.WindowWriter(partial, name, **form) for name in ("train", "valid")}
-    skipped = source.new_skipped()
+    skipped = Skipped()
     for name, ids, text_bytes in _encoded(source.documents(skipped, "encoding"), encoder):
         writers[name].add(ids, text_bytes=text_bytes)
     result = manifest.Manifest(
         format=manifest.FORMAT,
         vocab_size=size,
-        end_token=recipe.end_token,
         tokenizer_sha256=tokenizer.tokenizer_sha256(partial / tokenizer.FILE_NAME),
         train=writers["train"].close(pad_tail=False),
         valid=writers["valid"].close(pad_tail=True),
         recipe={**dataclasses.asdict(recipe), "version": jtok_jax.__version__},
-        skipped=dict(skipped.counts) if skipped else {},
+        skipped=dict(skipped.counts),
         **form,
     )
     _check_splits(result)
     manifest.write_manifest(partial, result)
+    if output.exists():
+        output.rmdir()  # empty, as seen above
     partial.rename(output)
-    for line in skipped.describe() if skipped else ():
+    for line in skipped.describe():
         print(line)
     return result
 
@@ -90,19 +100,24 @@ class _Source:
         self._train = corpus.find_files(recipe.input)
         self._valid = corpus.find_files(recipe.valid_input) if recipe.valid_input else []
 
-    def new_skipped(self) -> Skipped | None:
-        """Where bad documents are counted, or None where they are refused."""
-        embedded = self._recipe.input == corpus.STDLIB  # it holds bad files on purpose
-        return Skipped() if embedded or self._recipe.on_bad_text == "skip" else None
+    def documents(self, skipped: Skipped, label: str) -> Iterator[tuple[str, Document]]:
+        """(split, document) of the whole input, with a progress bar over its bytes.
 
-    def documents(self, skipped: Skipped | None, label: str) -> Iterator[tuple[str, Document]]:
-        """(split, document) of the whole input, with a progress bar over its bytes."""
+        Bad documents are counted in `skipped` where the recipe, or an input's nature, allows it.
+        """
+        skip = self._recipe.on_bad_text == "skip"
+
+        def allowed(pattern: str) -> Skipped | None:  # the embedded corpus has bad files on purpose
+            return skipped if skip or pattern == corpus.STDLIB else None
+
         total = sum(path.stat().st_size for path in (*self._train, *self._valid))
         with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
-            read = {"on_file": lambda path: bar.update(path.stat().st_size), "skipped": skipped}
-            for document in corpus.read_documents(self._train, **read):
+            advance = lambda path: bar.update(path.stat().st_size)
+            counted = allowed(self._recipe.input)
+            for document in corpus.read_documents(self._train, skipped=counted, on_file=advance):
                 yield self._split(document), document
-            for document in corpus.read_documents(self._valid, **read):
+            counted = allowed(self._recipe.valid_input)
+            for document in corpus.read_documents(self._valid, skipped=counted, on_file=advance):
                 yield "valid", document
 
     def _split(self, document: Document) -> str:
@@ -120,9 +135,9 @@ def _tokenizer(recipe: Recipe, source: _Source, folder: pathlib.Path) -> tokeniz
         encoder = tokenizer.load_tokenizer(pathlib.Path(recipe.tokenizer))
         shutil.copyfile(recipe.tokenizer, target)
         return encoder
-    documents = source.documents(source.new_skipped(), "training the tokenizer")
+    documents = source.documents(Skipped(), "training the tokenizer")
     texts = (document.text for split, document in documents if split == "train")
-    encoder = tokenizer.train_tokenizer(texts, vocab_size=recipe.vocab_size)
+    encoder = tokenizer.train_tokenizer(texts, vocab_size=recipe.vocab_size or DEFAULT_VOCAB)
     encoder.save(str(target))
     return encoder
 
@@ -183,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--output", required=True, type=pathlib.Path, help="folder to write")
     option("--valid_input", default="", help="held-out files; default: a share of --input")
     option("--valid_fraction", type=float, default=0.01, help="documents held out (default 0.01)")
-    option("--vocab_size", type=int, default=4096, help="of a tokenizer trained here (4096)")
+    option("--vocab_size", type=int, default=0, help="of a tokenizer trained here (4096)")
     option("--tokenizer", default="", help="take this tokenizer.json instead of training one")
     option("--end_token", default=tokenizer.END_TOKEN, help="token between documents")
     option("--seq_len", type=int, default=1024, help="targets per window (1024)")

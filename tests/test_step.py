@@ -13,6 +13,7 @@ import tolerances
 from small import KINDS, random_ids, small_config, training
 
 from jtok_jax.config import OptimizerConfig, ScheduleConfig, TableOptimizerConfig
+from jtok_jax.model import jtok, moe
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.training.optimizer import group, schedule
 
@@ -175,3 +176,33 @@ def test_chunked_loss_never_holds_all_logits():
     logits = 4 * 256 * 8192 * 4
     assert temporaries(0) >= logits
     assert temporaries(64) < logits / 4
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_keeps_every_dtype(accumulation):
+    """bfloat16 tables and parameters, float32 moments: what goes in comes out."""
+    tables = replace(KINDS["moe-jtok_m"].jtok, table_dtype="bfloat16")
+    model = replace(KINDS["moe-jtok_m"], jtok=tables, param_dtype="bfloat16")
+    config = small_config(model, grad_accumulation=accumulation)
+    state, step, _ = training(config)
+    ids = random_ids(model, 4, 16)
+    after, _ = jax.eval_shape(step, state, ids, ids)
+    dtypes = lambda tree: [leaf.dtype for leaf in jax.tree.leaves(tree)]
+    assert dtypes(after) == dtypes(state)
+    assert state.params["tables"].dtype == jnp.bfloat16
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)} == {"int32", "float32"}
+
+
+def test_routing_is_float32_in_a_bfloat16_model():
+    """Logits of a bfloat16 input equal those of the same numbers in float32."""
+    rng = np.random.default_rng(0)
+    x, router = rng.standard_normal((2, 3, 64)), rng.standard_normal((64, 5))
+    x, router = jnp.asarray(x, jnp.bfloat16), jnp.float32(router)
+    half = jtok.route(x, router, None, top_k=2)
+    full = jtok.route(x.astype(jnp.float32), router, None, top_k=2)
+    np.testing.assert_array_equal(half.probabilities, full.probabilities)
+    half, full = (
+        moe.route(value.reshape(6, 64), router, top_k=2, renormalize=True)
+        for value in (x, x.astype(jnp.float32))
+    )
+    np.testing.assert_array_equal(half.probabilities_RE, full.probabilities_RE)

@@ -240,6 +240,36 @@ def test_workdirs_without_checkpoints_are_refused_by_the_tools(tmp_path, capsys)
     assert "holds no checkpoints folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [TimeoutError("finalize took 300 s"), OSError("disk full")])
+def test_a_failed_save_stops_the_run(config, tmp_path, monkeypatch, error):
+    """Also where it fails by a time-out, which looks like a save still running."""
+
+    class Failed:
+        def result(self, timeout=None):
+            raise error
+
+    monkeypatch.setattr(
+        "orbax.checkpoint.v1.training.Checkpointer.save_async", lambda *_, **__: Failed()
+    )
+    with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*(300 s|disk full)"):
+        train(config, tmp_path)
+    assert records(tmp_path)[-1]["step"] <= 5
+
+
+def test_a_start_that_failed_does_not_claim_the_workdir(config, tmp_path):
+    with pytest.raises(ConfigError, match="not an NVIDIA GPU"):
+        train(changed(config, {"model.attention": "cudnn"}), tmp_path)
+    train(changed(config, {"train.steps": 2}), tmp_path)
+
+
+def test_a_bfloat16_model_resumes(config, tmp_path):
+    small = {"model.jtok.table_dtype": "bfloat16", "model.param_dtype": "bfloat16"}
+    small |= {"train.steps": 4, "schedule.steps": 8}
+    train(changed(config, small), tmp_path)
+    train(changed(config, small | {"train.steps": 6}), tmp_path)
+    assert [record["step"] for record in records(tmp_path)] == list(range(7))
+
+
 # --------------------------------------------------------------------------- tools
 
 

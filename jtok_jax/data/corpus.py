@@ -124,7 +124,7 @@ def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     elif ".jsonl" in suffixes:
         yield from _jsonl(path)
     else:
-        with _open(path) as stream, _readable(path):
+        with _readable(path), _open(path) as stream:
             content = stream.read()
         yield str(path), content
 
@@ -143,14 +143,14 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         yield
     except (EOFError, OSError, lzma.LZMAError, zlib.error, pyarrow.ArrowInvalid) as error:
         raise DataError(
-            f"{path}: cannot be read to its end ({error}). Likely an interrupted copy; fetch it "
-            "again."
+            f"{path}: cannot be read to its end ({error}). If that is not a matter of permissions "
+            "it is likely an interrupted copy; fetch it again."
         ) from error
 
 
 def _jsonl(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     number = 0
-    with _open(path) as stream, _readable(path):
+    with _readable(path), _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 yield f"{path}:{number}", _text_field(path, number, line)
@@ -174,6 +174,9 @@ def _parquet(path: pathlib.Path) -> Iterator[tuple[str, str]]:
     with _readable(path), pyarrow.parquet.ParquetFile(path) as table:
         if "text" not in table.schema_arrow.names:
             raise DataError(f'{path}: no column "text"; it has {table.schema_arrow.names}.')
+        kind = table.schema_arrow.field("text").type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f'{path}: column "text" holds {kind}; expected strings.')
         row = 0
         for batch in table.iter_batches(columns=["text"]):
             for value in batch.column(0).to_pylist():

@@ -47,7 +47,6 @@ class Manifest:
     dtype: str
     vocab_size: int
     end_id: int
-    end_token: str
     tokenizer_sha256: str
     train: Split
     valid: Split
@@ -79,12 +78,12 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     try:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
-            raise DataError(f"{path}: format {values['format']}, this version reads {FORMAT}.")
+            raise TypeError(f"format {values['format']}, this version reads {FORMAT}")
         for name in ("train", "valid"):
             shards = tuple(Shard(**shard) for shard in values[name].pop("shards"))
             values[name] = Split(shards=shards, **values[name])
         return Manifest(**values)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error!r}); prepare the corpus again.") from error
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jtok_jax.config import ModelConfig
+from jtok_jax.errors import ConfigError
 from jtok_jax.model.layers import Rotation, normal, residual_std, rms_norm, rotate
 
 
@@ -32,13 +33,29 @@ def causal(
     Args:
         kind: "xla", "cudnn", or "auto": cudnn where it can run, else xla. JAX refuses to trace
             cudnn attention where the library is missing, so "auto" goes by the devices present.
+
+    Raises:
+        ConfigError: "cudnn" is asked for where it cannot run.
     """
     if kind == "auto":
         fits = query_BTNH.dtype == jnp.bfloat16 and query_BTNH.shape[-1] in range(8, 129, 8)
-        kind = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+        kind = "cudnn" if fits and cudnn_lacks(jax.devices()[0]) is None else "xla"
+    elif kind == "cudnn" and cudnn_lacks(jax.devices()[0]):
+        raise ConfigError(
+            f"model.attention is cudnn, but {cudnn_lacks(jax.devices()[0])}; use auto or xla."
+        )
     return jax.nn.dot_product_attention(
         query_BTNH, key_BTKH, value_BTKH, is_causal=True, implementation=kind
     )
+
+
+def cudnn_lacks(device: jax.Device) -> str | None:
+    """Why cuDNN attention cannot run on `device`, or None."""
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
+        return f"{device.device_kind} is not an NVIDIA GPU"
+    if float(device.compute_capability) < 8.0:
+        return f"{device.device_kind} has compute capability {device.compute_capability}, below 8.0"
+    return None
 
 
 class Attention(nnx.Module):

@@ -50,9 +50,7 @@ class Route(NamedTuple):
 
 def route(x_BTD: jax.Array, router_DM: jax.Array, bias_M: jax.Array | None, *, top_k: int) -> Route:
     """g = x^T R, Eq. 10, with x = RMSNorm(h); TopK and w_i = sigmoid(g_i) / sum_j sigmoid(g_j)."""
-    logits_BTM = jnp.einsum(
-        "BTD,DM->BTM", x_BTD, router_DM.astype(x_BTD.dtype), preferred_element_type=jnp.float32
-    )
+    logits_BTM = jnp.dot(x_BTD.astype(jnp.float32), router_DM, precision=jax.lax.Precision.HIGHEST)
     if bias_M is not None:
         logits_BTM = logits_BTM + bias_M
     chosen, choice = jax.lax.top_k(logits_BTM, top_k)
@@ -62,7 +60,7 @@ def route(x_BTD: jax.Array, router_DM: jax.Array, bias_M: jax.Array | None, *, t
 
 def mix(rows_BTkD: jax.Array, weights_BTk: jax.Array) -> jax.Array:
     """e = sum_i w_i E_i[x], Eq. 11."""
-    return jnp.einsum("BTkD,BTk->BTD", rows_BTkD, weights_BTk)
+    return jnp.sum(rows_BTkD * weights_BTk[..., None], axis=-2)
 
 
 def increment(

@@ -23,9 +23,7 @@ class ExpertRoute(NamedTuple):
 
 def route(x_RD: jax.Array, router_DE: jax.Array, *, top_k: int, renormalize: bool) -> ExpertRoute:
     """Softmax over all experts in float32, then the top k."""
-    logits_RE = jnp.einsum(
-        "RD,DE->RE", x_RD, router_DE.astype(x_RD.dtype), preferred_element_type=jnp.float32
-    )
+    logits_RE = jnp.dot(x_RD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
     probabilities_RE = jax.nn.softmax(logits_RE, axis=-1)
     weights_Rk, choice_Rk = jax.lax.top_k(probabilities_RE, top_k)
     if renormalize:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import pathlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import flax
@@ -23,8 +24,8 @@ from jtok_jax.training.state import TrainState, non_finite_params
 
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
-# What may change when a run goes on: nothing here alters a step's numbers, or it is checked apart
-# (the contents of data.path by their fingerprint, train.steps by schedule.steps).
+# What may change when a run goes on. The contents of data.path are checked by their fingerprint,
+# train.steps by schedule.steps; another mesh sums in another order and so changes the last bits.
 MAY_CHANGE = (
     "train.steps", "train.log_every", "checkpoint.", "evaluation.", "logging.", "data.path",
     "data.read_threads", "data.prefetch", "data.verify", "mesh.",
@@ -70,18 +71,32 @@ class Checkpoints:
             "jax": jax.__version__,
             "flax": flax.__version__,
         }
-        self._pending = (
-            step,
-            self._checkpointer.save_async(step, named_leaves(state), custom_metadata=metadata),
-        )
+        with self._failure(step):
+            leaves = named_leaves(state)
+            response = self._checkpointer.save_async(step, leaves, custom_metadata=metadata)
+        self._pending = step, response
 
     def check(self) -> None:
         """Raise CheckpointError now if a save in the background has failed; do not wait."""
-        self._finish(timeout=0)
+        if self._pending is None:
+            return
+        step, response = self._pending
+        with self._failure(step):
+            try:
+                response.result(timeout=0)
+            except TimeoutError as error:
+                if error.args:  # one of Orbax's own says what took too long; ours says nothing
+                    raise
+                return
+        self._pending = None
 
     def wait(self) -> None:
         """Wait for the save under way. Raises CheckpointError if it failed."""
-        self._finish(timeout=None)
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        with self._failure(step):
+            response.result()
 
     def close(self) -> None:
         try:
@@ -89,19 +104,14 @@ class Checkpoints:
         finally:
             self._checkpointer.close()
 
-    def _finish(self, *, timeout: float | None) -> None:
-        if self._pending is None:
-            return
-        step, response = self._pending
+    @contextlib.contextmanager
+    def _failure(self, step: int) -> Iterator[None]:
         try:
-            response.result(timeout=timeout)
-            self._pending = None
-        except TimeoutError:
-            return
+            yield
         except Exception as error:
             self._pending = None
             raise CheckpointError(
-                f"Save of step {step} under {self._folder} failed: {error}. Earlier checkpoints "
+                f"Save of step {step} under {self._folder} failed: {error!r}. Earlier checkpoints "
                 "are intact. Free space or mend the folder, then run the same command again."
             ) from error
 
@@ -180,13 +190,13 @@ def named_leaves(state: TrainState) -> dict[str, jax.Array]:
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Write the configuration into a fresh workdir, or compare it with the one there.
+    """Write the configuration into a fresh workdir, or compare it if there is a checkpoint.
 
     Raises:
         ConfigError: the workdir belongs to a run with another configuration.
     """
     path = workdir / CONFIG_FILE
-    if path.exists():
+    if path.exists() and any((workdir / FOLDER).glob("*")):  # else nothing would be lost
         require_same_config(json.loads(path.read_text()), config, workdir)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
@@ -242,8 +252,13 @@ def _metadata(checkpointer, step: int, folder: pathlib.Path):
     except Exception as error:
         raise CheckpointError(
             f"Checkpoint {folder / str(step)} cannot be read: {error}. Move that folder away to "
-            "go on from the checkpoint before it."
+            f"go on from {_before(folder, step)}."
         ) from error
+
+
+def _before(folder: pathlib.Path, step: int) -> str:
+    older = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) < step]
+    return f"step {max(older)}" if older else "step 0: there is no checkpoint before it"
 
 
 def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
@@ -252,8 +267,8 @@ def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
         return checkpointer.load(step, wanted)
     except Exception as error:
         raise CheckpointError(
-            f"Checkpoint step {step} is damaged: {error}. Move its folder away to go on from the "
-            "checkpoint before it."
+            f"Checkpoint step {step} is damaged: {error}. Move its folder away to go on from "
+            f"{_before(pathlib.Path(checkpointer.directory), step)}."
         ) from error
 
 

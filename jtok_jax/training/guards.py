@@ -48,7 +48,7 @@ class WorkdirLock:
 
 
 class StopSignal:
-    """Context that notes SIGTERM and Ctrl-C instead of dying; a second Ctrl-C ends at once."""
+    """Context that notes SIGTERM and Ctrl-C instead of dying; a second Ctrl-C raises."""
 
     name: str | None = None
 

@@ -39,24 +39,18 @@ class Timer:
         peak = flops.peak_flops(jax.devices()[0].device_kind)
         self._flops_per_token = counts.train_flops
         self._peak = peak * jax.device_count() if peak else None
-        self._wait = 0.0
         self.restart()
 
     def restart(self) -> None:
         """Leave out what happened since the last step (evaluation, saving)."""
         self._last = time.perf_counter()
 
-    def add_wait(self, seconds: float) -> None:
-        """Count time spent waiting for data."""
-        self._wait += seconds
-
-    def step(self) -> dict[str, float]:
-        """Speed of the step that just finished."""
+    def step(self, *, data_wait: float) -> dict[str, float]:
+        """Speed of the step that just finished, whose batch was waited for `data_wait` seconds."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         speed = self._tokens / seconds
-        record = {"tokens_per_second": speed, "step_seconds": seconds, "data_wait": self._wait}
-        self._wait = 0.0
+        record = {"tokens_per_second": speed, "step_seconds": seconds, "data_wait": data_wait}
         if self._peak:
             record["mfu"] = speed * self._flops_per_token / self._peak
         return record
@@ -67,6 +61,8 @@ class MetricsWriter:
 
     def __init__(self, workdir: pathlib.Path, *, resumed_at: int | None, tensorboard: bool):
         self._path = workdir / FILE_NAME
+        if resumed_at is None and self._path.exists():
+            self._path.rename(self._path.with_suffix(".before.jsonl"))  # of a run without a save
         kept = [] if resumed_at is None else _lines_up_to(self._path, resumed_at)
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(kept))

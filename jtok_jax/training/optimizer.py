@@ -5,8 +5,7 @@
 import optax
 
 from jtok_jax.config import Config
-
-VECTORS = ("norm", "scale", "bias")  # endings of the names that weight decay leaves alone
+from jtok_jax.flops import VECTORS
 
 
 def schedule(config: Config) -> optax.Schedule:

@@ -78,6 +78,8 @@ def _builder(config: Config, optimizer: optax.GradientTransformation):
     def build(key: jax.Array) -> TrainState:
         params = init_params(config.model, key)
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, optimizer.init(params), zero, zero)
+        # Moments are float32 whatever the parameters are, as the gradients are.
+        masters = {name: value.astype(jnp.float32) for name, value in params.items()}
+        return TrainState(zero, params, optimizer.init(masters), zero, zero)
 
     return build

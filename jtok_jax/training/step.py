@@ -119,7 +119,7 @@ def _gradients(
         add = lambda total, xs: (jax.tree.map(jnp.add, total, microbatch(*xs)), None)
         total, _ = jax.lax.scan(add, zeros, split)
         losses, grads = jax.tree.map(lambda leaf: leaf / count, total)
-    backbone_grads, row_grads = grads
+    backbone_grads, row_grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
     if row_grads is None:
         return losses, backbone_grads
     model = config.model

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Limits that keep the project small enough to hold in one's head."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+FOLDERS = ("jtok_jax", "kernels", "configs", "tests", "benchmarks")
+FILES = [ROOT / "train.py", *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    lines = len(text.splitlines())
+    assert lines <= (200 if path.name == "train.py" else 400), lines
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and (path.name, node.name) != ("train.py", "train"):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, (node.name, length)
+
+
+def test_readme_is_short_and_names_what_exists():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 150
+    for name in ("LICENSE", "LOG.md", "CONTRIBUTING.md", "docs/block.svg", "docs/method.md"):
+        assert (ROOT / name).exists(), name
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow an installed package
