@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Grouped-query causal attention with rotary positions."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,9 +45,10 @@ def causal(
         raise ConfigError(
             f"model.attention is cudnn, but {cudnn_lacks(jax.devices()[0])}; use auto or xla."
         )
-    return jax.nn.dot_product_attention(
-        query_BTNH, key_BTKH, value_BTKH, is_causal=True, implementation=kind
-    )
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=kind)
+    if kind == "xla":  # recompute [B, N, T, T] probabilities rather than keep those of every layer
+        attend = jax.checkpoint(attend, prevent_cse=False)
+    return attend(query_BTNH, key_BTKH, value_BTKH)
 
 
 def cudnn_lacks(device: jax.Device) -> str | None:
