@@ -316,3 +316,12 @@ def test_tools_refuse_another_tokenizer(finished, tmp_path, corpus, capsys):
 def test_tensorboard_files_are_written_if_asked(config, tmp_path):
     train(changed(config, {"train.steps": 2, "logging.tensorboard": True}), tmp_path)
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_tensorboard_without_its_package_is_refused_and_nothing_lost(config, workdir, monkeypatch):
+    before = (workdir / "metrics.jsonl").read_text()
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    longer = {"train.steps": 12, "schedule.steps": 11, "logging.tensorboard": True}
+    with pytest.raises(ConfigError, match="tensorboardX is not installed"):
+        train(changed(config, longer), workdir)
+    assert (workdir / "metrics.jsonl").read_text() == before

@@ -12,6 +12,7 @@ import numpy as np
 
 from jtok_jax import flops
 from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
 from jtok_jax.training.step import StepMetrics
 
 FILE_NAME = "metrics.jsonl"
@@ -60,6 +61,7 @@ class MetricsWriter:
     """Appends one JSON object a line; a resumed run first drops the steps it will repeat."""
 
     def __init__(self, workdir: pathlib.Path, *, resumed_at: int | None, tensorboard: bool):
+        self._board = _tensorboard(workdir / "tensorboard") if tensorboard else None
         self._path = workdir / FILE_NAME
         if resumed_at is None and self._path.exists():
             self._path.rename(self._path.with_suffix(".before.jsonl"))  # of a run without a save
@@ -68,7 +70,6 @@ class MetricsWriter:
         partial.write_text("".join(kept))
         partial.replace(self._path)
         self._file = self._path.open("a")
-        self._board = _tensorboard(workdir / "tensorboard") if tensorboard else None
 
     def write(self, record: dict[str, object]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -148,6 +149,11 @@ def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
 
 
 def _tensorboard(folder: pathlib.Path):
-    import tensorboardX  # optional: pip install jtok-jax[tensorboard]
-
+    try:
+        import tensorboardX
+    except ImportError as error:
+        raise ConfigError(
+            "logging.tensorboard is set but tensorboardX is not installed; "
+            "pip install -e '.[tensorboard]', or leave it off: metrics.jsonl has everything."
+        ) from error
     return tensorboardX.SummaryWriter(str(folder))
