@@ -20,7 +20,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jtok_jax import flops
-from jtok_jax.config import Config, from_config_dict
+from jtok_jax.config import Config
+from jtok_jax.config_dict import from_config_dict
 from jtok_jax.data.loader import open_source, train_batches
 from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_error
 from jtok_jax.mesh import check_batch, make_mesh, put_batch

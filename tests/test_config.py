@@ -18,10 +18,8 @@ from jtok_jax.config import (
     EvaluationConfig,
     TrainConfig,
     base_config,
-    flatten,
-    from_config_dict,
-    to_dict,
 )
+from jtok_jax.config_dict import flatten, from_config_dict, to_dict
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError
 from jtok_jax.training.optimizer import make_optimizer

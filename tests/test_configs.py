@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from jtok_jax import flops
-from jtok_jax.config import from_config_dict
+from jtok_jax.config_dict import from_config_dict
 from jtok_jax.model.params import bind, init_params
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs.txt"

@@ -18,7 +18,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
-from jtok_jax.config import Config, flatten, from_config_dict, to_dict
+from jtok_jax.config import Config
+from jtok_jax.config_dict import flatten, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.training.state import TrainState, non_finite_params
 

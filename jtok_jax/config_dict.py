@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""`Config` from plain values and back: the only reader of a ConfigDict."""
+
+import dataclasses
+import difflib
+import math
+
+import ml_collections
+
+from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
+
+
+def to_dict(config: Config) -> dict:
+    """The whole configuration as nested dicts of plain values (what a checkpoint stores)."""
+    return dataclasses.asdict(config)
+
+
+def from_config_dict(values: ml_collections.ConfigDict | dict) -> Config:
+    """The checked configuration. Raises ConfigError at an unknown, missing or mistyped key."""
+    plain = values if isinstance(values, dict) else values.to_dict()
+    return _build(Config, plain, "")
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """{'train.steps': 10, ...} of nested dicts."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _build(cls: type, values: dict, prefix: str):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"Unknown key {prefix + key!r}.{hint}")
+    arguments = {}
+    for name, field in fields.items():
+        if name not in values:
+            raise ConfigError(f"Missing key {prefix + name!r}; start from base_config().")
+        value = values[name]
+        if dataclasses.is_dataclass(field.type):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix + name} is {value!r}; expected a group of fields.")
+            arguments[name] = _build(field.type, value, f"{prefix}{name}.")
+        else:
+            arguments[name] = _typed(value, field.type, prefix + name)
+    return cls(**arguments)
+
+
+def _typed(value: object, expected: type, name: str):
+    if expected is float and type(value) is int:
+        return float(value)
+    if expected is float and type(value) is float and not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}; expected a finite number.")
+    if type(value) is not expected:
+        raise ConfigError(
+            f"{name} is {value!r} ({type(value).__name__}); expected {expected.__name__}."
+        )
+    return value
