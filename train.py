@@ -27,7 +27,7 @@ from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_erro
 from jtok_jax.mesh import check_batch, make_mesh, put_batch
 from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
 from jtok_jax.training.evaluate import evaluate
-from jtok_jax.training.guards import StopSignal, WorkdirLock
+from jtok_jax.training.guards import StallWatch, StopSignal, WorkdirLock
 from jtok_jax.training.metrics import (
     MetricsWriter,
     Timer,
@@ -48,6 +48,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(WorkdirLock(workdir))
         stop = stack.enter_context(StopSignal())
+        stall = StallWatch(workdir, config.train.stall_seconds)
         # ---------------------------------------------------------------- mesh and data
         mesh = make_mesh(config.mesh)
         check_batch(mesh, "train.batch_size / grad_accumulation",
@@ -96,7 +97,8 @@ def train(config: Config, workdir: pathlib.Path) -> None:
         def report(step, batch_hash, metrics, data_wait, *, validate=False):
             """Write down one step, which is waited for; evaluate after it if asked."""
             logged = validate or step % config.train.log_every == 0
-            record = step_record(metrics, step=step, batch_hash=batch_hash, with_health=logged)
+            with stall.waiting_for(f"end of step {step}"):
+                record = step_record(metrics, step=step, batch_hash=batch_hash, with_health=logged)
             record |= timer.step(data_wait=data_wait)
             if logged or step == 1 or record["bad_in_row"]:
                 print(console_line(record, steps=steps), flush=True)
@@ -115,7 +117,8 @@ def train(config: Config, workdir: pathlib.Path) -> None:
 
         for step in range((done or 0) + 1, steps + 1):
             asked = time.perf_counter()
-            batch = next(batches)
+            with stall.waiting_for(f"batch for step {step}"):
+                batch = next(batches)
             wait = time.perf_counter() - asked
             ids, targets = put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)
             state, metrics = train_step(state, ids, targets)
@@ -130,12 +133,13 @@ def train(config: Config, workdir: pathlib.Path) -> None:
                 report(*unreported, validate=evaluating)
                 unreported = None
                 if saving:
-                    checkpoints.save(state, step)
+                    with stall.waiting_for(f"completed save at step {step}"):
+                        checkpoints.save(state, step)
+                        if last or stopped_by:
+                            checkpoints.wait()
                 timer.restart()
             if stopped_by and not last:
-                checkpoints.wait()
                 raise Preempted(f"{stopped_by}: saved step {step}. Run the same command to go on.")
-        checkpoints.wait()
         print(f"finished {steps} steps; checkpoint in {workdir / 'checkpoints' / str(steps)}")
 
 

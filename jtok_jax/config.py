@@ -251,6 +251,7 @@ class TrainConfig:
     grad_accumulation: int = 1  # microbatches per step
     z_loss: float = 1e-4  # weight of mean(logsumexp(logits)^2)
     max_bad_steps: int = 5  # non-finite steps in a row that stop the run
+    stall_seconds: float = 1800.0  # longest wait for a batch, a step or a save; 0: no limit
     log_every: int = 10  # steps between console lines; metrics.jsonl has every step
 
     def __post_init__(self):
@@ -258,7 +259,7 @@ class TrainConfig:
             self, "train", 1, "steps", "batch_size", "seq_len", "grad_accumulation",
             "max_bad_steps", "log_every",
         )  # fmt: skip
-        _at_least(self, "train", 0, "seed", "z_loss")
+        _at_least(self, "train", 0, "seed", "z_loss", "stall_seconds")
         if self.seed >= 1 << 32:
             raise ConfigError(f"train.seed is {self.seed}; expected less than 2^32.")
         if self.batch_size % self.grad_accumulation:

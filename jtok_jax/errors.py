@@ -45,6 +45,9 @@ class NonFiniteError(JtokError):
     exit_code = 6
 
 
+STALL_EXIT_CODE = 7  # not an exception: the wait that stalls cannot be left, see guards.StallWatch
+
+
 class Preempted(JtokError):
     """SIGTERM or Ctrl-C: the state is saved, run the same command to go on."""
 

@@ -122,6 +122,7 @@ ELSEWHERE = {
     "train.seed": "test_seed_changes_values_and_batches",
     "train.max_bad_steps": "test_train_loop",
     "train.log_every": "test_train_loop",
+    "train.stall_seconds": "test_stall",
     "checkpoint.every": "test_train_loop",
     "checkpoint.keep": "test_train_loop",
     "evaluation.every": "test_train_loop",

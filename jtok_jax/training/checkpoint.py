@@ -28,8 +28,8 @@ CONFIG_FILE = "config.json"
 # What may change when a run goes on. The contents of data.path are checked by their fingerprint,
 # train.steps by schedule.steps; another mesh sums in another order and so changes the last bits.
 MAY_CHANGE = (
-    "train.steps", "train.log_every", "checkpoint.", "evaluation.", "logging.", "data.path",
-    "data.read_threads", "data.prefetch", "data.verify", "mesh.",
+    "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
+    "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
 )  # fmt: skip
 
 

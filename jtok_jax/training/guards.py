@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What protects a run from outside: one writer per workdir, and an orderly stop on signals."""
+"""What protects a run from outside: one writer per workdir, an orderly stop, an end to stalls."""
 
+import contextlib
+import faulthandler
 import fcntl
 import os
 import pathlib
 import signal
 import socket
+import threading
+from collections.abc import Iterator
 
-from jtok_jax.errors import WorkdirError
+from jtok_jax.errors import STALL_EXIT_CODE, WorkdirError
 
 LOCK_FILE = "lock"
+STALL_FILE = "stall.txt"
 
 
 class WorkdirLock:
@@ -67,3 +72,43 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         os.write(2, f"\n{self.name}: saving after this step, then stopping.\n".encode())
+
+
+class StallWatch:
+    """Ends the process with exit code 7 when one wait takes longer than `seconds` (0: never).
+
+    A wait inside a device, a file system or another host cannot be interrupted from Python: a
+    thread of its own writes the stacks of all threads to DIR/stall.txt, says what was awaited and
+    exits. Nothing is saved; a restart goes on from the last checkpoint.
+    """
+
+    def __init__(self, workdir: pathlib.Path, seconds: float):
+        self._workdir, self._seconds = workdir, seconds
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        if not self._seconds:
+            yield
+            return
+        timer = threading.Timer(self._seconds, self._exit, [what])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _exit(self, what: str) -> None:
+        path = self._workdir / STALL_FILE
+        message = (
+            f"Stall: no {what} within {self._seconds:g} s (train.stall_seconds). Stacks in {path}. "
+            "Nothing was saved; the same command goes on from the last checkpoint."
+        )
+        os.write(2, f"{message}\n".encode())
+        try:  # the disk may be what stalls: say it first, and leave in any case
+            with path.open("w") as file:
+                file.write(f"{message}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+        finally:
+            os._exit(STALL_EXIT_CODE)
