@@ -19,7 +19,6 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.data.loader import open_source, train_batches
@@ -60,7 +59,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
         print(parameter_table(config), flush=True)
 
         # ---------------------------------------------------------------- model and optimizer
-        optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
+        optimizer = make_optimizer(config)
         shardings = state_shardings(config, optimizer, mesh)
         train_step = jax.jit(
             make_train_step(config, optimizer, mesh),

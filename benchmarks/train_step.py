@@ -23,7 +23,6 @@ import numpy as np
 import optax
 from plain_step import Plain, init_state, make_step
 
-from jtok_jax import flops
 from jtok_jax.config import Config, DataConfig, JtokConfig, ModelConfig, ScheduleConfig, TrainConfig
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.mesh import make_mesh, put_batch
@@ -63,7 +62,7 @@ def make_config(arguments, kind: str, dtype: str) -> Config:
 
 def our_arm(config: Config, mesh, batch) -> Arm:
     """The step as train.py builds it."""
-    optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
+    optimizer = make_optimizer(config)
     shardings = training_state.state_shardings(config, optimizer, mesh)
     step = jax.jit(
         make_train_step(config, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, None)

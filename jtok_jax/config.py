@@ -182,25 +182,29 @@ class ModelConfig:
         return self.head_dim or self.model_dim // self.num_heads
 
     @property
-    def tables_shape(self) -> tuple[int, int, int, int] | None:
-        """[G, M, V, D] of the stacked tables, or None without tables."""
+    def tables_shape(self) -> tuple[int, ...] | None:
+        """Stacked tables: JTok [G, V, D], JTok-M [G, M, V, D]; None without tables."""
         stack = max(self.jtok.table_of_layer(self.num_layers), default=-1) + 1
         if stack == 0:
             return None
-        per_layer = self.jtok.num_tables if self.jtok.kind == "jtok_m" else 1
-        return stack, per_layer, self.vocab_size, self.model_dim
+        several = (self.jtok.num_tables,) if self.jtok.kind == "jtok_m" else ()
+        return stack, *several, self.vocab_size, self.model_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptimizerConfig:
-    """AdamW of the token tables, a group of its own. All open in the paper."""
+    """The optimizer of the token tables (jtok_kernels/row_optimizers.py). All open in the paper."""
 
+    kind: str = "lazy_adam"  # adamw (dense) | lazy_adam | rowwise_adam | rowwise_adagrad
     learning_rate_multiplier: float = 1.0
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.95
+    stochastic_rounding: bool = True  # of bfloat16 tables; False: to the nearest
 
     def __post_init__(self):
+        kinds = ("adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad")
+        _one_of(self.kind, "optimizer.tables.kind", kinds)
         _at_least(self, "optimizer.tables", 0, "learning_rate_multiplier", "weight_decay")
 
 

@@ -35,12 +35,12 @@ def peak_flops(device_kind: str) -> float | None:
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Size of every axis letter of a parameter."""
-    stack, tables, _, _ = config.tables_shape or (0, 0, 0, 0)
+    shape = config.tables_shape or (0, 0, 0)
     return {
         "L": config.num_layers, "D": config.model_dim, "V": config.vocab_size,
         "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_size,
         "F": config.moe.expert_dim if config.moe.num_experts else config.ffn_dim,
-        "E": config.moe.num_experts, "S": config.moe.shared_dim, "G": stack, "M": tables,
+        "E": config.moe.num_experts, "S": config.moe.shared_dim, "G": shape[0], "M": shape[-3],
     }  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def parameter_axes(config: ModelConfig) -> dict[str, str]:
         if config.jtok.router_norm == "own":
             jtok["router_norm"] = "LD"
     axes |= {f"blocks/jtok/{name}": letters for name, letters in jtok.items()}
-    return axes | ({"tables": "GMVD"} if config.tables_shape else {})
+    tables = {"none": {}, "jtok": {"tables": "GVD"}, "jtok_m": {"tables": "GMVD"}}
+    return axes | tables[config.jtok.kind]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

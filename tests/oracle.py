@@ -251,13 +251,13 @@ def run_block(h_TD, ids_T, params, spec, *, layer):
     if kind == "none" or spec["jtok_table_of_layer"][layer] < 0:
         return mid_TD + dm_TD, moe_record, None
 
-    table_MVD = params["tables"][spec["jtok_table_of_layer"][layer]]
+    table = params["tables"][spec["jtok_table_of_layer"][layer]]
     scale_D = weights["jtok/scale"]
     options = {"norm": spec["jtok_norm"], "eps": spec["jtok_eps"]}
     new_TD = np.zeros(h_TD.shape)
     if kind == "jtok":
         for t, token in enumerate(ids_T):
-            new_TD[t] = mid_TD[t] + jtok_gate(dm_TD[t], table_MVD[0, token], scale_D, **options)
+            new_TD[t] = mid_TD[t] + jtok_gate(dm_TD[t], table[token], scale_D, **options)
         return new_TD, moe_record, None
 
     options["num_layers"], top_k = spec["num_layers"], spec["jtok_top_k"]
@@ -266,7 +266,7 @@ def run_block(h_TD, ids_T, params, spec, *, layer):
     sigmoid_TM, choice_Tk = [], []
     for t, token in enumerate(ids_T):
         choice_k, weights_k, sigmoid_M = jtok_m_route(x_TD[t], router_DM, bias_M, top_k)
-        dr_D = jtok_m_delta(table_MVD[:, token], choice_k, weights_k, scale_D, **options)
+        dr_D = jtok_m_delta(table[:, token], choice_k, weights_k, scale_D, **options)
         new_TD[t] = mid_TD[t] + dm_TD[t] + dr_D
         sigmoid_TM.append(sigmoid_M)
         choice_Tk.append(choice_k)

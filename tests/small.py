@@ -10,12 +10,13 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jtok_kernels import dense_gradient
 
-from jtok_jax import flops
 from jtok_jax.config import Config, JtokConfig, MeshConfig, ModelConfig, MoeConfig, TrainConfig
 from jtok_jax.mesh import make_mesh
 from jtok_jax.model.params import init_params
 from jtok_jax.prepare import Recipe, prepare
+from jtok_jax.training import step
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
 from jtok_jax.training.step import make_train_step
@@ -66,10 +67,21 @@ def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
 @functools.cache
 def training(config: Config):
     """(state, jitted step, optimizer) of a run on one device; nothing is donated."""
-    optimizer = make_optimizer(config, list(flops.parameter_axes(config.model)))
+    optimizer = make_optimizer(config)
     mesh = one_device()
     state = init_state(config, optimizer, mesh)
     return state, jax.jit(make_train_step(config, optimizer, mesh)), optimizer
+
+
+def gradients(config: Config, params: dict, ids: jax.Array, targets: jax.Array):
+    """(losses, gradients by name) of a step, the tables' as dense arrays; to be jitted."""
+    microbatches = [step._split(config, array) for array in (ids, targets)]
+    plan = step._plan(config, microbatches[0])
+    losses, grads, rows = step._gradients(config, params, *microbatches, plan, one_device())
+    if rows is not None:
+        rows = dense_gradient(rows, plan.unique_U, num_rows=config.model.vocab_size)
+        grads = grads | {"tables": rows}
+    return losses, grads
 
 
 def one_device() -> jax.sharding.Mesh:

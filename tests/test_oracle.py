@@ -3,17 +3,17 @@
 """Model, loss and gradients against the float64 loops of oracle.py, in every configuration."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import oracle
 import pytest
 import tolerances
-from small import DENSE, JTOK, JTOK_M, KINDS, MOE, one_device, random_ids, random_params
+from small import DENSE, JTOK, JTOK_M, KINDS, MOE, gradients, random_ids, random_params
 
 from jtok_jax.config import Config, ModelConfig, TrainConfig
 from jtok_jax.model.params import bind
-from jtok_jax.training.step import _gradients, _plan
 
 replace = dataclasses.replace
 VARIANTS = {
@@ -97,10 +97,7 @@ def test_gradients_equal_the_oracle(name, accumulation):
     )
     params = random_params(model)
     ids, targets = random_ids(model, 2, 5), random_ids(model, 2, 5, seed=1)
-    plan = _plan(model, ids)
-    losses, grads = jax.jit(
-        lambda params, ids, targets: _gradients(config, params, ids, targets, plan, one_device())
-    )(params, ids, targets)
+    losses, grads = jax.jit(functools.partial(gradients, config))(params, ids, targets)
     params64, spec = as_float64(params), oracle_spec(model)
     batches = np.split(np.arange(2), accumulation)  # balance losses are those of a microbatch
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""JTok and JTok-M (arXiv 2602.00800): each equation one function, and the parameters they need.
+"""JTok and JTok-M (arXiv 2602.00800) in a layer: routing, balance, and the token tables' part.
 
-Symbols of the paper: h layer input, h~ after attention, dm increment of the feed-forward, e a row
-(or mixture of rows), s the learned scale, g router logits, w mixing weights, N_l backbone layers.
-All arithmetic is float32. What the paper leaves open is an argument here and a field of
+The equations on rows (norm, gate, mixing, injection: Eq. 7 to 9 and 11 to 13) are operations of
+jtok_kernels, written out in jtok_kernels/reference.py; the router (Eq. 10) and the balance loss
+are here. All arithmetic is float32. What the paper leaves open is an argument here and a field of
 `JtokConfig`; docs/method.md lists the choices.
 """
 
@@ -12,32 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jtok_kernels
 from flax import nnx
+from jtok_kernels import RowPlan, reference
 
 from jtok_jax.config import ModelConfig
 from jtok_jax.model.layers import normal, rms_norm
 
-TINY = 1e-30  # keeps the derivative of the root finite at a zero row
-
-
-def norm_eps(e: jax.Array, *, norm: str, eps: float) -> jax.Array:
-    """Norm_eps(e) = e / (|e| + eps), Sec. 3; |e| is the L2 norm, or the RMS for norm="rms".
-
-    Differs from the paper: "rms" (L2 norm / sqrt(D)) is ours; it equals "l2" with s times sqrt(D).
-    """
-    reduce = {"l2": jnp.sum, "rms": jnp.mean}[norm]
-    square = reduce(jnp.square(e), axis=-1, keepdims=True)
-    return e / (jnp.sqrt(jnp.maximum(square, TINY)) + eps)
-
-
-def gate(e_BTD: jax.Array, s_D: jax.Array, *, norm: str, eps: float) -> jax.Array:
-    """p = 1 + s * Norm_eps(e), Eq. 7."""
-    return 1.0 + s_D * norm_eps(e_BTD, norm=norm, eps=eps)
-
-
-def apply_gate(dm_BTD: jax.Array, p_BTD: jax.Array) -> jax.Array:
-    """dm^ = dm * p, Eq. 8; Eq. 9 adds it to h~. Only the increment is gated, never the stream."""
-    return dm_BTD * p_BTD
+HEALTH_TOKENS = 256  # at most so many tokens, spread over the batch, stand for all in `health`
 
 
 class Route(NamedTuple):
@@ -56,18 +38,6 @@ def route(x_BTD: jax.Array, router_DM: jax.Array, bias_M: jax.Array | None, *, t
     chosen, choice = jax.lax.top_k(logits_BTM, top_k)
     weights = jax.nn.softmax(jax.nn.log_sigmoid(chosen), axis=-1)  # the same ratio, no 0/0
     return Route(choice, weights, jax.nn.sigmoid(logits_BTM))
-
-
-def mix(rows_BTkD: jax.Array, weights_BTk: jax.Array) -> jax.Array:
-    """e = sum_i w_i E_i[x], Eq. 11."""
-    return jnp.sum(rows_BTkD * weights_BTk[..., None], axis=-2)
-
-
-def increment(
-    e_BTD: jax.Array, s_D: jax.Array, *, num_layers: int, norm: str, eps: float
-) -> jax.Array:
-    """dr = 1/sqrt(2 N_l) * s * Norm_eps(e), Eq. 12; Eq. 13 adds it beside dm."""
-    return (2 * num_layers) ** -0.5 * s_D * norm_eps(e_BTD, norm=norm, eps=eps)
 
 
 def balance_loss(probabilities: jax.Array, choice: jax.Array, *, probability: str) -> jax.Array:
@@ -90,8 +60,18 @@ def load(choice: jax.Array, count: int) -> jax.Array:
     return jnp.mean(jax.nn.one_hot(choice.reshape(-1), count, dtype=jnp.float32), axis=0)
 
 
+class Lookup(NamedTuple):
+    """What a layer needs to read its rows: the whole stack, never sliced, and its index."""
+
+    tables: jax.Array  # JTok [G, V, D], JTok-M [G, M, V, D]
+    layer: jax.Array  # int32 scalar, index into the stack
+    ids_BT: jax.Array
+    plan: RowPlan | None  # of the flattened ids; for training
+    row_grads: jax.Array | None  # JTok [U, D], JTok-M [M, U, D]
+
+
 class TokenTables(nnx.Module):
-    """Parameters of one layer's modulation: the scale s and, for JTok-M, the router."""
+    """One layer's modulation: the scale s and, for JTok-M, the router; the tables are handed in."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, jtok = config.model_dim, config.jtok
@@ -108,6 +88,41 @@ class TokenTables(nnx.Module):
                 self.router_norm = nnx.Param(jnp.ones(dim, jnp.float32))
         self.config = config
 
+    def __call__(
+        self,
+        tilde_BTD: jax.Array,
+        dm_BTD: jax.Array,
+        routed_by: tuple[jax.Array, jax.Array],
+        lookup: Lookup,
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        """(h', balance loss, health) from h~, dm, and (stream, its norm) to route by."""
+        config, jtok = self.config, self.config.jtok
+        flat = lambda x: x.reshape(-1, x.shape[-1])
+        h, dm, ids, scale = (
+            flat(tilde_BTD),
+            flat(dm_BTD),
+            lookup.ids_BT.reshape(-1),
+            self.scale[...],
+        )
+        form = {"norm": jtok.norm, "eps": jtok.eps}
+        rows = {name: getattr(lookup, name) for name in ("layer", "plan", "row_grads")}
+        if jtok.kind == "jtok":
+            out = jtok_kernels.jtok(h, dm, lookup.tables, ids, scale, **form, **rows)
+            balance, health = jnp.float32(0), _gate_health(scale, lookup, ids, form)
+        else:
+            routed = self.route(*routed_by)
+            choice, weights = flat(routed.choice), flat(routed.weights)
+            form |= {"depth_scale": (2 * config.num_layers) ** -0.5}
+            out = jtok_kernels.jtok_m(
+                h, dm, lookup.tables, ids, choice, weights, scale, **form, **rows
+            )
+            balance = balance_loss(
+                routed.probabilities, routed.choice, probability=jtok.balance_probability
+            )
+            health = _router_health(routed)
+            health |= _injection_health(scale, dm, lookup, ids, choice, weights, form)
+        return out.reshape(tilde_BTD.shape), balance, jax.lax.stop_gradient(health)
+
     def route(self, stream_BTD: jax.Array, normed_BTD: jax.Array) -> Route:
         """Route by the stream `h` or `h~`; `normed` is its norm shared with the backbone."""
         jtok, eps = self.config.jtok, self.config.norm_eps
@@ -116,3 +131,35 @@ class TokenTables(nnx.Module):
         x_BTD = normed_BTD if shared else rms_norm(stream_BTD, weight, eps=eps)
         bias = self.router_bias[...] if jtok.router_bias else None
         return route(x_BTD, self.router[...], bias, top_k=jtok.top_k)
+
+
+def _gate_health(scale, lookup: Lookup, ids, form) -> dict[str, jax.Array]:
+    rows = lookup.tables[lookup.layer, _some(ids)].astype(jnp.float32)
+    return {"row_norm": _row_norm(rows), "gate_size": _rms(reference.gate(rows, scale, **form) - 1)}
+
+
+def _injection_health(scale, dm, lookup: Lookup, ids, choice, weights, form):
+    rows = lookup.tables[lookup.layer, _some(choice), _some(ids)[:, None]].astype(jnp.float32)
+    dr = reference.injection(reference.mix(rows, _some(weights)), scale, **form)
+    return {"row_norm": _row_norm(rows), "gate_size": _rms(dr) / _rms(_some(dm))}
+
+
+def _router_health(routed: Route) -> dict[str, jax.Array]:
+    p = routed.probabilities / routed.probabilities.sum(axis=-1, keepdims=True)
+    entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, reference.TINY)), axis=-1)
+    return {
+        "router_entropy": jnp.mean(entropy),
+        "router_load": load(routed.choice, p.shape[-1]),
+    }
+
+
+def _some(x: jax.Array) -> jax.Array:
+    return x[:: -(-x.shape[0] // HEALTH_TOKENS)]
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+
+
+def _row_norm(rows: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.linalg.norm(rows, axis=-1))

@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jtok_kernels import RowPlan, gather_rows
+from jtok_kernels import RowPlan
 
 from jtok_jax.config import ModelConfig
-from jtok_jax.model import jtok as equations
 from jtok_jax.model.attention import Attend, Attended, Attention, causal
+from jtok_jax.model.jtok import Lookup, TokenTables
 from jtok_jax.model.layers import FeedForward, Rotation, normal, rms_norm, rotation
 from jtok_jax.model.moe import Moe
-
-Lookup = Callable[[jax.Array], jax.Array]  # choice_BTk -> float32 rows_BTkD of this layer
 
 
 class BlockAux(NamedTuple):
@@ -58,7 +56,7 @@ class Block(nnx.Module):
         else:
             self.ffn = FeedForward(config, rngs=rngs)
         if config.jtok.kind != "none":
-            self.jtok = equations.TokenTables(config, rngs=rngs)
+            self.jtok = TokenTables(config, rngs=rngs)
         self.config = config
 
     def __call__(
@@ -81,33 +79,8 @@ class Block(nnx.Module):
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
         pre = self.config.jtok.router_input == "pre_attention"
         routed_by = (h_BTD, pre_BTD) if pre else (tilde_BTD, post_BTD)
-        return self._modulate(tilde_BTD, dm_BTD, routed_by, lookup, kept, moe_balance, health)
-
-    def _modulate(self, tilde_BTD, dm_BTD, routed_by, lookup, kept, moe_balance, health):
-        config = self.config.jtok
-        dtype, dm = dm_BTD.dtype, dm_BTD.astype(jnp.float32)
-        scale_D = self.jtok.scale[...]
-        form = {"norm": config.norm, "eps": config.eps}
-        if config.kind == "jtok":
-            choice = jnp.zeros((*dm.shape[:2], 1), jnp.int32)
-            row_BTD = lookup(choice)[..., 0, :]
-            p_BTD = equations.gate(row_BTD, scale_D, **form)
-            h_BTD = tilde_BTD + equations.apply_gate(dm, p_BTD).astype(dtype)
-            balance = jnp.float32(0)
-            health |= _row_health(row_BTD) | {"gate_size": _rms(p_BTD - 1.0)}
-        else:
-            routed = self.jtok.route(*routed_by)
-            rows_BTkD = lookup(routed.choice)
-            e_BTD = equations.mix(rows_BTkD, routed.weights)
-            depth = self.config.num_layers
-            dr_BTD = equations.increment(e_BTD, scale_D, num_layers=depth, **form)
-            h_BTD = tilde_BTD + dm_BTD + dr_BTD.astype(dtype)
-            balance = equations.balance_loss(
-                routed.probabilities, routed.choice, probability=config.balance_probability
-            )
-            health |= _row_health(rows_BTkD) | {"gate_size": _rms(dr_BTD) / _rms(dm)}
-            health |= _router_health(routed)
-        return h_BTD, kept, BlockAux(moe_balance, balance, health)
+        h_BTD, balance, tables_health = self.jtok(tilde_BTD, dm_BTD, routed_by, lookup)
+        return h_BTD, kept, BlockAux(moe_balance, balance, health | tables_health)
 
 
 class Transformer(nnx.Module):
@@ -138,7 +111,7 @@ class Transformer(nnx.Module):
         ids_BT: jax.Array,
         *,
         plan: RowPlan | None = None,
-        row_grads_LMUD: jax.Array | None = None,
+        row_grads: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         attend: Callable[..., Attended] | None = None,
         cache: object = None,
@@ -148,8 +121,8 @@ class Transformer(nnx.Module):
 
         Args:
             ids_BT: int32 in [0, V); not checked here.
-            plan, row_grads_LMUD: for training, see jtok_kernels.gather_rows; the plan's `place`
-                has the shape of `ids`.
+            plan, row_grads: for training, see jtok_kernels.jtok; the plan is of the flattened ids,
+                `row_grads` has a leading layer axis.
             positions_BT: int32; default 0, 1, ... in every sequence.
             attend: (query, key, value, cache of the layer) -> Attended; default causal.
             cache: pytree with a leading layer axis, handed to `attend` layer by layer.
@@ -165,45 +138,29 @@ class Transformer(nnx.Module):
         graph, params = nnx.split(self.blocks)
 
         def body(h_BTD, layer):
-            params, stack, row_grads_MUD, cache = layer
+            params, stack, row_grads_layer, cache = layer
             block = nnx.merge(graph, params)
-            lookup = self._lookup(ids_BT, plan, stack, row_grads_MUD)
+            rows = None
+            if max(stacks) >= 0:
+                rows = Lookup(self.tables[...], stack, ids_BT, plan, row_grads_layer)
             run = lambda lookup: block(
                 h_BTD,
                 by=by,
                 attend=lambda q, k, v: attend(q, k, v, cache),
                 lookup=lookup,
             )
-            if max(stacks) < 0:
-                h_BTD, kept, aux = run(None)
-            elif min(stacks) >= 0:
-                h_BTD, kept, aux = run(lookup)
+            if rows is None or min(stacks) >= 0:
+                h_BTD, kept, aux = run(rows)
             else:  # some layers carry tables and some do not
-                h_BTD, kept, aux = _either(stack >= 0, lambda: run(lookup), lambda: run(None))
+                h_BTD, kept, aux = _either(stack >= 0, lambda: run(rows), lambda: run(None))
             return constrain(h_BTD), (kept, aux)
 
         h_BTD = constrain(self.embed[ids_BT].astype(config.compute_dtype))
-        layers = params, np.array(stacks, np.int32), row_grads_LMUD, cache
+        layers = params, np.array(stacks, np.int32), row_grads, cache
         h_BTD, (kept, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = aux.health | {"final_std": jnp.std(h_BTD.astype(jnp.float32))}
         return Output(hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
-
-    def _lookup(self, ids_BT, plan, stack, row_grads_MUD) -> Lookup:
-        """Rows of this layer, straight from the whole stack: no slice of it is ever made."""
-
-        def lookup(choice_BTk: jax.Array) -> jax.Array:
-            top_k = choice_BTk.shape[-1]
-            choice_Rk, ids_R = choice_BTk.reshape(-1, top_k), ids_BT.reshape(-1)
-            tables = self.tables[...]
-            if row_grads_MUD is None:
-                rows_RkD = tables[stack, choice_Rk, ids_R[:, None]]
-            else:
-                place_R = plan.place.reshape(-1)
-                rows_RkD = gather_rows(tables, row_grads_MUD, stack, choice_Rk, ids_R, place_R)
-            return rows_RkD.astype(jnp.float32).reshape(*choice_BTk.shape, -1)
-
-        return lookup
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -235,20 +192,3 @@ def _remat(body: Callable, kind: str) -> Callable:
         "full": jax.checkpoint_policies.nothing_saveable,
     }
     return jax.checkpoint(body, policy=policies[kind], prevent_cse=False)
-
-
-def _rms(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean(jnp.square(x)))
-
-
-def _row_health(rows: jax.Array) -> dict[str, jax.Array]:
-    return {"row_norm": jnp.mean(jnp.linalg.norm(rows, axis=-1))}
-
-
-def _router_health(routed: equations.Route) -> dict[str, jax.Array]:
-    p = routed.probabilities / routed.probabilities.sum(axis=-1, keepdims=True)
-    entropy = -jnp.sum(p * jnp.log(jnp.maximum(p, equations.TINY)), axis=-1)
-    return {
-        "router_entropy": jnp.mean(entropy),
-        "router_load": equations.load(routed.choice, p.shape[-1]),
-    }

@@ -13,6 +13,7 @@ import numpy as np
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
+from jtok_jax.training.optimizer import Optimizer, make_optimizer
 from jtok_jax.training.step import StepMetrics
 
 FILE_NAME = "metrics.jsonl"
@@ -106,16 +107,27 @@ def console_line(record: dict[str, object], *, steps: int) -> str:
 def parameter_table(config: Config) -> str:
     """Counts of the model and its tables, for the start of a run."""
     counts = flops.count(config.model, seq_len=config.train.seq_len)
-    moments = 2 * 4  # AdamW keeps two float32 numbers a parameter
+    optimizer = make_optimizer(config)
     rows = [
         ("backbone", counts.backbone, "parameters"),
         ("tables", counts.tables, f"parameters, {_mebibytes(counts.table_bytes)} MiB"),
         ("total", counts.total, "parameters"),
         ("active", counts.active, "parameters a token, tables left out"),
-        ("optimizer", moments * counts.total, "bytes of AdamW moments"),
+        ("optimizer", 8 * counts.backbone, "bytes of AdamW moments of the backbone"),
+        *_table_state(config, optimizer, counts.tables),
         ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
     ]
     return "\n".join(f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows)
+
+
+def _table_state(config: Config, optimizer: Optimizer, tables: int) -> list[tuple]:
+    if optimizer.tables is None:
+        return []
+    table = jax.ShapeDtypeStruct(config.model.tables_shape, config.model.jtok.table_dtype)
+    leaves = jax.tree.leaves(jax.eval_shape(optimizer.tables.init, table))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    kind = config.optimizer.tables.kind
+    return [("", size, f"bytes of {kind} state, {size / tables:.2f} a table parameter")]
 
 
 def _mebibytes(size: int) -> str:

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Learning-rate schedules and AdamW in three groups: matrices, vectors, token tables."""
+"""Learning-rate schedules, and three groups of parameters: matrices, vectors, token tables."""
 
+from typing import NamedTuple
+
+import jax
+import jtok_kernels
 import optax
+from jtok_kernels import RowOptimizer
 
+from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.flops import VECTORS
 
@@ -27,29 +33,41 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def group(name: str) -> str:
-    """The optimizer group of a parameter by name."""
-    if name == "tables":
-        return "tables"
+    """The AdamW group of a backbone parameter by name: decay acts on matrices alone."""
     return "vectors" if name.endswith(VECTORS) else "matrices"
 
 
-def make_optimizer(config: Config, names: list[str]) -> optax.GradientTransformation:
-    """Clip by the global norm of all gradients, then AdamW by group."""
+class Optimizer(NamedTuple):
+    """Clipping by the global norm of all gradients comes first and is the step's own business."""
+
+    backbone: optax.GradientTransformation
+    tables: RowOptimizer | None  # None: a model without tables
+
+    def init(self, params: dict[str, jax.Array]) -> dict[str, object]:
+        backbone, tables = split_tables(params)
+        state = {"backbone": self.backbone.init(backbone)}
+        return state | ({} if tables is None else {"tables": self.tables.init(tables)})
+
+
+def split_tables(params: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None]:
+    """(backbone, tables) of a flat dict of parameters."""
+    backbone = {name: value for name, value in params.items() if name != "tables"}
+    return backbone, params.get("tables")
+
+
+def make_optimizer(config: Config) -> Optimizer:
+    """AdamW of the backbone, and what `optimizer.tables.kind` names for the tables."""
     options, tables = config.optimizer, config.optimizer.tables
     rate = schedule(config)
-    backbone = {"learning_rate": rate, "b1": options.b1, "b2": options.b2, "eps": options.eps}
+    adamw = {"learning_rate": rate, "b1": options.b1, "b2": options.b2, "eps": options.eps}
     groups = {
-        "matrices": optax.adamw(**backbone, weight_decay=options.weight_decay),
-        "vectors": optax.adamw(**backbone, weight_decay=0.0),
-        "tables": optax.adamw(
-            lambda step: rate(step) * tables.learning_rate_multiplier,
-            b1=tables.b1,
-            b2=tables.b2,
-            eps=options.eps,
-            weight_decay=tables.weight_decay,
-        ),
+        "matrices": optax.adamw(**adamw, weight_decay=options.weight_decay),
+        "vectors": optax.adamw(**adamw, weight_decay=0.0),
     }
-    by_group = optax.partition(groups, {name: group(name) for name in names})
-    if options.clip_norm == 0:
-        return by_group
-    return optax.chain(optax.clip_by_global_norm(options.clip_norm), by_group)
+    names = [name for name in flops.parameter_axes(config.model) if name != "tables"]
+    backbone = optax.partition(groups, {name: group(name) for name in names})
+    if config.model.tables_shape is None:
+        return Optimizer(backbone, None)
+    betas = {} if tables.kind == "rowwise_adagrad" else {"b1": tables.b1, "b2": tables.b2}
+    make = getattr(jtok_kernels, tables.kind)
+    return Optimizer(backbone, make(**betas, eps=options.eps, weight_decay=tables.weight_decay))

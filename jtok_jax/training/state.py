@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.mesh import replicated, sharding
 from jtok_jax.model.params import Params, init_params
+from jtok_jax.training.optimizer import Optimizer
 
 
 class TrainState(NamedTuple):
@@ -20,12 +20,12 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # int32
     params: Params
-    opt_state: optax.OptState
+    opt_state: dict[str, object]  # of Optimizer.init
     bad_steps: jax.Array  # int32, steps skipped as not finite
     bad_in_row: jax.Array  # int32, how many of them were the last ones
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """The state before step 1, a pure function of `train.seed`."""
     build = _builder(config, optimizer)
     key = jax.random.key(config.train.seed)
@@ -35,9 +35,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
     return jax.jit(build, out_shardings=shardings, compiler_options=options)(key)
 
 
-def abstract_state(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any memory."""
     shapes = jax.eval_shape(_builder(config, optimizer), jax.random.key(0))
     return jax.tree.map(
@@ -47,15 +45,17 @@ def abstract_state(
     )
 
 
-def state_shardings(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """NamedSharding of every leaf; a moment is split as the parameter it belongs to."""
+def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """NamedSharding of every leaf; a moment is split as the parameter it belongs to.
+
+    The optimizer of the tables has leaves of their shape, and smaller ones, which every device has.
+    """
     axes = flops.parameter_axes(config.model)
 
     def leaf_sharding(path, leaf):
-        name = path[-1].key if isinstance(path[-1], jax.tree_util.DictKey) else None
-        if name in axes and leaf.ndim == len(axes[name]):
+        keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
+        name = next((key for key in keys if key in axes), None)
+        if name and leaf.ndim == len(axes[name]):
             return sharding(mesh, axes[name], leaf.shape)
         return replicated(mesh)
 
@@ -74,7 +74,7 @@ def _all_finite(params: Params) -> dict[str, jax.Array]:
     return {name: jnp.all(jnp.isfinite(value)) for name, value in params.items()}
 
 
-def _builder(config: Config, optimizer: optax.GradientTransformation):
+def _builder(config: Config, optimizer: Optimizer):
     def build(key: jax.Array) -> TrainState:
         params = init_params(config.model, key)
         zero = jnp.zeros((), jnp.int32)

@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
-from jtok_kernels import RowPlan, dense_gradient, row_plan
+from jtok_kernels import RowPlan, row_plan, update_rows
 
 from jtok_jax.config import Config, ModelConfig
 from jtok_jax.mesh import split_batch
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind
-from jtok_jax.training.optimizer import schedule
+from jtok_jax.training.optimizer import Optimizer, schedule, split_tables
 from jtok_jax.training.state import TrainState
 
 
@@ -40,36 +41,78 @@ class _Losses(NamedTuple):
 
 
 def make_train_step(
-    config: Config, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: Config, optimizer: Optimizer, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, StepMetrics]]:
     """step(state, ids_BT, targets_BT) -> (state, metrics), to be jitted with the state donated.
 
-    1. plan the rows of the whole batch  2. sum gradients over microbatches  3. turn row gradients
-    into table gradients  4. update  5. keep the old state where anything was not finite.
+    1. plan the rows of the whole batch  2. sum gradients over microbatches  3. clip by the norm of
+    all of them  4. update the backbone, and the rows of the step  5. keep the old values where
+    anything was not finite.
     """
     rate = schedule(config)
 
     def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array):
-        plan = _plan(config.model, ids_BT)
-        losses, grads = _gradients(config, state.params, ids_BT, targets_BT, plan, mesh)
+        microbatches = _split(config, ids_BT), _split(config, targets_BT)
+        plan = _plan(config, microbatches[0])
+        losses, *grads = _gradients(config, state.params, *microbatches, plan, mesh)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = _where(finite, (params, opt_state), (state.params, state.opt_state))
-        bad = jnp.where(finite, 0, 1)
+        accepted = state.step - state.bad_steps
+        grads = _clip(grads, norm, config.optimizer.clip_norm)
+        params, opt_state = _update(config, optimizer, state, grads, plan, accepted, finite)
         new = TrainState(
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
-            bad_steps=state.bad_steps + bad,
+            bad_steps=state.bad_steps + jnp.where(finite, 0, 1),
             bad_in_row=jnp.where(finite, 0, state.bad_in_row + 1),
         )
-        accepted = state.step - state.bad_steps
         counts = rate(accepted), new.bad_steps, new.bad_in_row
         return new, StepMetrics(*losses[:3], norm, *counts, losses.health)
 
     return step
+
+
+def _clip(grads, norm: jax.Array, limit: float):
+    """The gradients, scaled down where their norm is above `limit`; 0: no limit."""
+    if not limit:
+        return grads
+    factor = jnp.where(norm > limit, limit / norm, 1.0)
+    return jax.tree.map(lambda leaf: leaf * factor, grads)
+
+
+def _update(
+    config: Config,
+    optimizer: Optimizer,
+    state: TrainState,
+    grads: tuple[Params, jax.Array | None],
+    plan: RowPlan | None,
+    accepted: jax.Array,
+    finite: jax.Array,
+) -> tuple[Params, dict[str, object]]:
+    """Parameters and optimizer state after one more accepted step, or as they were."""
+    backbone, tables = split_tables(state.params)
+    backbone_grads, row_grads = grads
+    old = state.opt_state["backbone"]
+    updates, new = optimizer.backbone.update(backbone_grads, old, backbone)
+    new_backbone = optax.apply_updates(backbone, updates)
+    params, new = _where(finite, (new_backbone, new), (backbone, old))
+    opt_state = {"backbone": new}
+    if tables is not None:
+        options = config.optimizer.tables
+        key = jax.random.fold_in(jax.random.key(config.train.seed), accepted)
+        params["tables"], opt_state["tables"] = update_rows(
+            optimizer.tables,
+            tables,
+            state.opt_state["tables"],
+            plan.unique_U,
+            row_grads,
+            step=accepted + 1,
+            learning_rate=schedule(config)(accepted) * options.learning_rate_multiplier,
+            apply=finite,
+            rounding_key=key if options.stochastic_rounding else None,
+        )
+    return params, opt_state
 
 
 def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[..., LossSums]:
@@ -84,66 +127,81 @@ def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[..., LossSums]:
     return step
 
 
-def _plan(config: ModelConfig, ids_BT: jax.Array) -> RowPlan:
-    """The row plan of a step; without tables it is made all the same, and never used."""
-    return row_plan(ids_BT, num_rows=config.vocab_size)
+def _split(config: Config, array_BT: jax.Array) -> jax.Array:
+    """[N, B / N, T], one entry a microbatch.
+
+    Its sequences are strided, so that a batch split over devices stays where it is.
+    """
+    count = config.train.grad_accumulation
+    return array_BT.reshape(-1, count, array_BT.shape[1]).swapaxes(0, 1)
+
+
+def _plan(config: Config, ids_NBT: jax.Array) -> RowPlan | None:
+    """One plan for all microbatches of a step; None without tables."""
+    if config.model.tables_shape is None:
+        return None
+    return row_plan(ids_NBT.reshape(ids_NBT.shape[0], -1), num_rows=config.model.vocab_size)
 
 
 def _gradients(
     config: Config,
     params: Params,
-    ids_BT: jax.Array,
-    targets_BT: jax.Array,
-    plan: RowPlan,
+    ids_NBT: jax.Array,
+    targets_NBT: jax.Array,
+    plan: RowPlan | None,
     mesh: Mesh,
-) -> tuple[_Losses, Params]:
-    """Losses and float32 gradients, averaged over the microbatches."""
-    backbone = {name: value for name, value in params.items() if name != "tables"}
-    row_grads = _zero_row_grads(config.model, plan)
+) -> tuple[_Losses, Params, jax.Array | None]:
+    """Losses, gradients of the backbone, and row gradients of the stacked tables.
+
+    Averaged over the microbatches, float32. Row gradients: [G, (M,) U, D].
+    """
+    backbone, tables = split_tables(params)
+    zero_rows = _zero_row_grads(config.model, plan)
     value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True, allow_int=True)
 
-    def microbatch(ids, targets, place):
-        arguments = config, params.get("tables"), ids, targets, plan._replace(place=place), mesh
-        (_, losses), grads = value_and_grad(backbone, row_grads, *arguments)
+    def microbatch(ids, targets, order):
+        of_microbatch = None if plan is None else plan._replace(order=order)
+        arguments = config, tables, ids, targets, of_microbatch, mesh
+        (_, losses), grads = value_and_grad(backbone, zero_rows, *arguments)
         return losses, grads
 
+    arrays = ids_NBT, targets_NBT, None if plan is None else plan.order
     count = config.train.grad_accumulation
-    arrays = ids_BT, targets_BT, plan.place
+    first = jax.tree.map(lambda x: x[0], arrays)
     if count == 1:
-        losses, grads = microbatch(*arrays)
+        losses, grads = microbatch(*first)
     else:
-        # Rows of a microbatch are strided, so a batch split over devices stays where it is.
-        split = [x.reshape(-1, count, x.shape[1]).swapaxes(0, 1) for x in arrays]
-        shapes = jax.eval_shape(microbatch, *[x[0] for x in split])
+        shapes = jax.eval_shape(microbatch, *first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
         add = lambda total, xs: (jax.tree.map(jnp.add, total, microbatch(*xs)), None)
-        total, _ = jax.lax.scan(add, zeros, split)
+        total, _ = jax.lax.scan(add, zeros, arrays)
         losses, grads = jax.tree.map(lambda leaf: leaf / count, total)
     backbone_grads, row_grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
-    if row_grads is None:
-        return losses, backbone_grads
-    model = config.model
-    tables = dense_gradient(
-        row_grads,
-        plan.unique_U,
-        stack_of_layer=model.jtok.table_of_layer(model.num_layers),
-        num_rows=model.vocab_size,
-    )
-    return losses, backbone_grads | {"tables": tables}
+    return losses, backbone_grads, _of_stack(config.model, row_grads)
 
 
-def _zero_row_grads(config: ModelConfig, plan: RowPlan) -> jax.Array | None:
-    if config.tables_shape is None:
+def _zero_row_grads(config: ModelConfig, plan: RowPlan | None) -> jax.Array | None:
+    """[L, (M,) U, D]: one for every layer, with tables or without."""
+    if plan is None:
         return None
-    _, num_tables, _, dim = config.tables_shape
-    shape = (config.num_layers, num_tables, plan.unique_U.shape[0], dim)
-    return jnp.zeros(shape, jnp.float32)
+    _, *several, _, dim = config.tables_shape
+    return jnp.zeros((config.num_layers, *several, plan.unique_U.size, dim), jnp.float32)
+
+
+def _of_stack(config: ModelConfig, row_grads: jax.Array | None) -> jax.Array | None:
+    """Row gradients of the stacked tables from those of the layers."""
+    if row_grads is None:
+        return None
+    if config.jtok.sharing == "shared":
+        return row_grads.sum(axis=0, keepdims=True)  # layers without tables hold zeros
+    carrying = config.jtok.table_layers(config.num_layers)
+    return row_grads if len(carrying) == config.num_layers else row_grads[np.array(carrying)]
 
 
 def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan, mesh):
     params = backbone if tables is None else backbone | {"tables": tables}
     model = bind(config.model, params)
-    output = model(ids_BT, plan=plan, row_grads_LMUD=row_grads, constrain=_constrain(mesh))
+    output = model(ids_BT, plan=plan, row_grads=row_grads, constrain=_constrain(mesh))
     ones = jnp.ones(targets_BT.shape, jnp.float32)
     sums = cross_entropy(
         output.hidden_BTD, model.head_DV, targets_BT, ones, chunk=config.model.loss_chunk

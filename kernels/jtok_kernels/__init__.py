@@ -1,7 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Token-table operations for any model: arrays in, arrays out; depends on JAX alone."""
+"""Token-table operations for any model: arrays in, arrays out; depends on JAX alone.
 
-from jtok_kernels.rows import RowPlan, dense_gradient, gather_rows, row_plan
+plan = row_plan(ids, num_rows=V)                          once a step
+out = jtok(h, delta, table, ids, scale, eps=1e-6, plan=plan, row_grads=zeros)    or jtok_m
+... differentiate with respect to `zeros`: the gradient of every unique row ...
+table, state = update_rows(lazy_adam(...), table, state, plan.unique_U, row_grads, ...)
+"""
 
-__all__ = ["RowPlan", "dense_gradient", "gather_rows", "row_plan"]
+from jtok_kernels.choose import IMPLEMENTATIONS
+from jtok_kernels.modulate import jtok, jtok_m, mix_rows, norm_add
+from jtok_kernels.plan import Order, RowPlan, row_plan
+from jtok_kernels.row_optimizers import (
+    RowOptimizer,
+    adamw,
+    dense_gradient,
+    lazy_adam,
+    rowwise_adagrad,
+    rowwise_adam,
+    update_rows,
+)
+
+__all__ = [
+    "jtok", "jtok_m", "mix_rows", "norm_add", "IMPLEMENTATIONS",
+    "row_plan", "RowPlan", "Order",
+    "update_rows", "RowOptimizer", "adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad",
+    "dense_gradient",
+]  # fmt: skip

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The public operations on token tables, with their derivatives.
+
+Axes: T tokens, D width, V rows of a table, E tables of a layer, K tables a token reads, L stacked
+layers, U unique ids of a step (`RowPlan.unique_U`).
+
+Derivatives reach h, delta, the weights, the scale, and the rows in one of two ways:
+  `row_grads` given   its cotangent is the gradient per unique row; the table itself gets none
+  `row_grads` None    the table gets an ordinary dense gradient of its whole shape
+The first is for training: a dense gradient of a stacked table is as large as the stack.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtok_kernels import xla
+from jtok_kernels.choose import choose
+from jtok_kernels.form import Form
+from jtok_kernels.plan import RowPlan, row_plan
+from jtok_kernels.reference import NORMS
+
+BACKENDS = {"xla": xla}
+
+
+class _Static(NamedTuple):
+    form: Form
+    backend: str
+    dense: bool  # the table gets a dense gradient
+
+
+def jtok(
+    h: jax.Array,
+    delta: jax.Array,
+    table: jax.Array,
+    ids: jax.Array,
+    scale: jax.Array,
+    *,
+    eps: float,
+    norm: str = "l2",
+    layer: jax.Array | int | None = None,
+    plan: RowPlan | None = None,
+    row_grads: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """h + delta * (1 + scale * Norm_eps(table[ids])), arXiv 2602.00800 Eq. 7 to 9, [T, D].
+
+    Args:
+        h: stream after attention, [T, D], bfloat16 or float32; the result has its dtype.
+        delta: increment of the feed-forward, like `h`.
+        table: [V, D], or [L, V, D] with `layer`; bfloat16 or float32. Never sliced nor copied.
+        ids: int32 [T], each in [0, V). Not checked: an id outside reads a row of its own choice,
+            or gives NaN where `jax_debug_nans` is on.
+        scale: float32 [D].
+        eps: added to the norm.
+        norm: "l2", or "rms" = l2 / sqrt(D).
+        layer: int32 scalar, index into a stacked table.
+        plan: `row_plan(ids, num_rows=V)`; made in the backward pass if None.
+        row_grads: float32 zeros [U, D]; see above. Needs `plan`.
+        implementation: one of `IMPLEMENTATIONS`; None chooses by platform.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the implementation cannot run here.
+    """
+    _require(
+        table.ndim == (2 if layer is None else 3), "table", table, "[V, D], or [L, V, D] with layer"
+    )
+    static = _static(
+        Form(None, norm, eps), h, delta, table, ids, scale, row_grads, plan, implementation
+    )
+    out = _jtok(static, h, delta, table, row_grads, scale, _at(layer), ids, plan)
+    return _nan_where_outside(out, ids, table.shape[-2])
+
+
+def jtok_m(
+    h: jax.Array,
+    delta: jax.Array,
+    tables: jax.Array,
+    ids: jax.Array,
+    choice: jax.Array,
+    weights: jax.Array,
+    scale: jax.Array,
+    *,
+    depth_scale: float,
+    eps: float,
+    norm: str = "l2",
+    layer: jax.Array | int | None = None,
+    plan: RowPlan | None = None,
+    row_grads: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """h + delta + depth_scale * scale * Norm_eps(sum_k weights_k tables[choice_k, ids]), [T, D].
+
+    arXiv 2602.00800 Eq. 11 to 13, depth_scale = 1/sqrt(2 N_l). Arguments as in `jtok`, and:
+
+    Args:
+        tables: [E, V, D], or [L, E, V, D] with `layer`.
+        choice: int32 [T, K], tables each token reads, each in [0, E), 1 <= K <= E, no table twice.
+        weights: float32 [T, K].
+        row_grads: float32 zeros [E, U, D].
+    """
+    _require(
+        tables.ndim == (3 if layer is None else 4),
+        "tables",
+        tables,
+        "[E, V, D], or [L, E, V, D] with layer",
+    )
+    _check_choice(choice, weights, ids, tables.shape[-3])
+    static = _static(
+        Form(depth_scale, norm, eps), h, delta, tables, ids, scale, row_grads, plan, implementation
+    )
+    arguments = _at(layer), ids, choice, plan
+    out = _jtok_m(static, h, delta, tables, row_grads, weights, scale, *arguments)
+    return _nan_where_outside(out, ids, tables.shape[-2])
+
+
+def mix_rows(
+    tables: jax.Array,
+    ids: jax.Array,
+    choice: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    plan: RowPlan | None = None,
+    row_grads: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """sum_k weights_k tables[choice_k, ids], Eq. 11, float32 [T, D]; without `choice` the rows.
+
+    The part of `jtok` and `jtok_m` that a device can do for a slice of the columns of sharded
+    tables; `norm_add` does the rest where whole rows are. Arguments as there; without `choice`
+    and `weights` the tables are [V, D] or [L, V, D].
+    """
+    per_layer = 2 if choice is None else 3
+    _require(
+        tables.ndim == per_layer + (layer is not None), "tables", tables, "one axis more with layer"
+    )
+    if choice is not None:
+        _check_choice(choice, weights, ids, tables.shape[-3])
+    _check_rows(tables, ids, row_grads, plan)
+    static = _Static(Form(None, "l2", 0.0), choose(implementation), row_grads is None)
+    out = _mix_rows(static, tables, row_grads, weights, _at(layer), ids, choice, plan)
+    return _nan_where_outside(out, ids, tables.shape[-2])
+
+
+def norm_add(
+    h: jax.Array,
+    delta: jax.Array,
+    e: jax.Array,
+    scale: jax.Array,
+    *,
+    depth_scale: float | None,
+    eps: float,
+    norm: str = "l2",
+) -> jax.Array:
+    """What follows `mix_rows`, [T, D]: `jtok`'s gate with depth_scale None, else `jtok_m`'s sum.
+
+    Args:
+        e: rows or mixtures of rows, float32 [T, D].
+    """
+    _check_stream(h, delta, scale)
+    _require(e.shape == h.shape, "e", e, f"{h.shape}")
+    _check_norm(norm)
+    return xla.norm_add(h, delta, e, scale, Form(depth_scale, norm, eps))
+
+
+# ------------------------------------------------------------------------------ derivatives
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _jtok(static, h, delta, table, row_grads, scale, at, ids, plan):
+    return BACKENDS[static.backend].jtok_forward(h, delta, table, at, ids, scale, static.form)
+
+
+def _jtok_fwd(static, h, delta, table, row_grads, scale, at, ids, plan):
+    out = _jtok(static, h, delta, table, row_grads, scale, at, ids, plan)
+    return out, (delta, table, scale, at, ids, plan)
+
+
+def _jtok_bwd(static, kept, g):
+    delta, table, scale, at, ids, plan = kept
+    plan = plan or row_plan(ids, num_rows=table.shape[-2])
+    backward = BACKENDS[static.backend].jtok_backward
+    d_delta, rows, d_scale = backward(g, delta, table, at, ids, scale, plan, static.form)
+    return g, d_delta, *_table_or_rows(static, table, at, plan, rows), d_scale, None, None, None
+
+
+_jtok.defvjp(_jtok_fwd, _jtok_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _jtok_m(static, h, delta, tables, row_grads, weights, scale, at, ids, choice, plan):
+    forward = BACKENDS[static.backend].jtok_m_forward
+    return forward(h, delta, tables, at, ids, choice, weights, scale, static.form)
+
+
+def _jtok_m_fwd(static, h, delta, tables, row_grads, weights, scale, at, ids, choice, plan):
+    out = _jtok_m(static, h, delta, tables, row_grads, weights, scale, at, ids, choice, plan)
+    return out, (tables, weights, scale, at, ids, choice, plan)
+
+
+def _jtok_m_bwd(static, kept, g):
+    tables, weights, scale, at, ids, choice, plan = kept
+    plan = plan or row_plan(ids, num_rows=tables.shape[-2])
+    d_weights, rows, d_scale = BACKENDS[static.backend].jtok_m_backward(
+        g, tables, at, ids, choice, weights, scale, plan, static.form
+    )
+    d_rows = _table_or_rows(static, tables, at, plan, rows)
+    return g, g, *d_rows, d_weights, d_scale, None, None, None, None
+
+
+_jtok_m.defvjp(_jtok_m_fwd, _jtok_m_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix_rows(static, tables, row_grads, weights, at, ids, choice, plan):
+    return BACKENDS[static.backend].mix_rows_forward(tables, at, ids, choice, weights)
+
+
+def _mix_rows_fwd(static, tables, row_grads, weights, at, ids, choice, plan):
+    out = _mix_rows(static, tables, row_grads, weights, at, ids, choice, plan)
+    return out, (tables, weights, at, ids, choice, plan)
+
+
+def _mix_rows_bwd(static, kept, d_e):
+    tables, weights, at, ids, choice, plan = kept
+    plan = plan or row_plan(ids, num_rows=tables.shape[-2])
+    backward = BACKENDS[static.backend].mix_rows_backward
+    d_weights, rows = backward(d_e, tables, at, ids, choice, weights, plan)
+    return *_table_or_rows(static, tables, at, plan, rows), d_weights, None, None, None, None
+
+
+_mix_rows.defvjp(_mix_rows_fwd, _mix_rows_bwd)
+
+
+def _table_or_rows(static: _Static, table, at, plan: RowPlan, rows):
+    """The cotangents of (table, row_grads)."""
+    if not static.dense:
+        return None, rows
+    if rows.ndim == 3:
+        at = (*at, jnp.arange(rows.shape[0])[:, None])
+    zeros = jnp.zeros(table.shape, table.dtype)
+    return zeros.at[(*at, plan.unique_U)].set(rows.astype(table.dtype), mode="drop"), None
+
+
+# ----------------------------------------------------------------------------------- checks
+
+
+def _static(form: Form, h, delta, table, ids, scale, row_grads, plan, implementation) -> _Static:
+    _check_stream(h, delta, scale)
+    _require(table.shape[-1] == h.shape[1], "table", table, f"D = {h.shape[1]}, the width of h")
+    _require(ids.shape == h.shape[:1], "ids", ids, f"{h.shape[:1]}, one a token")
+    _check_rows(table, ids, row_grads, plan)
+    _check_norm(form.norm)
+    return _Static(form, choose(implementation), row_grads is None)
+
+
+def _at(layer) -> tuple[jax.Array, ...]:
+    return () if layer is None else (jnp.asarray(layer, jnp.int32),)
+
+
+def _check_stream(h, delta, scale) -> None:
+    _require(
+        h.ndim == 2 and h.dtype in (jnp.bfloat16, jnp.float32),
+        "h",
+        h,
+        "[T, D], bfloat16 or float32",
+    )
+    _require(
+        delta.shape == h.shape and delta.dtype == h.dtype, "delta", delta, f"{h.dtype} {h.shape}"
+    )
+    _require(
+        scale.shape == h.shape[1:] and scale.dtype == jnp.float32,
+        "scale",
+        scale,
+        f"float32 {h.shape[1:]}",
+    )
+
+
+def _check_norm(norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}.")
+
+
+def _check_rows(table, ids, row_grads, plan: RowPlan | None) -> None:
+    _require(table.dtype in (jnp.bfloat16, jnp.float32), "table", table, "bfloat16 or float32")
+    _require(ids.ndim == 1 and ids.dtype == jnp.int32, "ids", ids, "int32 [T]")
+    if plan is not None:
+        _require(
+            plan.order.place.shape == ids.shape,
+            "plan.order",
+            plan.order.place,
+            f"a plan of {ids.shape} ids",
+        )
+    if row_grads is None:
+        return
+    if plan is None:
+        raise ValueError("row_grads needs the plan whose unique ids its rows stand for.")
+    shape = (*table.shape[-3:-2] * (row_grads.ndim == 3), plan.unique_U.size, table.shape[-1])
+    fits = row_grads.shape == shape and row_grads.dtype == jnp.float32
+    _require(
+        fits,
+        "row_grads",
+        row_grads,
+        f"float32 {shape}: every unique id needs a row, none is dropped",
+    )
+
+
+def _check_choice(choice, weights, ids, num_tables: int) -> None:
+    fits = choice.ndim == 2 and choice.dtype == jnp.int32 and choice.shape[:1] == ids.shape
+    _require(fits and 1 <= choice.shape[1] <= num_tables, "choice", choice,
+             f"int32 [{ids.size}, K], K from 1 to the {num_tables} tables")  # fmt: skip
+    _require(weights.shape == choice.shape and weights.dtype == jnp.float32, "weights", weights,
+             f"float32 {choice.shape}")  # fmt: skip
+
+
+def _require(holds: bool, name: str, found: jax.Array, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {found.dtype} {found.shape}; expected {expected}.")
+
+
+def _nan_where_outside(out: jax.Array, ids: jax.Array, num_rows: int) -> jax.Array:
+    if not jax.config.jax_debug_nans:
+        return out
+    return jnp.where(((ids >= 0) & (ids < num_rows))[:, None], out, jnp.nan)

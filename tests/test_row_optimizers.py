@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Row optimizers: equal to AdamW where they promise it, and what each does elsewhere."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jtok_kernels import (
+    adamw,
+    dense_gradient,
+    lazy_adam,
+    row_plan,
+    rowwise_adagrad,
+    rowwise_adam,
+    update_rows,
+)
+
+V, D, B1, B2, EPS, RATE = 23, 5, 0.9, 0.95, 1e-8, 0.01
+BETAS = {"b1": B1, "b2": B2, "eps": EPS}
+SHAPES = {"one table": (V, D), "stack": (2, V, D), "stack of several": (2, 3, V, D)}
+
+
+def make(kind, weight_decay=0.0):
+    options = {"eps": EPS, "weight_decay": weight_decay}
+    if kind is not rowwise_adagrad:
+        options |= {"b1": B1, "b2": B2}
+    return kind(**options)
+
+
+SPARSE = [lazy_adam, rowwise_adam, rowwise_adagrad]
+ALL = [adamw, *SPARSE]
+
+
+class Run:
+    """A table under an optimizer; `step` takes the ids of a step."""
+
+    def __init__(self, optimizer, shape, dtype="float32", seed=0, key=None):
+        self.rng = np.random.default_rng(seed)
+        self.optimizer, self.key, self.count = optimizer, key, 0
+        self.table = jnp.asarray(self.rng.standard_normal(shape), dtype)
+        self.state = optimizer.init(self.table)
+        self.update = jax.jit(functools.partial(update_rows, optimizer))
+
+    def step(self, ids, rate=RATE, **options):
+        plan = row_plan(jnp.int32(ids), num_rows=V)
+        used = plan.unique_U < V
+        shape = (*self.table.shape[:-2], plan.unique_U.size, D)
+        grads = jnp.float32(self.rng.standard_normal(shape)) * used[:, None]
+        self.count += 1
+        if self.key is not None:
+            options["rounding_key"] = jax.random.fold_in(self.key, self.count)
+        self.table, self.state = self.update(
+            self.table, self.state, plan.unique_U, grads,
+            step=jnp.int32(self.count), learning_rate=jnp.float32(rate), **options,
+        )  # fmt: skip
+        return dense_gradient(grads, plan.unique_U, num_rows=V)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adamw_is_optax(shape, weight_decay):
+    run = Run(make(adamw, weight_decay), SHAPES[shape])
+    reference, table = optax.adamw(RATE, B1, B2, EPS, weight_decay=weight_decay), run.table
+    state = reference.init(table)
+    for ids in ([1, 2, 2], [22, 0, 1], [5, 1, 1]):
+        updates, state = reference.update(run.step(ids), state, table)
+        table = table + updates
+        np.testing.assert_allclose(run.table, table, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lazy_adam_is_adamw_for_rows_of_every_step(shape, weight_decay):
+    ids = list(range(V))
+    lazy, dense = (Run(make(kind, weight_decay), SHAPES[shape]) for kind in (lazy_adam, adamw))
+    for rate in (0.01, 0.02, 0.005, 0.0, 0.01):
+        lazy.step(ids, rate)
+        dense.step(ids, rate)
+        np.testing.assert_allclose(lazy.table, dense.table, rtol=1e-5, atol=1e-6)
+
+
+def test_lazy_moments_are_those_of_adamw_whatever_was_skipped():
+    """After a gap b^gap makes up for it exactly, where the row is touched again."""
+    lazy, dense = (Run(make(kind), (V, D)) for kind in (lazy_adam, adamw))
+    for ids in ([1, 2, 3], [4, 5, 4], [6, 6, 6], [2, 7, 8], [1, 2, 3]):
+        lazy.step(ids)
+        dense.step(ids)
+    for name in ("m", "v"):
+        np.testing.assert_allclose(
+            lazy.state[name][1:4], dense.state[name][1:4], rtol=1e-5, atol=1e-7
+        )
+
+
+def test_a_rarely_used_row_moves_by_the_rate_where_adamw_moves_less_and_then_on():
+    """The difference the docstring states, in numbers."""
+    moved = {}
+    for kind in (lazy_adam, adamw):
+        run = Run(make(kind), (V, D))
+        for _ in range(200):
+            run.step([0, 1])
+        before = np.asarray(run.table[9])
+        run.step([9, 9])
+        at_once = np.abs(run.table[9] - before)
+        for _ in range(100):
+            run.step([0, 1])
+        moved[kind] = at_once / RATE, np.abs(run.table[9] - before) / RATE
+    np.testing.assert_allclose(moved[lazy_adam][0], 1.0, rtol=1e-4)
+    np.testing.assert_allclose(moved[lazy_adam][1], 1.0, rtol=1e-4)
+    np.testing.assert_allclose(moved[adamw][0], 0.1 / 0.05**0.5, rtol=1e-4)
+    assert np.all(moved[adamw][1] > 5)
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_decay_is_caught_up_by_the_exact_product(kind):
+    """With gradients too small to matter a row touched at the end has decayed in every step."""
+    run = Run(make(kind, weight_decay=0.5), (V, D))
+    start, rates = run.table, [0.1, 0.02, 0.3, 0.0, 0.1]
+    for rate in rates[:-1]:
+        run.step([1, 2], rate)
+    assert np.array_equal(run.table[7], start[7]), "decay of untouched rows is lazy"
+    unique, zero = jnp.int32([7, V]), jnp.zeros((2, D))
+    tiny = zero.at[0].set(1e-30)  # counts as a touch; Adam's eps hides it
+    table, _ = run.update(
+        run.table, run.state, unique, tiny, step=jnp.int32(5), learning_rate=jnp.float32(0.1)
+    )
+    expected = start[7] * np.prod([1 - rate * 0.5 for rate in rates])
+    np.testing.assert_allclose(table[7], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", SPARSE)
+def test_rows_without_gradient_keep_every_bit(kind, shape):
+    run = Run(make(kind, 0.1), SHAPES[shape])
+    run.step([3, 4, 4, 9])
+    table, state = run.table, run.state
+    run.step([1, 9, 9, 1])
+    others = [row for row in range(V) if row not in (1, 9)]
+    np.testing.assert_array_equal(run.table[..., others, :], table[..., others, :])
+    assert np.any(run.table[..., [1, 9], :] != table[..., [1, 9], :])
+    for name, value in run.state.items():
+        if value.ndim:
+            axis = value.ndim - (2 if value.ndim == table.ndim else 1)
+            pick = lambda x, axis=axis: np.take(x, others, axis)
+            np.testing.assert_array_equal(pick(value), pick(state[name]), err_msg=name)
+
+
+def test_row_of_zero_gradient_among_the_unique_is_not_touched():
+    """JTok-M: a token whose router did not choose a table leaves its row there alone."""
+    run = Run(make(lazy_adam), (1, 2, V, D))
+    grads = jnp.ones((1, 2, 2, D)).at[0, 1, 0].set(0.0)
+    table, _ = run.update(
+        run.table, run.state, jnp.int32([3, 5]), grads,
+        step=jnp.int32(1), learning_rate=jnp.float32(RATE),
+    )  # fmt: skip
+    np.testing.assert_array_equal(table[0, 1, 3], run.table[0, 1, 3])
+    for place in ((0, 0, 3), (0, 0, 5), (0, 1, 5)):
+        np.testing.assert_allclose(table[place], run.table[place] - RATE, rtol=1e-5)
+
+
+def test_rowwise_optimizers_by_hand():
+    for kind in (rowwise_adam, rowwise_adagrad):
+        run = Run(make(kind), (V, D))
+        row, m, v, total = np.float64(run.table[3]), 0.0, 0.0, 0.0
+        for count in range(1, 4):
+            g = np.float64(run.step([3])[3])
+            m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * np.mean(g**2)
+            total += np.mean(g**2)
+            if kind is rowwise_adam:
+                row = row - RATE * m / (1 - B1**count) / np.sqrt(v / (1 - B2**count))
+            else:
+                row = row - RATE * g / np.sqrt(total)
+            np.testing.assert_allclose(run.table[3], row, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ALL)
+def test_a_step_that_is_not_applied_changes_nothing(kind, shape):
+    run = Run(make(kind, 0.1), SHAPES[shape])
+    run.step([3, 4, 4])
+    table, state = run.table, run.state
+    run.step([3, 1, 1], apply=jnp.bool_(False))
+    np.testing.assert_array_equal(run.table, table)
+    for name in state:
+        np.testing.assert_array_equal(run.state[name], state[name], err_msg=name)
+
+
+def test_stochastic_rounding_is_right_on_average_where_rounding_loses_the_step():
+    """Steps of 1e-3 at entries of size 1: bfloat16 has 1/128 there, and forgets them to nearest."""
+    finals = {}
+    for name, key in (("nearest", None), ("stochastic", jax.random.key(0))):
+        run = Run(make(rowwise_adagrad), (V, D), "bfloat16", key=key)
+        run.table = jnp.ones((V, D), jnp.bfloat16)
+        unique, grads = jnp.arange(V, dtype=jnp.int32), jnp.ones((V, D))
+        for count in range(1, 101):
+            options = {"rounding_key": jax.random.fold_in(key, count)} if key is not None else {}
+            rate = jnp.float32(1e-3 * count**0.5)  # Adagrad divides by the root of the count
+            run.table, run.state = run.update(
+                run.table, run.state, unique, grads, step=jnp.int32(count), learning_rate=rate,
+                **options,
+            )  # fmt: skip
+        finals[name] = np.float64(run.table)
+    assert np.all(finals["nearest"] == 1.0)
+    assert abs(finals["stochastic"].mean() - 0.9) < 0.01
+    assert finals["stochastic"].std() < 0.05
+
+
+def test_stochastic_rounding_keeps_what_bfloat16_holds_and_what_is_not_finite():
+    run = Run(make(rowwise_adagrad), (V, D), "bfloat16", key=jax.random.key(0))
+    exact, zero = run.table, jnp.float32(0)
+    run.step(list(range(V)), rate=zero)
+    np.testing.assert_array_equal(run.table, exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", SPARSE)
+def test_the_update_is_in_place_and_holds_no_table(kind, dtype):
+    """Donated tables and moments are reused; temporaries are those of the rows of one layer."""
+    optimizer, num_rows, unique, dim = make(kind), 1 << 14, 256, 64
+    table = jax.ShapeDtypeStruct((3, 2, num_rows, dim), dtype)
+    state = jax.eval_shape(optimizer.init, table)
+    grads = jax.ShapeDtypeStruct((3, 2, unique, dim), jnp.float32)
+    scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype)
+
+    def update(table, state, unique_U, grads, step, rate, key):
+        options = {"step": step, "learning_rate": rate, "rounding_key": key}
+        return update_rows(optimizer, table, state, unique_U, grads, **options)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = jax.ShapeDtypeStruct((unique,), jnp.int32), grads
+    compiled = (
+        jax.jit(update, donate_argnums=(0, 1))
+        .lower(table, state, *arguments, scalar(jnp.int32), scalar(jnp.float32), key)
+        .compile()
+    )
+    memory = compiled.memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((table, state)))
+    assert memory.alias_size_in_bytes == held
+    if dtype == "bfloat16" and jax.version.__version_info__ < (0, 12):
+        pytest.skip("XLA on the CPU copies the operand of a bfloat16 scatter before JAX 0.12")
+    one_table = num_rows * dim * table.dtype.itemsize
+    assert memory.temp_size_in_bytes < one_table, memory.temp_size_in_bytes / one_table
