@@ -10,9 +10,11 @@ import kernel_oracle
 import numpy as np
 import pytest
 from jtok_kernels import dense_gradient, jtok, jtok_m, mix_rows, norm_add, row_plan
+from jtok_kernels.choose import FIRST_JAX
 from kernel_oracle import Inputs
 
-IMPLEMENTATIONS = ["xla"]
+KERNELS = jax.version.__version_info__ >= FIRST_JAX
+IMPLEMENTATIONS = ["xla"] + ["mosaic_gpu:interpret"] * KERNELS  # make test-latest has both
 OPERATIONS = ["jtok", "jtok_m"]
 DEPTH_SCALE = 0.3
 # name: ids, rows V, width D, tables E, tables a token K
@@ -237,9 +239,11 @@ def test_a_dense_gradient_is_that_of_a_plain_gather(operation):
     close(jax.grad(single)(tables), grads.tables, "dense gradient", 1e-5)
 
 
-def test_mix_rows_and_norm_add_make_the_whole_from_column_shards():
-    """mix_rows on halves of the columns, norm_add on the whole: values and gradients of jtok_m."""
-    x = inputs("primes")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mix_rows_and_norm_add_make_the_whole_from_column_shards(implementation):
+    """mix_rows on parts of the columns, norm_add on the whole: values and gradients of jtok_m."""
+    x = inputs("unique")
+    options = {"implementation": implementation}
     h, delta, tables, g = (jnp.float32(a) for a in (x.h, x.delta, x.tables, x.g))
     ids, choice = jnp.int32(x.ids), jnp.int32(x.choice)
     plan = row_plan(ids, num_rows=x.tables.shape[1])
@@ -248,7 +252,9 @@ def test_mix_rows_and_norm_add_make_the_whole_from_column_shards():
 
     def in_parts(h, delta, weights, scale, rows):
         parts = [
-            mix_rows(tables[..., part], ids, choice, weights, plan=plan, row_grads=rows[index])
+            mix_rows(
+                tables[..., part], ids, choice, weights, plan=plan, row_grads=rows[index], **options
+            )
             for index, part in enumerate([slice(0, half), slice(half, None)])
         ]
         form = {"depth_scale": DEPTH_SCALE, "eps": 1e-3}
@@ -265,6 +271,20 @@ def test_mix_rows_and_norm_add_make_the_whole_from_column_shards():
     whole = jnp.concatenate([rows[0], rows[1]], axis=-1)
     dense = dense_gradient(whole, plan.unique_U, num_rows=x.tables.shape[1])
     close(dense, grads.tables, "row gradients", 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mix_rows_of_one_table_are_its_rows(implementation):
+    x = inputs("repeated")
+    table, ids, g = jnp.float32(x.tables[0]), jnp.int32(x.ids), jnp.float32(x.g)
+    plan = row_plan(ids, num_rows=table.shape[0])
+    zeros = jnp.zeros((plan.unique_U.size, table.shape[1]))
+    options = {"plan": plan, "implementation": implementation}
+    out, pull = jax.vjp(lambda rows: mix_rows(table, ids, row_grads=rows, **options), zeros)
+    np.testing.assert_array_equal(out, table[ids])
+    expected_ = np.zeros(table.shape)
+    np.add.at(expected_, x.ids, x.g)
+    close(dense_gradient(pull(g)[0], plan.unique_U, num_rows=23), expected_, "rows", 1e-6)
 
 
 def test_ids_outside_become_nan_where_nans_are_debugged():
@@ -286,7 +306,8 @@ def test_ids_outside_become_nan_where_nans_are_debugged():
         ({"table": np.zeros((1, 23, 128), np.float32)}, r"expected \[V, D\], or \[L, V, D\] with"),
         ({"table": np.zeros((23, 128), np.int32)}, "table is int32"),
         ({"norm": "l1"}, "norm is 'l1'; expected one of l2, rms"),
-        ({"implementation": "cuda"}, "implementation is 'cuda'; expected one of xla"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'; expected one of xla, mosaic_gpu"),
+        ({"implementation": "mosaic_gpu"}, "cannot run: cpu has no kernel of ours yet; 'xla' can"),
         ({"row_grads": np.zeros((7, 128), np.float32)}, "needs the plan"),
     ],
 )
@@ -379,8 +400,21 @@ def test_the_plan_holds_every_token_once_in_order(case, microbatches):
                 assert np.all(mine[tokens] == plan.unique_U[run_])
                 found.extend(tokens.tolist())
         assert found == order.token.tolist()
-        pieces = -(-np.bincount(order.place, minlength=plan.unique_U.size) // 32)
-        np.testing.assert_array_equal(np.diff(order.run_piece), pieces)
+        pieces = np.maximum(1, -(-np.bincount(order.place, minlength=plan.unique_U.size) // 32))
+        found = np.bincount(order.piece_run, minlength=plan.unique_U.size + 1)
+        np.testing.assert_array_equal(found[:-1], pieces)
+        split = np.flatnonzero(pieces > 1)
+        np.testing.assert_array_equal(order.split_run[: split.size], split)
+        assert np.all(order.split_run[split.size :] == plan.unique_U.size)
+        for run_, first, end in zip(
+            order.split_run, order.split_slot[:-1], order.split_slot[1:], strict=True
+        ):
+            slots = np.asarray(order.piece_slot)[np.asarray(order.piece_run) == run_]
+            if run_ < plan.unique_U.size:
+                np.testing.assert_array_equal(slots, np.arange(first, end))
+            else:
+                assert first == end
+        assert np.sum(np.asarray(order.piece_slot) >= 0) == pieces[split].sum()
 
 
 @pytest.mark.parametrize("ids", [np.zeros(0, np.int32), np.zeros(3), np.zeros((1, 2, 3), np.int32)])

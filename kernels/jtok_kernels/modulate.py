@@ -18,12 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from jtok_kernels import xla
-from jtok_kernels.choose import choose
+from jtok_kernels.choose import backend, choose
 from jtok_kernels.form import Form
 from jtok_kernels.plan import RowPlan, row_plan
 from jtok_kernels.reference import NORMS
-
-BACKENDS = {"xla": xla}
 
 
 class _Static(NamedTuple):
@@ -141,7 +139,9 @@ def mix_rows(
     if choice is not None:
         _check_choice(choice, weights, ids, tables.shape[-3])
     _check_rows(tables, ids, row_grads, plan)
-    static = _Static(Form(None, "l2", 0.0), choose(implementation), row_grads is None)
+    static = _Static(
+        Form(None, "l2", 0.0), choose(implementation, dim=tables.shape[-1]).name, row_grads is None
+    )
     out = _mix_rows(static, tables, row_grads, weights, _at(layer), ids, choice, plan)
     return _nan_where_outside(out, ids, tables.shape[-2])
 
@@ -172,7 +172,7 @@ def norm_add(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _jtok(static, h, delta, table, row_grads, scale, at, ids, plan):
-    return BACKENDS[static.backend].jtok_forward(h, delta, table, at, ids, scale, static.form)
+    return backend(static.backend).jtok_forward(h, delta, table, at, ids, scale, static.form)
 
 
 def _jtok_fwd(static, h, delta, table, row_grads, scale, at, ids, plan):
@@ -183,7 +183,7 @@ def _jtok_fwd(static, h, delta, table, row_grads, scale, at, ids, plan):
 def _jtok_bwd(static, kept, g):
     delta, table, scale, at, ids, plan = kept
     plan = plan or row_plan(ids, num_rows=table.shape[-2])
-    backward = BACKENDS[static.backend].jtok_backward
+    backward = backend(static.backend).jtok_backward
     d_delta, rows, d_scale = backward(g, delta, table, at, ids, scale, plan, static.form)
     return g, d_delta, *_table_or_rows(static, table, at, plan, rows), d_scale, None, None, None
 
@@ -193,7 +193,7 @@ _jtok.defvjp(_jtok_fwd, _jtok_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _jtok_m(static, h, delta, tables, row_grads, weights, scale, at, ids, choice, plan):
-    forward = BACKENDS[static.backend].jtok_m_forward
+    forward = backend(static.backend).jtok_m_forward
     return forward(h, delta, tables, at, ids, choice, weights, scale, static.form)
 
 
@@ -205,7 +205,7 @@ def _jtok_m_fwd(static, h, delta, tables, row_grads, weights, scale, at, ids, ch
 def _jtok_m_bwd(static, kept, g):
     tables, weights, scale, at, ids, choice, plan = kept
     plan = plan or row_plan(ids, num_rows=tables.shape[-2])
-    d_weights, rows, d_scale = BACKENDS[static.backend].jtok_m_backward(
+    d_weights, rows, d_scale = backend(static.backend).jtok_m_backward(
         g, tables, at, ids, choice, weights, scale, plan, static.form
     )
     d_rows = _table_or_rows(static, tables, at, plan, rows)
@@ -217,7 +217,7 @@ _jtok_m.defvjp(_jtok_m_fwd, _jtok_m_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mix_rows(static, tables, row_grads, weights, at, ids, choice, plan):
-    return BACKENDS[static.backend].mix_rows_forward(tables, at, ids, choice, weights)
+    return backend(static.backend).mix_rows_forward(tables, at, ids, choice, weights)
 
 
 def _mix_rows_fwd(static, tables, row_grads, weights, at, ids, choice, plan):
@@ -228,7 +228,7 @@ def _mix_rows_fwd(static, tables, row_grads, weights, at, ids, choice, plan):
 def _mix_rows_bwd(static, kept, d_e):
     tables, weights, at, ids, choice, plan = kept
     plan = plan or row_plan(ids, num_rows=tables.shape[-2])
-    backward = BACKENDS[static.backend].mix_rows_backward
+    backward = backend(static.backend).mix_rows_backward
     d_weights, rows = backward(d_e, tables, at, ids, choice, weights, plan)
     return *_table_or_rows(static, tables, at, plan, rows), d_weights, None, None, None, None
 
@@ -255,7 +255,7 @@ def _static(form: Form, h, delta, table, ids, scale, row_grads, plan, implementa
     _require(ids.shape == h.shape[:1], "ids", ids, f"{h.shape[:1]}, one a token")
     _check_rows(table, ids, row_grads, plan)
     _check_norm(form.norm)
-    return _Static(form, choose(implementation), row_grads is None)
+    return _Static(form, choose(implementation, dim=h.shape[1]).name, row_grads is None)
 
 
 def _at(layer) -> tuple[jax.Array, ...]:

@@ -18,15 +18,19 @@ class Order(NamedTuple):
 
     Tokens of one unique id are a run; a run is cut into pieces of at most `PIECE` tokens, so that
     one frequent id does not become one long sum. Within a run tokens keep their order: a sum over
-    pieces in turn depends on the tokens of its id alone, not on where they stand in the batch.
+    its pieces in turn depends on the tokens of its id alone, not on where they stand in the batch.
+    Every run has a piece, if only an empty one. Runs of several pieces are split: each piece of
+    theirs has a slot for its partial sum.
     """
 
     place: jax.Array  # [T], index of each token's id in `unique_U`
     token: jax.Array  # [T], tokens in sorted order
-    run_piece: jax.Array  # [U + 1], first piece of every run; the last entry counts the pieces
-    piece_run: jax.Array  # [S], index in `unique_U`; U for pieces that hold nothing
+    piece_run: jax.Array  # [S], index in `unique_U`; U for pieces that are none
     piece_start: jax.Array  # [S], first token of the piece in sorted order
     piece_size: jax.Array  # [S], tokens of the piece, 0 to PIECE
+    piece_slot: jax.Array  # [S], slot of a piece of a split run, else -1
+    split_run: jax.Array  # [R], index in `unique_U` of every split run; U fills what is left
+    split_slot: jax.Array  # [R + 1], first slot of every split run, and the end
 
 
 class RowPlan(NamedTuple):
@@ -43,7 +47,12 @@ def num_unique(num_ids: int, num_rows: int) -> int:
 
 def num_pieces(num_tokens: int, num_unique: int) -> int:
     """S: the static bound on the pieces of a microbatch; none is ever dropped."""
-    return min(num_tokens, num_unique + num_tokens // PIECE)
+    return num_unique + num_tokens // PIECE
+
+
+def num_split(num_tokens: int) -> tuple[int, int]:
+    """(R, slots): static bounds on the split runs of a microbatch and their pieces."""
+    return max(1, num_tokens // (PIECE + 1)), max(1, 2 * num_tokens // PIECE)
 
 
 def row_plan(ids: jax.Array, *, num_rows: int) -> RowPlan:
@@ -64,22 +73,39 @@ def row_plan(ids: jax.Array, *, num_rows: int) -> RowPlan:
     run = jnp.cumsum(starts, dtype=jnp.int32) - 1
     unique_U = jnp.full(bound, num_rows, jnp.int32).at[run].set(sorted_ids)
     place = jnp.zeros_like(flat).at[by_id].set(run).reshape(ids.shape)
-    order = lambda place_T: _order(place_T, bound)
-    return RowPlan(unique_U, order(place) if ids.ndim == 1 else jax.vmap(order)(place))
+    by_id = by_id.astype(jnp.int32)
+    if ids.ndim == 1:
+        return RowPlan(unique_U, _order(place, by_id, bound))
+    if ids.shape[0] == 1:
+        token = by_id[None]
+    else:  # the order of the whole says nothing of the order within a microbatch
+        token = jnp.argsort(place, axis=-1, stable=True).astype(jnp.int32)
+    return RowPlan(unique_U, jax.vmap(lambda *args: _order(*args, bound))(place, token))
 
 
-def _order(place_T: jax.Array, bound: int) -> Order:
-    token = jnp.argsort(place_T, stable=True).astype(jnp.int32)
-    run_start = jnp.searchsorted(place_T[token], jnp.arange(bound + 1, dtype=jnp.int32))
-    run_start = run_start.astype(jnp.int32)
-    pieces_U = -(-jnp.diff(run_start) // PIECE)
-    run_piece = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(pieces_U, dtype=jnp.int32)])
+def _order(place_T: jax.Array, token: jax.Array, bound: int) -> Order:
+    int32 = lambda x: x.astype(jnp.int32)
+    run_start = int32(jnp.searchsorted(place_T[token], jnp.arange(bound + 1)))
+    pieces_U = jnp.maximum(1, -(-jnp.diff(run_start) // PIECE))
+    run_piece = _starts(pieces_U)
     piece = jnp.arange(num_pieces(place_T.size, bound), dtype=jnp.int32)
-    piece_run = jnp.searchsorted(run_piece[1:], piece, side="right").astype(jnp.int32)
+    piece_run = int32(jnp.searchsorted(run_piece[1:], piece, side="right"))
     run = jnp.minimum(piece_run, bound - 1)
-    start = run_start[run] + PIECE * (piece - run_piece[run])
-    size = jnp.clip(run_start[run + 1] - start, 0, PIECE)
+    nth = piece - run_piece[run]
+    start = run_start[run] + PIECE * nth
     holds = piece_run < bound
-    return Order(
-        place_T, token, run_piece, piece_run, jnp.where(holds, start, 0), jnp.where(holds, size, 0)
-    )
+    size = jnp.where(holds, jnp.clip(run_start[run + 1] - start, 0, PIECE), 0)
+    split_U = pieces_U > 1
+    run_slot = _starts(jnp.where(split_U, pieces_U, 0))
+    slot = jnp.where(holds & split_U[run], run_slot[run] + nth, -1)
+    num_runs, _ = num_split(place_T.size)
+    target = jnp.where(split_U, jnp.cumsum(split_U) - 1, num_runs)  # outside: dropped
+    split_run = jnp.full(num_runs, bound, jnp.int32).at[target].set(jnp.arange(bound), mode="drop")
+    split_slot = run_slot[jnp.concatenate([split_run, jnp.full(1, bound, jnp.int32)])]
+    start = jnp.where(holds, start, 0)
+    return Order(place_T, token, piece_run, start, size, slot, split_run, split_slot)
+
+
+def _starts(counts: jax.Array) -> jax.Array:
+    """[0, c0, c0 + c1, ...], int32."""
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])

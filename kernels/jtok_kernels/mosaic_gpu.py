@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The operations as Mosaic kernels for NVIDIA GPUs of compute capability 9.0 and newer.
+
+One block (one warpgroup, 128 threads) holds one row at a time in registers, D / 128 entries a
+thread, and reads and writes rows in pieces of up to 16 bytes a thread. Blocks are independent: no
+atomics, no order between them. Sums over tokens go by the pieces of the plan:
+
+  backward  block n takes pieces n, n + N, ...: the sum of a piece over its tokens in order. The
+            piece of a run that is not split becomes the row's gradient at once; a piece of a split
+            run goes to its slot.
+  merge     adds the slots of every split run in order; XLA writes these few rows over the others.
+
+Bytes at bfloat16, a token and layer: JTok forward 8 D (row, dm, h, out), backward 6 D (dm, g,
+d_delta) and 6 D a unique row; JTok-M with K of E tables forward (6 + 2 K) D, backward 2 D (g) and
+2 K D (rows, mostly from the cache), and 4 E D a unique row.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jtok_kernels.form import Form
+from jtok_kernels.plan import RowPlan, num_split
+from jtok_kernels.reference import TINY
+
+THREADS = 128
+MAX_DIM = 4096  # wider rows no longer fit the registers of a block
+BLOCKS = 1056  # of a backward pass: 8 for each of 132 processors; fixed, so that bits are
+
+
+class MosaicGpu(NamedTuple):
+    """The implementation; `interpret` simulates the kernels on a CPU and looks for races."""
+
+    interpret: bool = False
+
+    def jtok_forward(self, h_TD, delta_TD, table, at, ids_T, scale_D, form: Form):
+        stack, layer = _stacked(table, at)
+        dim = h_TD.shape[1]
+
+        def body(layer, ids, h, delta, table, scale, out):
+            load = self._loader(h_TD, table)
+            t = lax.axis_index("t")
+            e = load(table.at[layer[0], ids[t]])
+            inverse = _inverse_norm(_sum(e * e), form, dim)[0]
+            gate = 1.0 + load(scale) * (e * inverse)
+            out[t] = load(h.at[t], cast=False) + (load(delta.at[t]) * gate).astype(out.dtype)
+
+        out = jax.ShapeDtypeStruct(h_TD.shape, h_TD.dtype)
+        run = self._kernel(body, out, grid=h_TD.shape[0], axis="t")
+        return run(layer, ids_T, h_TD, delta_TD, stack, scale_D)
+
+    def jtok_backward(self, g_TD, delta_TD, table, at, ids_T, scale_D, plan: RowPlan, form: Form):
+        stack, layer = _stacked(table, at)
+        dim, num_rows = g_TD.shape[1], stack.shape[-2]
+        num_unique, order = plan.unique_U.size, plan.order
+        num_runs, num_slots = num_split(ids_T.size)
+        blocks = min(BLOCKS, order.piece_run.size)
+
+        def body(layer, unique, token, run, start, size, slot, g, delta, table, scale, *outs):
+            d_delta, rows, partial, d_scale = outs
+            load = self._loader(g_TD, table)
+            scale = load(scale)
+            first = lax.axis_index("n")
+
+            def piece(step, d_scale):
+                p = first + step * blocks
+                u = jnp.minimum(run[p], num_unique - 1)
+                e = load(table.at[layer[0], jnp.minimum(unique[u], num_rows - 1)])
+                inverse, inverse_n = _inverse_norm(_sum(e * e), form, dim)
+                normed = e * inverse
+                gate = 1.0 + scale * normed
+                begin = start[p]
+
+                def add(i, total):
+                    t = token[begin + i]
+                    cotangent = load(g.at[t])
+                    d_delta[t] = (cotangent * gate).astype(d_delta.dtype)
+                    return total + cotangent * load(delta.at[t])
+
+                total = lax.fori_loop(0, size[p], add, jnp.zeros(dim, jnp.float32))
+
+                @pl.when((run[p] < num_unique) & (slot[p] < 0))
+                def _whole_run():
+                    rows[u] = _pull(scale * total, e, inverse, inverse_n, form, dim)
+
+                @pl.when(slot[p] >= 0)
+                def _part_of_a_run():
+                    partial[slot[p]] = total
+
+                return d_scale + total * normed
+
+            steps = (order.piece_run.size - first + blocks - 1) // blocks
+            d_scale[first] = lax.fori_loop(0, steps, piece, jnp.zeros(dim, jnp.float32))
+
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        outs = (
+            jax.ShapeDtypeStruct(g_TD.shape, delta_TD.dtype),
+            shape((num_unique, dim)),
+            shape((num_slots, dim)),
+            shape((blocks, dim)),
+        )
+        pieces = order.piece_run, order.piece_start, order.piece_size, order.piece_slot
+        run = self._kernel(body, outs, grid=blocks, axis="n")
+        d_delta, rows, partial, d_scale = run(
+            layer, plan.unique_U, order.token, *pieces, g_TD, delta_TD, stack, scale_D
+        )
+
+        def merge(layer, unique, split_run, split_slot, partial, table, scale, merged):
+            load = self._loader(g_TD, table)
+            r = lax.axis_index("r")
+            u = jnp.minimum(split_run[r], num_unique - 1)
+            add = lambda slot, total: total + load(partial.at[slot])
+            zeros = jnp.zeros(dim, jnp.float32)
+            total = lax.fori_loop(split_slot[r], split_slot[r + 1], add, zeros)
+            e = load(table.at[layer[0], jnp.minimum(unique[u], num_rows - 1)])
+            inverse, inverse_n = _inverse_norm(_sum(e * e), form, dim)
+            merged[r] = _pull(load(scale) * total, e, inverse, inverse_n, form, dim)
+
+        run = self._kernel(merge, shape((num_runs, dim)), grid=num_runs, axis="r")
+        split = order.split_run, order.split_slot
+        merged = run(layer, plan.unique_U, *split, partial, stack, scale_D)
+        rows = rows.at[order.split_run].set(merged, mode="drop")
+        return d_delta, rows, d_scale.sum(axis=0)
+
+    def jtok_m_forward(
+        self, h_TD, delta_TD, tables, at, ids_T, choice_TK, weights_TK, scale_D, form: Form
+    ):
+        stack, layer = _stacked(tables, at)
+        dim = h_TD.shape[1]
+
+        def body(layer, ids, choice, weights, h, delta, tables, scale, out):
+            load = self._loader(h_TD, tables)
+            t = lax.axis_index("t")
+            e = _mixture(load, tables.at[layer[0]], ids[t], choice, weights, t)[0]
+            inverse = _inverse_norm(_sum(e * e), form, dim)[0]
+            added = form.depth_scale * load(scale) * (e * inverse)
+            out[t] = (
+                load(h.at[t], cast=False) + load(delta.at[t], cast=False) + added.astype(out.dtype)
+            )
+
+        out = jax.ShapeDtypeStruct(h_TD.shape, h_TD.dtype)
+        run = self._kernel(body, out, grid=h_TD.shape[0], axis="t")
+        return run(layer, ids_T, choice_TK, weights_TK, h_TD, delta_TD, stack, scale_D)
+
+    def jtok_m_backward(
+        self,
+        g_TD,
+        tables,
+        at,
+        ids_T,
+        choice_TK,
+        weights_TK,
+        scale_D,
+        plan: RowPlan,
+        form: Form | None,
+    ):
+        """See xla.jtok_m_backward; `form` None: mixing alone, `g` is the mixtures' cotangent."""
+        stack, layer = _stacked(tables, at)
+        dim, num_tables, num_rows = g_TD.shape[1], stack.shape[1], stack.shape[-2]
+        top_k, num_unique, order = choice_TK.shape[1], plan.unique_U.size, plan.order
+        num_runs, num_slots = num_split(ids_T.size)
+        blocks = min(BLOCKS, order.piece_run.size)
+
+        def body(
+            layer, unique, token, run, start, size, slot, choice, weights, g, tables, scale, *outs
+        ):
+            d_weights, rows, partial, d_scale, sums = outs
+            load = self._loader(g_TD, tables)
+            scale = load(scale)
+            first = lax.axis_index("n")
+
+            def piece(step, d_scale):
+                p = first + step * blocks
+                u = jnp.minimum(run[p], num_unique - 1)
+                row = jnp.minimum(unique[u], num_rows - 1)
+                begin = start[p]
+                for e in range(num_tables):
+                    sums[e] = jnp.zeros(dim, jnp.float32)
+
+                def add(i, d_scale):
+                    t = token[begin + i]
+                    mixed, each = _mixture(load, tables.at[layer[0]], row, choice, weights, t)
+                    q = cotangent = load(g.at[t])
+                    if form is not None:
+                        cotangent = form.depth_scale * cotangent
+                        inverse, inverse_n = _inverse_norm(_sum(mixed * mixed), form, dim)
+                        q = _pull(scale * cotangent, mixed, inverse, inverse_n, form, dim)
+                        d_scale = d_scale + cotangent * (mixed * inverse)
+                    for k in range(top_k):
+                        d_weights[t, k] = _sum(q * each[k])
+                        sums[choice[t, k]] = sums[choice[t, k]] + weights[t, k] * q
+                    return d_scale
+
+                d_scale = lax.fori_loop(0, size[p], add, d_scale)
+
+                @pl.when((run[p] < num_unique) & (slot[p] < 0))
+                def _whole_run():
+                    for e in range(num_tables):
+                        rows[e, u] = sums[e]
+
+                @pl.when(slot[p] >= 0)
+                def _part_of_a_run():
+                    for e in range(num_tables):
+                        partial[e, slot[p]] = sums[e]
+
+                return d_scale
+
+            steps = (order.piece_run.size - first + blocks - 1) // blocks
+            d_scale[first] = lax.fori_loop(0, steps, piece, jnp.zeros(dim, jnp.float32))
+
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+        outs = (
+            shape(weights_TK.shape),
+            shape((num_tables, num_unique, dim)),
+            shape((num_tables, num_slots, dim)),
+            shape((blocks, dim)),
+        )
+        pieces = order.piece_run, order.piece_start, order.piece_size, order.piece_slot
+        sums = plgpu.SMEM((num_tables, dim), jnp.float32)
+        run = self._kernel(body, outs, grid=blocks, axis="n", scratch=[sums])
+        d_weights, rows, partial, d_scale = run(
+            layer, plan.unique_U, order.token, *pieces, choice_TK, weights_TK, g_TD, stack, scale_D
+        )
+
+        def merge(split_slot, partial, merged):
+            load = self._loader(g_TD, tables)
+            r, e = lax.axis_index("r"), lax.axis_index("e")
+            add = lambda slot, total: total + load(partial.at[e, slot])
+            zeros = jnp.zeros(dim, jnp.float32)
+            merged[e, r] = lax.fori_loop(split_slot[r], split_slot[r + 1], add, zeros)
+
+        out = shape((num_tables, num_runs, dim))
+        run = self._kernel(merge, out, grid=(num_runs, num_tables), axis=("r", "e"))
+        merged = run(order.split_slot, partial)
+        rows = rows.at[:, order.split_run].set(merged, mode="drop")
+        return d_weights, rows, d_scale.sum(axis=0)
+
+    def mix_rows_forward(self, tables, at, ids_T, choice_TK, weights_TK):
+        tables, choice_TK, weights_TK = _several(tables, ids_T, choice_TK, weights_TK)
+        stack, layer = _stacked(tables, at)
+
+        def body(layer, ids, choice, weights, tables, out):
+            load = self._loader(stack)
+            t = lax.axis_index("t")
+            out[t] = _mixture(load, tables.at[layer[0]], ids[t], choice, weights, t)[0]
+
+        out = jax.ShapeDtypeStruct((ids_T.size, stack.shape[-1]), jnp.float32)
+        run = self._kernel(body, out, grid=ids_T.size, axis="t")
+        return run(layer, ids_T, choice_TK, weights_TK, stack)
+
+    def mix_rows_backward(self, d_e_TD, tables, at, ids_T, choice_TK, weights_TK, plan: RowPlan):
+        single = choice_TK is None
+        tables, choice_TK, weights_TK = _several(tables, ids_T, choice_TK, weights_TK)
+        ones = jnp.ones(d_e_TD.shape[-1], jnp.float32)
+        d_weights, rows, _ = self.jtok_m_backward(
+            d_e_TD, tables, at, ids_T, choice_TK, weights_TK, ones, plan, None
+        )
+        return (None, rows[0]) if single else (d_weights, rows)
+
+    def _kernel(self, body, out, *, grid, axis, scratch=()):
+        grid, axis = ((grid,), (axis,)) if isinstance(axis, str) else (grid, axis)
+        options = {}
+        if self.interpret:
+            options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+        return plgpu.kernel(
+            body, out_type=out, grid=grid, grid_names=axis, scratch_types=scratch, **options
+        )
+
+    def _loader(self, *arrays: jax.Array):
+        """load(ref of [D]): its entries in registers, as float32 unless `cast` is False.
+
+        All rows of a kernel are spread over the threads alike, in vectors of 16 bytes of the
+        narrowest of `arrays`.
+        """
+        dim = arrays[0].shape[-1]
+        size = math.gcd(dim // THREADS, 16 // min(array.dtype.itemsize for array in arrays))
+        layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=size)
+
+        def load(ref, *, cast=True):
+            # Interpret mode does not know layouts.
+            plain = self.interpret
+            values = ref[...] if plain else plgpu.load(ref, layout=layout, optimized=False)
+            return values.astype(jnp.float32) if cast else values
+
+        return load
+
+
+def _stacked(table, at):
+    """(stack, layer as int32 [1]): a single table is a stack of one."""
+    if at:
+        return table, at[0].reshape(1)
+    return table.reshape(1, *table.shape), jnp.zeros(1, jnp.int32)
+
+
+def _several(tables, ids_T, choice_TK, weights_TK):
+    """(tables, choice, weights): one table read by every token is a choice of one among one."""
+    if choice_TK is not None:
+        return tables, choice_TK, weights_TK
+    shape = (ids_T.size, 1)
+    tables = tables.reshape(*tables.shape[:-2], 1, *tables.shape[-2:])
+    return tables, jnp.zeros(shape, jnp.int32), jnp.ones(shape, jnp.float32)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x)
+
+
+def _inverse_norm(square, form: Form, dim: int):
+    """(1 / (n + eps), 1 / n) from the sum of squares; n > 0 also for a row of zeros."""
+    square = jnp.maximum(square if form.norm == "l2" else square * (1.0 / dim), TINY)
+    inverse_n = lax.rsqrt(square)
+    return 1.0 / (square * inverse_n + form.eps), inverse_n
+
+
+def _pull(a, e, inverse, inverse_n, form: Form, dim: int):
+    """J^T a of e -> e / (n + eps): a / (n + eps) - e (e . a) / (n (n + eps)^2), by dim for rms."""
+    along = _sum(e * a) if form.norm == "l2" else _sum(e * a) * (1.0 / dim)
+    return a * inverse - e * (along * inverse_n * inverse * inverse)
+
+
+def _mixture(load, tables, row, choice, weights, t):
+    """(sum_k w_k e_k, the rows e_k) of token t."""
+    each = [load(tables.at[choice[t, k], row]) for k in range(choice.shape[1])]
+    return sum(weights[t, k] * e for k, e in enumerate(each)), each
