@@ -44,7 +44,7 @@ test-latest:
 	@python=$$($(FIND_LATEST)); \
 	if [ -z "$$python" ]; then echo "SKIPPED: no Python 3.12 or newer runs on this machine"; exit 0; fi; \
 	set -e; $$python -m venv $(LATEST); \
-	$(LATEST)/bin/python -m pip install --quiet -c constraints/py312.txt -e '.[dev]'; \
+	$(LATEST)/bin/python -m pip install --quiet -c constraints/py312.txt -e '.[dev,aot]'; \
 	$(LATEST)/bin/python -m pytest -n 2
 
 clean:

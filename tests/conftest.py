@@ -8,6 +8,8 @@ import pathlib
 # Hundreds of small programs are compiled here and run once; must be set before JAX starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # also where a GPU or a compile-only plugin is at hand
+
 import jax
 import pytest
 from small import prepare_small_corpus
@@ -15,7 +17,6 @@ from small import prepare_small_corpus
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "xla"
 
-jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

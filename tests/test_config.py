@@ -120,6 +120,7 @@ ON_TOP = {
 # Fields with tests of their own elsewhere: what they change is not the program of a step.
 ELSEWHERE = {
     "model.attention": "test_cudnn_is_obeyed_or_refused",
+    "model.jtok.implementation": "test_mosaic_gpu_is_obeyed_or_refused",
     "train.seed": "test_seed_changes_values_and_batches",
     "train.max_bad_steps": "test_train_loop",
     "train.log_every": "test_train_loop",
@@ -176,6 +177,14 @@ def test_cudnn_is_obeyed_or_refused():
     with pytest.raises(ConfigError, match="cpu is not an NVIDIA GPU"):
         program(changed(JTOK_M_MOE, {"model.attention": "cudnn"}))
     assert program(changed(JTOK_M_MOE, {"model.attention": "xla"})) == program(JTOK_M_MOE)
+
+
+def test_mosaic_gpu_is_obeyed_or_refused():
+    """As above; test_aot.py compiles a training step with it."""
+    key = "model.jtok.implementation"
+    with pytest.raises(ConfigError, match="'mosaic_gpu' cannot run: cpu has no kernel"):
+        program(changed(JTOK_M_MOE, {key: "mosaic_gpu"}))
+    assert program(changed(JTOK_M_MOE, {key: "xla"})) == program(JTOK_M_MOE)
 
 
 def test_seed_changes_values_and_batches():

@@ -17,6 +17,7 @@ from flax import nnx
 from jtok_kernels import RowPlan, reference
 
 from jtok_jax.config import ModelConfig
+from jtok_jax.errors import ConfigError
 from jtok_jax.model.layers import normal, rms_norm
 
 HEALTH_TOKENS = 256  # at most so many tokens, spread over the batch, stand for all in `health`
@@ -70,6 +71,19 @@ class Lookup(NamedTuple):
     row_grads: jax.Array | None  # JTok [U, D], JTok-M [M, U, D]
 
 
+def operations(config: ModelConfig) -> jtok_kernels.Choice:
+    """Which implementation of the operations on tables this model uses here, and why.
+
+    Raises:
+        ConfigError: the one asked for cannot run here.
+    """
+    name = config.jtok.implementation
+    try:
+        return jtok_kernels.choose(None if name == "auto" else name, dim=config.model_dim)
+    except ValueError as error:
+        raise ConfigError(f"model.jtok.implementation: {error}") from error
+
+
 class TokenTables(nnx.Module):
     """One layer's modulation: the scale s and, for JTok-M, the router; the tables are handed in."""
 
@@ -105,16 +119,17 @@ class TokenTables(nnx.Module):
             self.scale[...],
         )
         form = {"norm": jtok.norm, "eps": jtok.eps}
+        by = {"implementation": operations(config).name}
         rows = {name: getattr(lookup, name) for name in ("layer", "plan", "row_grads")}
         if jtok.kind == "jtok":
-            out = jtok_kernels.jtok(h, dm, lookup.tables, ids, scale, **form, **rows)
+            out = jtok_kernels.jtok(h, dm, lookup.tables, ids, scale, **form, **rows, **by)
             balance, health = jnp.float32(0), _gate_health(scale, lookup, ids, form)
         else:
             routed = self.route(*routed_by)
             choice, weights = flat(routed.choice), flat(routed.weights)
             form |= {"depth_scale": (2 * config.num_layers) ** -0.5}
             out = jtok_kernels.jtok_m(
-                h, dm, lookup.tables, ids, choice, weights, scale, **form, **rows
+                h, dm, lookup.tables, ids, choice, weights, scale, **form, **rows, **by
             )
             balance = balance_loss(
                 routed.probabilities, routed.choice, probability=jtok.balance_probability

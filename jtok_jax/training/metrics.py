@@ -13,6 +13,7 @@ import numpy as np
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
+from jtok_jax.model.jtok import operations
 from jtok_jax.training.optimizer import Optimizer, make_optimizer
 from jtok_jax.training.step import StepMetrics
 
@@ -117,7 +118,11 @@ def parameter_table(config: Config) -> str:
         *_table_state(config, optimizer, counts.tables),
         ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
     ]
-    return "\n".join(f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows)
+    lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows]
+    if counts.tables:
+        choice = operations(config.model)
+        lines.append(f"{'operations':>10} {choice.name:>18} on tables: {choice.reason}")
+    return "\n".join(lines)
 
 
 def _table_state(config: Config, optimizer: Optimizer, tables: int) -> list[tuple]:

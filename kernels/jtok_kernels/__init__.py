@@ -8,7 +8,7 @@ out = jtok(h, delta, table, ids, scale, eps=1e-6, plan=plan, row_grads=zeros)   
 table, state = update_rows(lazy_adam(...), table, state, plan.unique_U, row_grads, ...)
 """
 
-from jtok_kernels.choose import IMPLEMENTATIONS
+from jtok_kernels.choose import IMPLEMENTATIONS, Choice, choose
 from jtok_kernels.modulate import jtok, jtok_m, mix_rows, norm_add
 from jtok_kernels.plan import Order, RowPlan, row_plan
 from jtok_kernels.row_optimizers import (
@@ -22,7 +22,7 @@ from jtok_kernels.row_optimizers import (
 )
 
 __all__ = [
-    "jtok", "jtok_m", "mix_rows", "norm_add", "IMPLEMENTATIONS",
+    "jtok", "jtok_m", "mix_rows", "norm_add", "choose", "Choice", "IMPLEMENTATIONS",
     "row_plan", "RowPlan", "Order",
     "update_rows", "RowOptimizer", "adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad",
     "dense_gradient",

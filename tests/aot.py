@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Compiling for real TPUs and H100s on a machine that has neither: pip install -e '.[aot]'."""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# A GpuTargetConfigProto of one H100 SXM, from its data sheet and CUDA's device properties.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84978434048
+}
+platform_name: "CUDA"  dnn_version_info { major: 9 minor: 8 }  runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@functools.cache
+def h100() -> Mesh:
+    """Mesh (data, fsdp) of one H100; skips the test where it cannot be compiled for."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("jax-cuda13-plugin is not installed (make test-latest installs it)")
+    if shutil.which("ptxas") is None:
+        pytest.skip("ptxas of CUDA 13 is not on the PATH")
+    from jax._src import xla_bridge
+
+    if "cuda" not in xla_bridge._topology_factories:
+        xla_bridge.discover_pjrt_plugins()
+    options = {"target_config": H100, "topology": "1x1x1"}
+    return _mesh(topologies.get_topology_desc(platform="cuda", topology_name="", **options))
+
+
+@functools.cache
+def tpu(name: str) -> Mesh:
+    """Mesh (data, fsdp) of one device of a TPU topology such as v5e:2x2."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (make test-latest installs it)")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one process a test worker
+    return _mesh(topologies.get_topology_desc(platform="tpu", topology_name=name))
+
+
+def _mesh(topology) -> Mesh:
+    devices = np.array(topology.devices[:1]).reshape(1, 1)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def compile_for(mesh: Mesh, function, *shapes, donate=()):
+    """`function` of ShapeDtypeStructs, compiled for the devices of `mesh`."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    place = lambda x: x.update(sharding=whole) if x.sharding is None else x
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _not_cached():
+        jitted = jax.jit(function, donate_argnums=donate)
+        return jitted.lower(*jax.tree.map(place, shapes)).compile()
+
+
+@contextlib.contextmanager
+def _not_cached():
+    """Programs for absent devices can be written to the compilation cache but never read."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def spills(ptxas: str) -> list[str]:
+    """What ptxas said of spilled registers in each kernel (MOSAIC_GPU_DUMP_PTXAS)."""
+    found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", ptxas)
+    assert found, f"no kernel went through ptxas: {ptxas!r}"
+    return [pair for pair in found if pair != ("0", "0")]
+
+
+def copies_of(text: str, shape: tuple[int, ...]) -> list[str]:
+    """Lines of a compiled program that copy, transpose or slice out an array of `shape`."""
+    size = ",".join(map(str, shape))
+    made = re.compile(rf"= \w+\[{size}\]\S* (copy|transpose|slice|dynamic-slice|broadcast)\(")
+    return [line.strip() for line in text.splitlines() if made.search(line)]

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The table path compiled for an H100 and for TPUs: no spilled registers, no copy of a table.
+
+Nothing is executed: this proves neither speed nor numbers. Skipped, with the reason, where the
+compile-only plugins are not installed.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot import compile_for, copies_of, h100, spills, tpu
+from jtok_kernels import jtok, jtok_m, lazy_adam, row_plan, rowwise_adam, update_rows
+
+from jtok_jax.config import Config, JtokConfig, ModelConfig, TrainConfig
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import abstract_state
+from jtok_jax.training.step import make_train_step
+
+TPUS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
+LAYERS, TOKENS, ROWS, TABLES, TOP_K = 3, 2048, 16384, 5, 2  # V >= 4 T
+shape = jax.ShapeDtypeStruct
+
+
+def operation(kind: str, dim: int, dtype: str, implementation: str):
+    """(forward and backward of a scan over layers, its arguments)."""
+    several = () if kind == "jtok" else (TABLES,)
+    stack = shape((LAYERS, *several, ROWS, dim), dtype)
+    stream, ids = shape((TOKENS, dim), dtype), shape((TOKENS,), jnp.int32)
+    choice, weights = shape((TOKENS, TOP_K), jnp.int32), shape((TOKENS, TOP_K), jnp.float32)
+
+    def gradients(h, delta, stack, ids, choice, weights, scale):
+        plan = row_plan(ids, num_rows=ROWS)
+        zeros = jnp.zeros((LAYERS, *several, plan.unique_U.size, dim))
+        options = {"plan": plan, "eps": 1e-6, "implementation": implementation}
+
+        def loss(h, delta, weights, scale, zeros):
+            def body(h, layer):
+                index, rows = layer
+                mine = options | {"layer": index, "row_grads": rows}
+                if kind == "jtok":
+                    return jtok(h, delta, stack, ids, scale, **mine), None
+                mine["depth_scale"] = 0.2
+                return jtok_m(h, delta, stack, ids, choice, weights, scale, **mine), None
+
+            out, _ = jax.lax.scan(body, h, (jnp.arange(LAYERS), zeros))
+            return jnp.sum(out.astype(jnp.float32))
+
+        return jax.grad(loss, argnums=(0, 1, 2, 3, 4))(h, delta, weights, scale, zeros)
+
+    arguments = stream, stream, stack, ids, choice, weights, shape((dim,), jnp.float32)
+    return gradients, arguments
+
+
+def check_memory(compiled, kind: str, dim: int, dtype: str) -> None:
+    """No array of a table's size but the arguments and the row gradients that are asked for."""
+    itemsize = jnp.dtype(dtype).itemsize
+    row_grads = LAYERS * (1 if kind == "jtok" else TABLES) * TOKENS * dim * 4
+    memory = compiled.memory_analysis()
+    # The scan's zeros and its stacked result; the stream, dm and their gradients of every layer.
+    allowed = 2 * row_grads + (4 * LAYERS + 8) * TOKENS * dim * 4
+    table = ROWS * dim * itemsize * (1 if kind == "jtok" else TABLES)
+    assert memory.temp_size_in_bytes < allowed, (memory.temp_size_in_bytes / allowed, allowed)
+    several = () if kind == "jtok" else (TABLES,)
+    text = compiled.as_text()
+    for size in ((LAYERS, *several, ROWS, dim), (*several, ROWS, dim), (1, *several, ROWS, dim)):
+        assert not copies_of(text, size), copies_of(text, size)
+    return table
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dim", [768, 1024, 2048])
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+def test_h100_kernels_spill_nothing_and_hold_no_table(kind, dim, dtype, monkeypatch, capfd):
+    mesh = h100()
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    function, arguments = operation(kind, dim, dtype, "mosaic_gpu")
+    compiled = compile_for(mesh, function, *arguments)
+    said = "".join(capfd.readouterr())
+    assert not spills(said), spills(said)
+    check_memory(compiled, kind, dim, dtype)
+
+
+@pytest.mark.parametrize("dim", [768, 2048])
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+@pytest.mark.parametrize("target", ["h100", *TPUS])
+def test_plain_xla_holds_no_table(target, kind, dim):
+    mesh = h100() if target == "h100" else tpu(target)
+    function, arguments = operation(kind, dim, "bfloat16", "xla")
+    check_memory(compile_for(mesh, function, *arguments), kind, dim, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("make", [lazy_adam, rowwise_adam])
+@pytest.mark.parametrize("target", ["h100", *TPUS])
+def test_updates_are_in_place(target, make, dtype):
+    mesh = h100() if target == "h100" else tpu(target)
+    optimizer = make(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    dim, unique = 1024, 1024
+    table = shape((LAYERS, TABLES, ROWS, dim), dtype)
+    state = jax.eval_shape(optimizer.init, table)
+
+    def update(table, state, unique_U, grads, step, rate, key):
+        options = {"step": step, "learning_rate": rate, "rounding_key": key}
+        return update_rows(optimizer, table, state, unique_U, grads, **options)
+
+    grads = shape((LAYERS, TABLES, unique, dim), jnp.float32)
+    scalars = shape((), jnp.int32), shape((), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="rbg"))
+    arguments = table, state, shape((unique,), jnp.int32), grads, *scalars, key
+    compiled = compile_for(mesh, update, *arguments, donate=(0, 1))
+    memory = compiled.memory_analysis()
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((table, state)))
+    assert memory.alias_size_in_bytes >= held
+    rows = TABLES * unique * dim * 4  # of one layer
+    assert memory.temp_size_in_bytes < 8 * rows, memory.temp_size_in_bytes / rows
+    assert memory.temp_size_in_bytes < ROWS * TABLES * dim * 2
+    assert not copies_of(compiled.as_text(), table.shape)
+
+
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+def test_a_whole_training_step_compiles_for_an_h100_with_the_kernels(kind):
+    mesh = h100()
+    model = ModelConfig(
+        vocab_size=ROWS,
+        model_dim=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        ffn_dim=512,
+        jtok=JtokConfig(kind=kind, table_dtype="bfloat16"),
+    )
+    config = Config(model=model, train=TrainConfig(batch_size=4, seq_len=512))
+    optimizer = make_optimizer(config)
+    state = abstract_state(config, optimizer, mesh)
+    ids = shape((4, 512), jnp.int32)
+    step = functools.partial(make_train_step(config, optimizer, mesh))
+    compiled = compile_for(mesh, step, state, ids, ids, donate=(0,))
+    text = compiled.as_text()
+    assert text.count("mosaic_gpu") >= 3, "the kernels are not in the program"
+    assert not copies_of(text, state.params["tables"].shape)
+    plain = dataclasses.replace(model, jtok=dataclasses.replace(model.jtok, implementation="xla"))
+    other = dataclasses.replace(config, model=plain)
+    step = make_train_step(other, optimizer, mesh)
+    text = compile_for(mesh, step, state, ids, ids, donate=(0,)).as_text()
+    assert "mosaic_gpu" not in text
