@@ -71,13 +71,16 @@ class JtokConfig:
     router_init_std: float = 0.02  # open
     balance_weight: float = 1e-4  # lambda, App. B; summed over layers
     balance_probability: str = "sigmoid"  # open: sigmoid | normalized (over the n_e tables)
-    implementation: str = "auto"  # of the operations on tables: auto | xla | mosaic_gpu
+    implementation: str = (
+        "auto"  # of the operations on tables: auto | xla | mosaic_gpu | mosaic_tpu
+    )
 
     def __post_init__(self):
         _one_of(self.kind, "model.jtok.kind", ("none", "jtok", "jtok_m"))
         _one_of(self.norm, "model.jtok.norm", ("l2", "rms"))
         _one_of(self.table_dtype, "model.jtok.table_dtype", ("float32", "bfloat16"))
-        _one_of(self.implementation, "model.jtok.implementation", ("auto", "xla", "mosaic_gpu"))
+        implementations = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")
+        _one_of(self.implementation, "model.jtok.implementation", implementations)
         _one_of(self.sharing, "model.jtok.sharing", ("per_layer", "shared"))
         _one_of(self.router_input, "model.jtok.router_input", ("pre_attention", "post_attention"))
         _one_of(self.router_norm, "model.jtok.router_norm", ("shared", "own", "weightless"))

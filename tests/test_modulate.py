@@ -9,12 +9,22 @@ import jax.numpy as jnp
 import kernel_oracle
 import numpy as np
 import pytest
-from jtok_kernels import dense_gradient, jtok, jtok_m, mix_rows, norm_add, row_plan
+from jtok_kernels import (
+    dense_gradient,
+    jtok,
+    jtok_m,
+    mix_rows,
+    norm_add,
+    pack_rows,
+    row_plan,
+    unpack_rows,
+)
 from jtok_kernels.choose import FIRST_JAX
 from kernel_oracle import Inputs
 
 KERNELS = jax.version.__version_info__ >= FIRST_JAX
-IMPLEMENTATIONS = ["xla"] + ["mosaic_gpu:interpret"] * KERNELS  # make test-latest has both
+IMPLEMENTATIONS = ["xla", "mosaic_tpu:interpret"]
+IMPLEMENTATIONS += ["mosaic_gpu:interpret"] * KERNELS  # make test-latest has it
 OPERATIONS = ["jtok", "jtok_m"]
 DEPTH_SCALE = 0.3
 # name: ids, rows V, width D, tables E, tables a token K
@@ -24,7 +34,7 @@ CASES = {
     "unique": ([3, 1, 4, 0, 5, 9, 2], 11, 256, 3, 3),
     "one token": ([6], 7, 128, 2, 2),
     "primes": (list(np.random.default_rng(0).zipf(1.2, 97) % 53), 53, 384, 5, 2),
-    "more tokens than rows": (list(np.random.default_rng(0).integers(0, 13, 131)), 13, 128, 2, 1),
+    "more tokens than rows": (list(np.random.default_rng(0).integers(0, 13, 131)), 13, 512, 3, 2),
 }
 
 
@@ -51,13 +61,15 @@ def expected(operation: str, x: Inputs, norm: str, eps: float):
     return forward, getattr(kernel_oracle, f"{operation}_grads")(x, **form)
 
 
-def run(operation, x: Inputs, dtype, norm, eps, implementation, *, layer=1):
+def run(operation, x: Inputs, dtype, norm, eps, implementation, *, layer=1, packed=False):
     """(out, gradients of delta, row gradients [E, U, D], of weights, of scale, unique ids)."""
     cast = lambda array: jnp.asarray(array, dtype)
     h, delta, g = cast(x.h), cast(x.delta), cast(x.g)
     single = cast(x.tables)
     # The layer used stands among others of the stack, which must not be read.
     stack = jnp.stack([jnp.full_like(single, jnp.nan), single, jnp.full_like(single, jnp.nan)])
+    if packed or (implementation.startswith("mosaic_tpu") and dtype == "bfloat16"):
+        stack = pack_rows(stack)
     ids, choice = jnp.int32(x.ids), jnp.int32(x.choice)
     plan = row_plan(ids, num_rows=x.tables.shape[1])
     size, dim = plan.unique_U.size, h.shape[1]
@@ -134,7 +146,7 @@ def test_zero_rows_give_the_gradient_of_the_limit(implementation, operation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_errs_at_most_as_rounding_does(implementation, operation):
     """The result against float64 errs at most 1.5 times as float64 rounded to bfloat16 does."""
-    x = inputs("primes", "bfloat16")
+    x = inputs("more tokens than rows", "bfloat16")
     forward, grads = expected(operation, x, "l2", 1e-6)
     out, d_delta, rows, d_weights, d_scale, unique = run(
         operation, x, "bfloat16", "l2", 1e-6, implementation
@@ -287,6 +299,27 @@ def test_mix_rows_of_one_table_are_its_rows(implementation):
     close(dense_gradient(pull(g)[0], plan.unique_U, num_rows=23), expected_, "rows", 1e-6)
 
 
+def test_packing_keeps_every_bit():
+    bits = np.random.default_rng(0).integers(0, 1 << 16, (3, 7, 64), np.uint16)
+    table = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16)
+    finite = jnp.where(jnp.isnan(table), 0, table)
+    packed = pack_rows(finite)
+    assert packed.shape == (3, 7, 32)
+    np.testing.assert_array_equal(unpack_rows(packed), finite)
+    with pytest.raises(ValueError, match="expected bfloat16 of an even D"):
+        pack_rows(finite[..., :63])
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_packed_tables_give_the_bits_of_plain_ones(operation):
+    x = inputs("unique", "bfloat16")
+    plain, packed = (
+        run(operation, x, "bfloat16", "rms", 1e-6, "xla", packed=packed) for packed in (False, True)
+    )
+    for a, b in zip(plain, packed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_ids_outside_become_nan_where_nans_are_debugged():
     x = inputs("repeated")
     ids = jnp.int32(x.ids).at[2].set(23)
@@ -307,7 +340,9 @@ def test_ids_outside_become_nan_where_nans_are_debugged():
         ({"table": np.zeros((23, 128), np.int32)}, "table is int32"),
         ({"norm": "l1"}, "norm is 'l1'; expected one of l2, rms"),
         ({"implementation": "cuda"}, "implementation is 'cuda'; expected one of xla, mosaic_gpu"),
-        ({"implementation": "mosaic_gpu"}, "cannot run: cpu has no kernel of ours yet; 'xla' can"),
+        ({"implementation": "mosaic_gpu"}, "cannot run: .*; 'xla' can"),
+        ({"implementation": "mosaic_tpu"}, "cannot run: the device is a cpu; 'xla' can"),
+        ({"implementation": "xla:interpret"}, "expected one of xla"),
         ({"row_grads": np.zeros((7, 128), np.float32)}, "needs the plan"),
     ],
 )

@@ -13,9 +13,11 @@ from jtok_kernels import (
     adamw,
     dense_gradient,
     lazy_adam,
+    pack_rows,
     row_plan,
     rowwise_adagrad,
     rowwise_adam,
+    unpack_rows,
     update_rows,
 )
 
@@ -243,3 +245,23 @@ def test_the_update_is_in_place_and_holds_no_table(kind, dtype):
         pytest.skip("XLA on the CPU copies the operand of a bfloat16 scatter before JAX 0.12")
     one_table = num_rows * dim * table.dtype.itemsize
     assert memory.temp_size_in_bytes < one_table, memory.temp_size_in_bytes / one_table
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ALL)
+def test_packed_tables_are_updated_to_the_same_bits(kind, shape):
+    size = (*SHAPES[shape][:-1], 6)
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.standard_normal(size), jnp.bfloat16)
+    optimizer, unique = make(kind, 0.1), jnp.int32([2, 7, V])
+    grads = jnp.float32(rng.standard_normal((*size[:-2], 3, 6)))
+    results = []
+    for start in (table, pack_rows(table)):
+        state = optimizer.init(start)
+        options = {"step": jnp.int32(1), "learning_rate": jnp.float32(0.1)}
+        options["rounding_key"] = jax.random.key(0)
+        results.append(update_rows(optimizer, start, state, unique, grads, **options))
+    (plain, plain_state), (packed, packed_state) = results
+    np.testing.assert_array_equal(plain, unpack_rows(packed))
+    for name in plain_state:
+        np.testing.assert_array_equal(plain_state[name], packed_state[name], err_msg=name)

@@ -79,7 +79,10 @@ def operations(config: ModelConfig) -> jtok_kernels.Choice:
     """
     name = config.jtok.implementation
     try:
-        return jtok_kernels.choose(None if name == "auto" else name, dim=config.model_dim)
+        asked = None if name == "auto" else name
+        return jtok_kernels.choose(
+            asked, dim=config.model_dim, dtype=jnp.dtype(config.jtok.table_dtype)
+        )
     except ValueError as error:
         raise ConfigError(f"model.jtok.implementation: {error}") from error
 

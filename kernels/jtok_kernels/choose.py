@@ -7,13 +7,14 @@ import logging
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jtok_kernels import mosaic_gpu, xla
+from jtok_kernels import mosaic_gpu, mosaic_tpu, xla
 
-IMPLEMENTATIONS = ("xla", "mosaic_gpu")
-INTERPRETED = "mosaic_gpu:interpret"  # the kernel simulated on a CPU, with races detected: slow
+IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
+INTERPRET = ":interpret"  # after a name: its kernels simulated on a CPU, with races detected
 FIRST_JAX = (0, 11, 1)  # of the Mosaic GPU interface used here
-NEWER_THAN_HOPPER = ("NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB")
+SINCE_HOPPER = ("NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB")
 
 
 class Choice(NamedTuple):
@@ -27,8 +28,8 @@ class _Device(NamedTuple):
     count: int
 
 
-def choose(implementation: str | None, *, dim: int) -> Choice:
-    """The implementation for rows of `dim` entries, and why.
+def choose(implementation: str | None, *, dim: int, dtype: jnp.dtype) -> Choice:
+    """The implementation for tables with rows of `dim` entries of `dtype`, and why.
 
     The device is that of an abstract mesh in use (as when compiling ahead of time), else the
     default one.
@@ -36,54 +37,59 @@ def choose(implementation: str | None, *, dim: int) -> Choice:
     Raises:
         ValueError: the implementation asked for does not exist or cannot run there.
     """
-    if implementation == "xla":
-        return Choice("xla", "asked for")
     device = _device()
     if implementation is None:
-        obstacle = _obstacle(device, dim) or _several(device)
-        if obstacle:
-            return _logged(Choice("xla", obstacle))
-        return _logged(Choice("mosaic_gpu", f"the device is {device.kind}"))
-    obstacle = _version() or _width(dim) if implementation == INTERPRETED else None
-    if implementation == "mosaic_gpu":
-        obstacle = _obstacle(device, dim)
-    elif implementation != INTERPRETED:
-        known = ", ".join((*IMPLEMENTATIONS, INTERPRETED))
+        name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(device.platform, "xla")
+        obstacle = _obstacle(name, dim, dtype) or _place(name, device) or _several(device)
+        if name == "xla":
+            return _logged(Choice("xla", f"{device.platform} has no kernel of ours"))
+        return _logged(Choice("xla", obstacle) if obstacle else Choice(name, device.kind))
+    name = implementation.removesuffix(INTERPRET)
+    if name not in IMPLEMENTATIONS or implementation == "xla" + INTERPRET:
+        known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation is {implementation!r}; expected one of {known}.")
+    simulated = implementation != name
+    obstacle = _obstacle(name, dim, dtype) or (None if simulated else _place(name, device))
     if obstacle:
         raise ValueError(f"implementation {implementation!r} cannot run: {obstacle}; 'xla' can.")
     return Choice(implementation, "asked for")
 
 
-def backend(name: str):
+def backend(implementation: str):
     """The functions of an implementation."""
+    name = implementation.removesuffix(INTERPRET)
     if name == "xla":
         return xla
-    return mosaic_gpu.MosaicGpu(name == INTERPRETED)
+    make = {"mosaic_gpu": mosaic_gpu.MosaicGpu, "mosaic_tpu": mosaic_tpu.MosaicTpu}[name]
+    return make(implementation != name)
 
 
-def _obstacle(device: _Device, dim: int) -> str | None:
-    """What keeps the GPU kernels from running, or None."""
-    if device.platform != "gpu":
-        return f"{device.platform} has no kernel of ours yet"
-    if not device.kind.startswith(NEWER_THAN_HOPPER):
-        return f"{device.kind} is older than compute capability 9.0"
-    return _version() or _width(dim)
-
-
-def _version() -> str | None:
-    if jax.version.__version_info__ < FIRST_JAX:
-        wanted = ".".join(map(str, FIRST_JAX))
-        return f"this is JAX {jax.__version__}, the kernels need {wanted} or newer"
+def _obstacle(name: str, dim: int, dtype: jnp.dtype) -> str | None:
+    """What about the tables or this JAX keeps `name` from running, or None."""
+    if name == "mosaic_gpu":
+        if jax.version.__version_info__ < FIRST_JAX:
+            wanted = ".".join(map(str, FIRST_JAX))
+            return f"this is JAX {jax.__version__}, the GPU kernels need {wanted} or newer"
+        if dtype == jnp.uint32:
+            return "packed tables are for TPUs"
+        if dim % mosaic_gpu.THREADS or dim > mosaic_gpu.MAX_DIM:
+            return f"D is {dim}; the GPU kernels take multiples of 128 up to {mosaic_gpu.MAX_DIM}"
+    if name == "mosaic_tpu":
+        if dtype == jnp.bfloat16:
+            return "single rows of a bfloat16 table cannot be copied on a TPU; see pack_rows"
+        multiple = mosaic_tpu.LANES * (2 if dtype == jnp.uint32 else 1)
+        if dim % multiple:
+            return f"D is {dim}; the TPU kernels take multiples of {multiple} of such tables"
     return None
 
 
-def _width(dim: int) -> str | None:
-    if dim % mosaic_gpu.THREADS or dim > mosaic_gpu.MAX_DIM:
-        return (
-            f"rows have {dim} entries, the kernels take multiples of {mosaic_gpu.THREADS} "
-            f"up to {mosaic_gpu.MAX_DIM}"
-        )
+def _place(name: str, device: _Device) -> str | None:
+    """What about the device keeps `name` from running, or None."""
+    platform = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}.get(name, device.platform)
+    if device.platform != platform:
+        return f"the device is a {device.platform}"
+    if platform == "gpu" and not device.kind.startswith(SINCE_HOPPER):
+        return f"{device.kind} is older than compute capability 9.0"
     return None
 
 
@@ -97,7 +103,9 @@ def _device() -> _Device:
     mesh = jax.sharding.get_abstract_mesh()
     abstract = None if mesh.empty else getattr(mesh, "abstract_device", None)
     if abstract is not None:
-        return _Device(getattr(abstract, "platform", "gpu"), abstract.device_kind, mesh.size)
+        kind = abstract.device_kind
+        platform = getattr(abstract, "platform", None) or ("tpu" if "TPU" in kind else "gpu")
+        return _Device(platform, kind, mesh.size)
     first = jax.devices()[0]
     return _Device(first.platform, first.device_kind, jax.device_count())
 

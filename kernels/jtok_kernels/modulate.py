@@ -7,7 +7,7 @@ layers, U unique ids of a step (`RowPlan.unique_U`).
 
 Derivatives reach h, delta, the weights, the scale, and the rows in one of two ways:
   `row_grads` given   its cotangent is the gradient per unique row; the table itself gets none
-  `row_grads` None    the table gets an ordinary dense gradient of its whole shape
+  `row_grads` None    the table gets a dense gradient of its whole shape (none if packed)
 The first is for training: a dense gradient of a stacked table is as large as the stack.
 """
 
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jtok_kernels import xla
 from jtok_kernels.choose import backend, choose
 from jtok_kernels.form import Form
+from jtok_kernels.packing import width
 from jtok_kernels.plan import RowPlan, row_plan
 from jtok_kernels.reference import NORMS
 
@@ -49,7 +50,8 @@ def jtok(
     Args:
         h: stream after attention, [T, D], bfloat16 or float32; the result has its dtype.
         delta: increment of the feed-forward, like `h`.
-        table: [V, D], or [L, V, D] with `layer`; bfloat16 or float32. Never sliced nor copied.
+        table: [V, D], or [L, V, D] with `layer`; bfloat16 or float32, or packed by `pack_rows`.
+            Never sliced nor copied.
         ids: int32 [T], each in [0, V). Not checked: an id outside reads a row of its own choice,
             or gives NaN where `jax_debug_nans` is on.
         scale: float32 [D].
@@ -140,7 +142,9 @@ def mix_rows(
         _check_choice(choice, weights, ids, tables.shape[-3])
     _check_rows(tables, ids, row_grads, plan)
     static = _Static(
-        Form(None, "l2", 0.0), choose(implementation, dim=tables.shape[-1]).name, row_grads is None
+        Form(None, "l2", 0.0),
+        choose(implementation, dim=width(tables), dtype=tables.dtype).name,
+        row_grads is None,
     )
     out = _mix_rows(static, tables, row_grads, weights, _at(layer), ids, choice, plan)
     return _nan_where_outside(out, ids, tables.shape[-2])
@@ -240,6 +244,8 @@ def _table_or_rows(static: _Static, table, at, plan: RowPlan, rows):
     """The cotangents of (table, row_grads)."""
     if not static.dense:
         return None, rows
+    if table.dtype == jnp.uint32:  # words have no gradient
+        return None, None
     if rows.ndim == 3:
         at = (*at, jnp.arange(rows.shape[0])[:, None])
     zeros = jnp.zeros(table.shape, table.dtype)
@@ -251,11 +257,13 @@ def _table_or_rows(static: _Static, table, at, plan: RowPlan, rows):
 
 def _static(form: Form, h, delta, table, ids, scale, row_grads, plan, implementation) -> _Static:
     _check_stream(h, delta, scale)
-    _require(table.shape[-1] == h.shape[1], "table", table, f"D = {h.shape[1]}, the width of h")
+    _require(width(table) == h.shape[1], "table", table, f"D = {h.shape[1]}, the width of h")
     _require(ids.shape == h.shape[:1], "ids", ids, f"{h.shape[:1]}, one a token")
     _check_rows(table, ids, row_grads, plan)
     _check_norm(form.norm)
-    return _Static(form, choose(implementation, dim=h.shape[1]).name, row_grads is None)
+    return _Static(
+        form, choose(implementation, dim=h.shape[1], dtype=table.dtype).name, row_grads is None
+    )
 
 
 def _at(layer) -> tuple[jax.Array, ...]:
@@ -286,7 +294,8 @@ def _check_norm(norm: str) -> None:
 
 
 def _check_rows(table, ids, row_grads, plan: RowPlan | None) -> None:
-    _require(table.dtype in (jnp.bfloat16, jnp.float32), "table", table, "bfloat16 or float32")
+    kinds = jnp.bfloat16, jnp.float32, jnp.uint32
+    _require(table.dtype in kinds, "table", table, "bfloat16, float32 or packed")
     _require(ids.ndim == 1 and ids.dtype == jnp.int32, "ids", ids, "int32 [T]")
     if plan is not None:
         _require(
@@ -299,7 +308,7 @@ def _check_rows(table, ids, row_grads, plan: RowPlan | None) -> None:
         return
     if plan is None:
         raise ValueError("row_grads needs the plan whose unique ids its rows stand for.")
-    shape = (*table.shape[-3:-2] * (row_grads.ndim == 3), plan.unique_U.size, table.shape[-1])
+    shape = (*table.shape[-3:-2] * (row_grads.ndim == 3), plan.unique_U.size, width(table))
     fits = row_grads.shape == shape and row_grads.dtype == jnp.float32
     _require(
         fits,

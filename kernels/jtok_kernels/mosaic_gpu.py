@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jtok_kernels.form import Form
 from jtok_kernels.plan import RowPlan, num_split
 from jtok_kernels.reference import TINY
+from jtok_kernels.xla import as_choice
 
 THREADS = 128
 MAX_DIM = 4096  # wider rows no longer fit the registers of a block
@@ -243,7 +244,8 @@ class MosaicGpu(NamedTuple):
         return d_weights, rows, d_scale.sum(axis=0)
 
     def mix_rows_forward(self, tables, at, ids_T, choice_TK, weights_TK):
-        tables, choice_TK, weights_TK = _several(tables, ids_T, choice_TK, weights_TK)
+        if choice_TK is None:
+            tables, choice_TK, weights_TK = as_choice(tables, ids_T)
         stack, layer = _stacked(tables, at)
 
         def body(layer, ids, choice, weights, tables, out):
@@ -257,7 +259,8 @@ class MosaicGpu(NamedTuple):
 
     def mix_rows_backward(self, d_e_TD, tables, at, ids_T, choice_TK, weights_TK, plan: RowPlan):
         single = choice_TK is None
-        tables, choice_TK, weights_TK = _several(tables, ids_T, choice_TK, weights_TK)
+        if choice_TK is None:
+            tables, choice_TK, weights_TK = as_choice(tables, ids_T)
         ones = jnp.ones(d_e_TD.shape[-1], jnp.float32)
         d_weights, rows, _ = self.jtok_m_backward(
             d_e_TD, tables, at, ids_T, choice_TK, weights_TK, ones, plan, None
@@ -297,15 +300,6 @@ def _stacked(table, at):
     if at:
         return table, at[0].reshape(1)
     return table.reshape(1, *table.shape), jnp.zeros(1, jnp.int32)
-
-
-def _several(tables, ids_T, choice_TK, weights_TK):
-    """(tables, choice, weights): one table read by every token is a choice of one among one."""
-    if choice_TK is not None:
-        return tables, choice_TK, weights_TK
-    shape = (ids_T.size, 1)
-    tables = tables.reshape(*tables.shape[:-2], 1, *tables.shape[-2:])
-    return tables, jnp.zeros(shape, jnp.int32), jnp.ones(shape, jnp.float32)
 
 
 def _sum(x: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jtok_kernels.packing import as_float, pack_rows, width
+
 State = dict[str, jax.Array]
 
 
@@ -141,7 +143,7 @@ def update_rows(
     Layers of a stack are updated in turn: temporaries are those of one layer's rows.
 
     Args:
-        table: [V, D], [E, V, D] or [L, E, V, D]; bfloat16 or float32.
+        table: [V, D], [E, V, D] or [L, E, V, D]; bfloat16, float32 or packed by `pack_rows`.
         state: of `optimizer.init(table)`.
         unique_U: int32, ids of the rows, each once, ascending; V or more where there is none.
         row_grads: float32 [..., U, D], leading axes as the table's.
@@ -170,7 +172,7 @@ def update_rows(
         lead = () if table.ndim == 2 else (index, *experts)
         grads = row_grads if table.ndim == 2 else row_grads[index]
         rows, old = jax.tree.map(lambda value: _get(value, lead, target_U), (table, arrays))
-        new_rows, new = optimizer.update(rows.astype(jnp.float32), old, grads, now)
+        new_rows, new = optimizer.update(as_float(rows), old, grads, now)
         used = jnp.any(grads != 0, axis=-1)
         key = None if rounding_key is None else jax.random.fold_in(rounding_key, index)
         table = _set(table, lead, target_U, used, rows, _round(new_rows, table.dtype, key))
@@ -194,7 +196,7 @@ def dense_gradient(row_grads: jax.Array, unique_U: jax.Array, *, num_rows: int) 
 
 def _update_all(optimizer, table, state, unique_U, row_grads, now, apply, rounding_key):
     grads = dense_gradient(row_grads, unique_U, num_rows=table.shape[-2])
-    rows, new = optimizer.update(table.astype(jnp.float32), state, grads, now)
+    rows, new = optimizer.update(as_float(table), state, grads, now)
     keep = lambda new, old: jnp.where(apply, new, old)
     rows = _round(rows, table.dtype, rounding_key)
     return keep(rows, table), jax.tree.map(keep, new, state)
@@ -213,6 +215,8 @@ def _set(array, lead, target_U, used, old, new):
 
 def _round(x: jax.Array, dtype: jnp.dtype, key: jax.Array | None) -> jax.Array:
     """float32 to `dtype`; with a key stochastically: up with the probability of what is cut off."""
+    if dtype == jnp.uint32:
+        return pack_rows(_round(x, jnp.bfloat16, key))
     if dtype != jnp.bfloat16 or key is None:
         return x.astype(dtype)
     low = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
@@ -222,7 +226,7 @@ def _round(x: jax.Array, dtype: jnp.dtype, key: jax.Array | None) -> jax.Array:
 
 
 def _per_entry(table):
-    return jnp.zeros(table.shape, jnp.float32)
+    return jnp.zeros((*table.shape[:-1], width(table)), jnp.float32)
 
 
 def _per_row(table):

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from jtok_kernels import reference
 from jtok_kernels.form import Form
+from jtok_kernels.packing import as_float
 from jtok_kernels.plan import Order, RowPlan
 
 Index = tuple[jax.Array, ...]  # (layer,) of a stacked table, () of a single one
 
 
 def jtok_forward(h_TD, delta_TD, table, at: Index, ids_T, scale_D, form: Form) -> jax.Array:
-    e_TD = table[(*at, ids_T)].astype(jnp.float32)
+    e_TD = as_float(table[(*at, ids_T)])
     return norm_add(h_TD, delta_TD, e_TD, scale_D, form)
 
 
@@ -27,10 +28,10 @@ def jtok_backward(g_TD, delta_TD, table, at: Index, ids_T, scale_D, plan: RowPla
     taken once per unique row.
     """
     g, delta = g_TD.astype(jnp.float32), delta_TD.astype(jnp.float32)
-    e_TD = table[(*at, ids_T)].astype(jnp.float32)
+    e_TD = as_float(table[(*at, ids_T)])
     p_TD = reference.gate(e_TD, scale_D, norm=form.norm, eps=form.eps)
     sums_UD = sum_by_row(delta * g, plan.order, plan.unique_U.size)
-    e_UD = table.at[(*at, plan.unique_U)].get(mode="clip").astype(jnp.float32)
+    e_UD = as_float(table.at[(*at, plan.unique_U)].get(mode="clip"))
     normed_UD, pull = jax.vjp(lambda e: reference.norm_eps(e, norm=form.norm, eps=form.eps), e_UD)
     (row_grads_UD,) = pull(scale_D * sums_UD)
     d_scale_D = jnp.sum(sums_UD * normed_UD, axis=0)
@@ -61,7 +62,7 @@ def jtok_m_backward(
 
 def mix_rows_forward(tables, at: Index, ids_T, choice_TK, weights_TK) -> jax.Array:
     if choice_TK is None:
-        return tables[(*at, ids_T)].astype(jnp.float32)
+        return as_float(tables[(*at, ids_T)])
     return reference.mix(_rows(tables, at, ids_T, choice_TK), weights_TK)
 
 
@@ -75,6 +76,13 @@ def mix_rows_backward(d_e_TD, tables, at: Index, ids_T, choice_TK, weights_TK, p
 
 def norm_add(h_TD, delta_TD, e_TD, scale_D, form: Form) -> jax.Array:
     return reference.norm_add(h_TD, delta_TD, e_TD, scale_D, **form._asdict())
+
+
+def as_choice(table, ids_T) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(tables, choice, weights): reading one table is choosing the one of one."""
+    ones = jnp.ones((ids_T.size, 1), jnp.float32)
+    tables = table.reshape(*table.shape[:-2], 1, *table.shape[-2:])
+    return tables, jnp.zeros(ones.shape, jnp.int32), ones
 
 
 def sum_by_row(values_TD: jax.Array, order: Order, num_unique: int) -> jax.Array:
@@ -104,7 +112,7 @@ def _segmented_scan(values_TD, order: Order, zeros_UD) -> jax.Array:
 
 
 def _rows(tables, at: Index, ids_T, choice_TK) -> jax.Array:
-    return tables[(*at, choice_TK, ids_T[:, None])].astype(jnp.float32)
+    return as_float(tables[(*at, choice_TK, ids_T[:, None])])
 
 
 def _mix_backward(d_e_TD, rows_TKD, choice_TK, weights_TK, plan: RowPlan, num_tables: int):
