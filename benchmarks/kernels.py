@@ -261,9 +261,10 @@ def growth(arguments, implementations, bandwidth) -> None:
     name, dim = implementations[-1], arguments.dims[0]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
     rows = [1 << k for k in range(13, arguments.growth_rows.bit_length())]
+    tokens = sorted(arguments.tokens)
     sweeps = [
         ("rows of a table V", rows, [(arguments.tokens[0], num_rows) for num_rows in rows]),
-        ("tokens T", arguments.tokens, [(count, arguments.rows) for count in arguments.tokens]),
+        ("tokens T", tokens, [(count, arguments.rows) for count in tokens]),
     ]
     for axis, (label, xs, shapes) in zip(axes, sweeps, strict=True):
         for direction in ("forward", "backward"):

@@ -12,6 +12,7 @@ at the shapes of configs/quickstart.py, on the one device there is.
 
 import argparse
 import dataclasses
+import runpy
 import shlex
 import sys
 import time
@@ -24,6 +25,7 @@ import optax
 from plain_step import Plain, init_state, make_step
 
 from jtok_jax.config import Config, DataConfig, JtokConfig, ModelConfig, ScheduleConfig, TrainConfig
+from jtok_jax.config_dict import from_config_dict
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.mesh import make_mesh, put_batch
 from jtok_jax.training import state as training_state
@@ -52,10 +54,20 @@ class Arm:
 
 
 def make_config(arguments, kind: str, dtype: str) -> Config:
+    """Of a file in configs/ with other tables, or at the shapes of the quickstart."""
+    train = TrainConfig(batch_size=arguments.batch, seq_len=arguments.seq_len)
+    if arguments.config:
+        given = from_config_dict(runpy.run_path(arguments.config)["get_config"]())
+        jtok = dataclasses.replace(given.model.jtok, kind=kind, table_dtype=arguments.table_dtype)
+        model = dataclasses.replace(given.model, compute_dtype=dtype, jtok=jtok)
+        source = DataConfig(source="synthetic")
+        return dataclasses.replace(given, model=model, train=train, data=source)
     return Config(
-        model=ModelConfig(compute_dtype=dtype, jtok=JtokConfig(kind=kind)),
+        model=ModelConfig(
+            compute_dtype=dtype, jtok=JtokConfig(kind=kind, table_dtype=arguments.table_dtype)
+        ),
         schedule=ScheduleConfig(kind="constant", warmup_fraction=0.0),
-        train=TrainConfig(batch_size=arguments.batch, seq_len=arguments.seq_len),
+        train=train,
         data=DataConfig(source="synthetic"),
     )
 
@@ -138,6 +150,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--config", help="file in configs/; without the hand-written step then")
+    parser.add_argument("--table_dtype", default="float32")
     parser.add_argument("--compute_dtype", help="default: float32 on a CPU, else bfloat16")
     arguments = parser.parse_args()
     if jax.device_count() != 1:
@@ -162,10 +176,12 @@ def main() -> None:
     for step in range(1, BATCHES + 1):
         batch = make_batch(source.sequences(step))
         batches.append((put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)))
-    check_equal(dense, mesh, batches[:3])
+    if not arguments.config:
+        check_equal(dense, mesh, batches[:3])
 
     arms = {name: our_arm(config, mesh, batches[0]) for name, config in configs.items()}
-    arms = {"plain": plain_arm(dense, arms["dense"].state.params, batches[0])} | arms
+    if not arguments.config:
+        arms = {"plain": plain_arm(dense, arms["dense"].state.params, batches[0])} | arms
     for arm in arms.values():
         for batch in batches[:2]:
             arm.run(*batch)
@@ -182,7 +198,7 @@ def main() -> None:
     print(f"{'arm':8}{'median ms':>10}  {'/ plain':21}{'/ dense':21}{'temp MiB':>8}")
     seconds = {name: np.array(arm.seconds) for name, arm in arms.items()}
     for name, arm in arms.items():
-        to_plain = percentiles(seconds[name] / seconds["plain"])
+        to_plain = percentiles(seconds[name] / seconds.get("plain", np.nan))
         to_dense = percentiles(seconds[name] / seconds["dense"])
         milliseconds = 1e3 * np.median(seconds[name])
         print(f"{name:8}{milliseconds:10.1f}  {to_plain:21}{to_dense:21}{arm.temp_mib:8.1f}")

@@ -8,6 +8,8 @@ import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import jtok_kernels
 
 from jtok_jax import flops
 from jtok_jax.model.attention import cudnn_lacks
@@ -66,8 +68,13 @@ def implementations(device: jax.Device) -> list[Finding]:
     return [
         Finding("attention", attention, ""),
         Finding("experts", experts, ""),
-        Finding("token tables", "xla gather from the stacked table, row gradients", ""),
+        *[_tables(dtype) for dtype in flops.BYTES],
     ]
+
+
+def _tables(dtype: str) -> Finding:
+    choice = jtok_kernels.choose(None, dim=1024, dtype=jnp.dtype(dtype))
+    return Finding(f"{dtype} tables", f"{choice.name} ({choice.reason})", "")
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ import pathlib
 # Hundreds of small programs are compiled here and run once; must be set before JAX starts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # also where a GPU or a compile-only plugin is at hand
+# The CPU also where a GPU or a compile-only plugin is at hand; JAX_PLATFORMS=cuda overrides it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest

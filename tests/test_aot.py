@@ -79,7 +79,8 @@ def test_h100_kernels_spill_nothing_and_hold_no_table(kind, dim, dtype, monkeypa
     function, arguments = operation(kind, dim, dtype, "mosaic_gpu")
     compiled = compile_for(mesh, function, *arguments)
     said = "".join(capfd.readouterr())
-    assert not spills(said), spills(said)
+    found = spills(said, kernels=3)  # forward, backward, merge
+    assert not found, found
     check_memory(compiled, kind, dim)
 
 

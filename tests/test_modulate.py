@@ -25,6 +25,8 @@ from kernel_oracle import Inputs
 KERNELS = jax.version.__version_info__ >= FIRST_JAX
 IMPLEMENTATIONS = ["xla", "mosaic_tpu:interpret"]
 IMPLEMENTATIONS += ["mosaic_gpu:interpret"] * KERNELS  # make test-latest has it
+if jax.default_backend() == "gpu":  # JAX_PLATFORMS=cuda pytest tests/test_modulate.py
+    IMPLEMENTATIONS = ["xla", "mosaic_gpu"]
 OPERATIONS = ["jtok", "jtok_m"]
 DEPTH_SCALE = 0.3
 # name: ids, rows V, width D, tables E, tables a token K
