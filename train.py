@@ -132,6 +132,8 @@ def train(config: Config, workdir: pathlib.Path) -> None:
                 report(*unreported, validate=evaluating)
                 unreported = None
                 if saving:
+                    with stall.waiting_for(f"end of the save before step {step}"):
+                        checkpoints.wait()
                     with stall.waiting_for(f"completed save at step {step}"):
                         checkpoints.save(state, step)
                         if last or stopped_by:

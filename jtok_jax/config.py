@@ -25,6 +25,13 @@ def _at_least(config: object, prefix: str, minimum: float, *names: str) -> None:
             raise ConfigError(f"{prefix}.{name} is {value}; expected at least {minimum}.")
 
 
+def _check_betas(config: object, prefix: str) -> None:
+    for name in ("b1", "b2"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{prefix}.{name} is {value}; expected at least 0 and less than 1.")
+
+
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
     """Mixture-of-experts feed-forward; `num_experts` 0 means a dense feed-forward."""
@@ -211,6 +218,7 @@ class TableOptimizerConfig:
         kinds = ("adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad")
         _one_of(self.kind, "optimizer.tables.kind", kinds)
         _at_least(self, "optimizer.tables", 0, "learning_rate_multiplier", "weight_decay")
+        _check_betas(self, "optimizer.tables")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +234,19 @@ class OptimizerConfig:
     tables: TableOptimizerConfig = dataclasses.field(default_factory=TableOptimizerConfig)
 
     def __post_init__(self):
-        _at_least(self, "optimizer", 0, "learning_rate", "weight_decay", "clip_norm", "eps")
+        _at_least(self, "optimizer", 0, "learning_rate", "weight_decay", "clip_norm")
+        _check_betas(self, "optimizer")
+        if not self.eps > 0:
+            raise ConfigError(
+                f"optimizer.eps is {self.eps}; expected more than 0: an entry whose gradient was "
+                "always zero would become 0 / 0."
+            )
+        rate = self.learning_rate * self.tables.learning_rate_multiplier
+        if rate * self.tables.weight_decay >= 1:
+            raise ConfigError(
+                f"optimizer.tables.weight_decay is {self.tables.weight_decay} at a learning rate "
+                f"of {rate}; their product must be less than 1, the share of a row that is lost."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

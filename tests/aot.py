@@ -82,10 +82,13 @@ def _not_cached():
         jax.config.update(name, before)
 
 
-def spills(ptxas: str, *, kernels: int) -> list[str]:
-    """What ptxas said of spilled registers in each of `kernels` (MOSAIC_GPU_DUMP_PTXAS)."""
+def spills(ptxas: str, *, kernels: tuple[int, ...]) -> list[str]:
+    """What ptxas said of spilled registers in each kernel (MOSAIC_GPU_DUMP_PTXAS).
+
+    `kernels`: how many there may be; one that this process has compiled before is not told again.
+    """
     found = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", ptxas)
-    assert len(found) == kernels, f"other kernels than expected went through ptxas: {ptxas!r}"
+    assert len(found) in kernels, f"other kernels than expected went through ptxas: {ptxas!r}"
     return [pair for pair in found if pair != ("0", "0")]
 
 

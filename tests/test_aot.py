@@ -79,8 +79,10 @@ def test_h100_kernels_spill_nothing_and_hold_no_table(kind, dim, dtype, monkeypa
     function, arguments = operation(kind, dim, dtype, "mosaic_gpu")
     compiled = compile_for(mesh, function, *arguments)
     said = "".join(capfd.readouterr())
-    found = spills(said, kernels=3)  # forward, backward, merge
+    # Forward, backward, merge; JTok-M merges sums alike for both dtypes, compiled once.
+    found = spills(said, kernels=(3,) if kind == "jtok" else (2, 3))
     assert not found, found
+    assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 3
     check_memory(compiled, kind, dim)
 
 

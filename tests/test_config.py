@@ -21,6 +21,7 @@ from jtok_jax.config import (
 from jtok_jax.config_dict import flatten, from_config_dict, to_dict
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError
+from jtok_jax.model.jtok import operations
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import _builder
 from jtok_jax.training.step import make_train_step
@@ -179,12 +180,33 @@ def test_cudnn_is_obeyed_or_refused():
     assert program(changed(JTOK_M_MOE, {"model.attention": "xla"})) == program(JTOK_M_MOE)
 
 
-def test_mosaic_gpu_is_obeyed_or_refused():
+def test_mosaic_gpu_is_obeyed_or_refused(monkeypatch):
     """As above; test_aot.py compiles a training step with it."""
     key = "model.jtok.implementation"
-    with pytest.raises(ConfigError, match="'mosaic_gpu' cannot run: cpu has no kernel"):
-        program(changed(JTOK_M_MOE, {key: "mosaic_gpu"}))
+    asked = changed(JTOK_M_MOE, {key: "mosaic_gpu"})
+    with pytest.raises(ConfigError, match="'mosaic_gpu' cannot run: the device is a cpu; 'xla'"):
+        program(asked)
     assert program(changed(JTOK_M_MOE, {key: "xla"})) == program(JTOK_M_MOE)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(ConfigError, match=r"run on one device; there are 8\. Use 'auto' or 'xla'"):
+        operations(asked.model)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimizer.b1": 1.0}, "optimizer.b1 is 1.0; expected at least 0 and less than 1"),
+        ({"optimizer.tables.b2": -0.5}, "optimizer.tables.b2 is -0.5"),
+        ({"optimizer.eps": 0.0}, "optimizer.eps is 0.0; expected more than 0"),
+        (
+            {"optimizer.learning_rate": 0.5, "optimizer.tables.weight_decay": 2.0},
+            "their product must be less than 1",
+        ),
+    ],
+)
+def test_optimizers_that_cannot_work_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        changed(JTOK_M_MOE, values)
 
 
 def test_seed_changes_values_and_batches():

@@ -2,111 +2,13 @@
 # Copyright 2026 The jtok_jax authors
 """The table operations in every implementation against float64 loops; their promises."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import kernel_oracle
 import numpy as np
 import pytest
-from jtok_kernels import (
-    dense_gradient,
-    jtok,
-    jtok_m,
-    mix_rows,
-    norm_add,
-    pack_rows,
-    row_plan,
-    unpack_rows,
-)
-from jtok_kernels.choose import FIRST_JAX
+from jtok_kernels import dense_gradient, jtok, jtok_m, mix_rows, norm_add, row_plan
 from kernel_oracle import Inputs
-
-KERNELS = jax.version.__version_info__ >= FIRST_JAX
-IMPLEMENTATIONS = ["xla", "mosaic_tpu:interpret"]
-IMPLEMENTATIONS += ["mosaic_gpu:interpret"] * KERNELS  # make test-latest has it
-if jax.default_backend() == "gpu":  # JAX_PLATFORMS=cuda pytest tests/test_modulate.py
-    IMPLEMENTATIONS = ["xla", "mosaic_gpu"]
-OPERATIONS = ["jtok", "jtok_m"]
-DEPTH_SCALE = 0.3
-# name: ids, rows V, width D, tables E, tables a token K
-CASES = {
-    "repeated": ([4, 4, 1, 4, 1, 0, 22], 23, 128, 3, 2),
-    "single id": ([5] * 67, 23, 128, 2, 1),
-    "unique": ([3, 1, 4, 0, 5, 9, 2], 11, 256, 3, 3),
-    "one token": ([6], 7, 128, 2, 2),
-    "primes": (list(np.random.default_rng(0).zipf(1.2, 97) % 53), 53, 384, 5, 2),
-    "more tokens than rows": (list(np.random.default_rng(0).integers(0, 13, 131)), 13, 512, 3, 2),
-}
-
-
-def inputs(case: str, dtype: str = "float32", zero_row: bool = False) -> Inputs:
-    ids, num_rows, dim, num_tables, top_k = CASES[case]
-    rng = np.random.default_rng(1)
-    draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), dtype), np.float64)
-    count = len(ids)
-    tables = draw(num_tables, num_rows, dim)
-    if zero_row:
-        tables[:, ids[0]] = 0
-    choice = np.argsort(rng.random((count, num_tables)), axis=1)[:, :top_k]
-    weights = np.float64(np.float32(rng.random((count, top_k)) + 0.1))
-    scale = np.float64(np.float32(rng.standard_normal(dim)))
-    h, delta, g = draw(count, dim), draw(count, dim), draw(count, dim)
-    return Inputs(h, delta, tables, np.array(ids), choice, weights, scale, g)
-
-
-def expected(operation: str, x: Inputs, norm: str, eps: float):
-    form = {"norm": norm, "eps": eps}
-    if operation == "jtok_m":
-        form["depth_scale"] = DEPTH_SCALE
-    forward = getattr(kernel_oracle, operation)(x, **form)
-    return forward, getattr(kernel_oracle, f"{operation}_grads")(x, **form)
-
-
-def run(operation, x: Inputs, dtype, norm, eps, implementation, *, layer=1, packed=False):
-    """(out, gradients of delta, row gradients [E, U, D], of weights, of scale, unique ids)."""
-    cast = lambda array: jnp.asarray(array, dtype)
-    h, delta, g = cast(x.h), cast(x.delta), cast(x.g)
-    single = cast(x.tables)
-    # The layer used stands among others of the stack, which must not be read.
-    stack = jnp.stack([jnp.full_like(single, jnp.nan), single, jnp.full_like(single, jnp.nan)])
-    if packed or (implementation.startswith("mosaic_tpu") and dtype == "bfloat16"):
-        stack = pack_rows(stack)
-    ids, choice = jnp.int32(x.ids), jnp.int32(x.choice)
-    plan = row_plan(ids, num_rows=x.tables.shape[1])
-    size, dim = plan.unique_U.size, h.shape[1]
-    options = {"norm": norm, "eps": eps, "layer": layer, "plan": plan}
-    options["implementation"] = implementation
-    scale, weights = jnp.float32(x.scale), jnp.float32(x.weights)
-
-    @jax.jit
-    def both(h, delta, weights, scale, stack, g):
-        if operation == "jtok":
-            zeros = jnp.zeros((size, dim))
-            f = lambda h, delta, weights, scale, rows: jtok(
-                h, delta, stack[:, 0], ids, scale, row_grads=rows, **options
-            )
-        else:
-            zeros = jnp.zeros((x.tables.shape[0], size, dim))
-            f = lambda h, delta, weights, scale, rows: jtok_m(
-                h, delta, stack, ids, choice, weights, scale, row_grads=rows,
-                depth_scale=DEPTH_SCALE, **options,
-            )  # fmt: skip
-        out, pull = jax.vjp(f, h, delta, weights, scale, zeros)
-        return out, pull(g)
-
-    out, (d_h, d_delta, d_weights, d_scale, rows) = both(h, delta, weights, scale, stack, g)
-    np.testing.assert_array_equal(d_h, g)
-    rows = rows[None] if operation == "jtok" else rows
-    return out, d_delta, rows, d_weights, d_scale, plan.unique_U
-
-
-def close(got, want, what, tolerance, terms=0.0):
-    """Errors relative to the largest entry, or to `terms`, the size of what cancelled in it."""
-    got, want = np.asarray(got, np.float64), np.asarray(want)
-    assert np.all(np.isfinite(got)), what
-    error = np.abs(got - want).max() / max(np.abs(want).max(), terms, 1e-30)
-    assert error <= tolerance, f"{what}: {error:.2e}"
+from operations import CASES, DEPTH_SCALE, IMPLEMENTATIONS, OPERATIONS, close, expected, inputs, run
 
 
 @pytest.mark.parametrize("norm", ["l2", "rms"])
@@ -301,17 +203,6 @@ def test_mix_rows_of_one_table_are_its_rows(implementation):
     close(dense_gradient(pull(g)[0], plan.unique_U, num_rows=23), expected_, "rows", 1e-6)
 
 
-def test_packing_keeps_every_bit():
-    bits = np.random.default_rng(0).integers(0, 1 << 16, (3, 7, 64), np.uint16)
-    table = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16)
-    finite = jnp.where(jnp.isnan(table), 0, table)
-    packed = pack_rows(finite)
-    assert packed.shape == (3, 7, 32)
-    np.testing.assert_array_equal(unpack_rows(packed), finite)
-    with pytest.raises(ValueError, match="expected bfloat16 of an even D"):
-        pack_rows(finite[..., :63])
-
-
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_packed_tables_give_the_bits_of_plain_ones(operation):
     x = inputs("unique", "bfloat16")
@@ -320,55 +211,6 @@ def test_packed_tables_give_the_bits_of_plain_ones(operation):
     )
     for a, b in zip(plain, packed, strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_ids_outside_become_nan_where_nans_are_debugged():
-    x = inputs("repeated")
-    ids = jnp.int32(x.ids).at[2].set(23)
-    arguments = *(jnp.float32(a) for a in (x.h, x.delta, x.tables[0])), ids, jnp.float32(x.scale)
-    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
-        jax.block_until_ready(jtok(*arguments, eps=1e-6))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"h": np.zeros((7, 64), np.float32)}, r"delta is float32 \(7, 128\); expected float32"),
-        ({"h": np.zeros((7, 128), np.float16)}, "bfloat16 or float32"),
-        ({"ids": np.zeros(7, np.int8)}, r"ids is int8 \(7,\); expected int32"),
-        ({"ids": np.zeros(6, np.int32)}, r"ids is int32 \(6,\); expected \(7,\)"),
-        ({"scale": np.zeros(64, np.float32)}, "scale is float32"),
-        ({"table": np.zeros((1, 23, 128), np.float32)}, r"expected \[V, D\], or \[L, V, D\] with"),
-        ({"table": np.zeros((23, 128), np.int32)}, "table is int32"),
-        ({"norm": "l1"}, "norm is 'l1'; expected one of l2, rms"),
-        ({"implementation": "cuda"}, "implementation is 'cuda'; expected one of xla, mosaic_gpu"),
-        ({"implementation": "mosaic_gpu"}, "cannot run: .*; 'xla' can"),
-        ({"implementation": "mosaic_tpu"}, "cannot run: the device is a cpu; 'xla' can"),
-        ({"implementation": "xla:interpret"}, "expected one of xla"),
-        ({"row_grads": np.zeros((7, 128), np.float32)}, "needs the plan"),
-    ],
-)
-def test_wrong_arguments_are_refused_with_what_would_work(changes, message):
-    x = inputs("repeated")
-    arguments = {
-        "h": np.float32(x.h), "delta": np.float32(x.delta), "table": np.float32(x.tables[0]),
-        "ids": np.int32(x.ids), "scale": np.float32(x.scale), "eps": 1e-6,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        jtok(
-            **jax.tree.map(
-                lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, arguments | changes
-            )
-        )
-
-
-def test_too_few_rows_for_gradients_are_refused():
-    x = inputs("repeated")
-    plan = row_plan(jnp.int32(x.ids), num_rows=23)
-    arguments = [jnp.float32(a) for a in (x.h, x.delta, x.tables[0])]
-    few = jnp.zeros((plan.unique_U.size - 1, 128))
-    with pytest.raises(ValueError, match="every unique id needs a row, none is dropped"):
-        jtok(*arguments, jnp.int32(x.ids), jnp.float32(x.scale), eps=1.0, plan=plan, row_grads=few)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -405,56 +247,3 @@ def test_a_scan_over_layers_holds_no_table_beside_the_stack(operation):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(1 << 14) <= temporaries(1 << 10) + 4096
-
-
-# ---------------------------------------------------------------------------------- the plan
-
-
-@pytest.mark.parametrize("microbatches", [0, 1, 3])
-@pytest.mark.parametrize("case", CASES)
-def test_the_plan_holds_every_token_once_in_order(case, microbatches):
-    ids, num_rows = np.array(CASES[case][0], np.int32), CASES[case][1]
-    if microbatches:
-        ids = np.stack([np.roll(ids, shift) for shift in range(microbatches)])
-    plan = jax.jit(functools.partial(row_plan, num_rows=num_rows))(jnp.asarray(ids))
-    unique = np.unique(ids)
-    np.testing.assert_array_equal(plan.unique_U[: unique.size], unique)
-    assert np.all(plan.unique_U[unique.size :] == num_rows)
-    assert plan.unique_U.size == min(ids.size, num_rows)
-    for index in range(max(microbatches, 1)):
-        mine, order = ids, plan.order
-        if microbatches:
-            mine, order = ids[index], jax.tree.map(lambda x, index=index: x[index], plan.order)
-        np.testing.assert_array_equal(plan.unique_U[order.place], mine)
-        np.testing.assert_array_equal(order.token, np.argsort(mine, kind="stable"))
-        found = []
-        for run_, start, size in zip(
-            order.piece_run, order.piece_start, order.piece_size, strict=True
-        ):
-            assert 0 <= size <= 32
-            tokens = order.token[start : start + size]
-            if size:
-                assert np.all(mine[tokens] == plan.unique_U[run_])
-                found.extend(tokens.tolist())
-        assert found == order.token.tolist()
-        pieces = np.maximum(1, -(-np.bincount(order.place, minlength=plan.unique_U.size) // 32))
-        found = np.bincount(order.piece_run, minlength=plan.unique_U.size + 1)
-        np.testing.assert_array_equal(found[:-1], pieces)
-        split = np.flatnonzero(pieces > 1)
-        np.testing.assert_array_equal(order.split_run[: split.size], split)
-        assert np.all(order.split_run[split.size :] == plan.unique_U.size)
-        for run_, first, end in zip(
-            order.split_run, order.split_slot[:-1], order.split_slot[1:], strict=True
-        ):
-            slots = np.asarray(order.piece_slot)[np.asarray(order.piece_run) == run_]
-            if run_ < plan.unique_U.size:
-                np.testing.assert_array_equal(slots, np.arange(first, end))
-            else:
-                assert first == end
-        assert np.sum(np.asarray(order.piece_slot) >= 0) == pieces[split].sum()
-
-
-@pytest.mark.parametrize("ids", [np.zeros(0, np.int32), np.zeros(3), np.zeros((1, 2, 3), np.int32)])
-def test_a_plan_needs_int32_ids(ids):
-    with pytest.raises(ValueError, match="expected int32"):
-        row_plan(jnp.asarray(ids), num_rows=5)

@@ -84,7 +84,7 @@ def test_optimizer_groups_are_adamw_with_their_own_settings():
     """First step by hand: Adam moves every entry by its rate, decay pulls matrices alone."""
     config = replace(
         small_config(JTOK_M),
-        optimizer=OptimizerConfig(learning_rate=0.01, weight_decay=0.2, clip_norm=0.0, eps=0.0),
+        optimizer=OptimizerConfig(learning_rate=0.01, weight_decay=0.2, clip_norm=0.0, eps=1e-30),
         schedule=ScheduleConfig(kind="constant", warmup_fraction=0.0),
     )
     state, _, optimizer = training(config)

@@ -77,12 +77,17 @@ def operations(config: ModelConfig) -> jtok_kernels.Choice:
     Raises:
         ConfigError: the one asked for cannot run here.
     """
-    name = config.jtok.implementation
+    jtok, name = config.jtok, config.jtok.implementation
+    if name.startswith("mosaic") and jax.device_count() > 1:
+        raise ConfigError(
+            f"model.jtok.implementation is {name!r}, whose kernels run on one device; there are "
+            f"{jax.device_count()}. Use 'auto' or 'xla'."
+        )
+    several = {"num_tables": jtok.num_tables, "top_k": jtok.top_k} if jtok.kind == "jtok_m" else {}
     try:
         asked = None if name == "auto" else name
-        return jtok_kernels.choose(
-            asked, dim=config.model_dim, dtype=jnp.dtype(config.jtok.table_dtype)
-        )
+        dtype = jnp.dtype(jtok.table_dtype)
+        return jtok_kernels.choose(asked, dim=config.model_dim, dtype=dtype, **several)
     except ValueError as error:
         raise ConfigError(f"model.jtok.implementation: {error}") from error
 

@@ -16,6 +16,7 @@ from jtok_jax.errors import STALL_EXIT_CODE, WorkdirError
 
 LOCK_FILE = "lock"
 STALL_FILE = "stall.txt"
+WRITE_SECONDS = 10  # at most so long is spent on writing it
 
 
 class WorkdirLock:
@@ -104,11 +105,15 @@ class StallWatch:
             f"Stall: no {what} within {self._seconds:g} s (train.stall_seconds). Stacks in {path}. "
             "Nothing was saved; the same command goes on from the last checkpoint."
         )
+        # The disk, or who reads our stderr, may be what stalls: leave in any case.
+        writer = threading.Thread(target=self._write, args=[message, path], daemon=True)
+        writer.start()
+        writer.join(timeout=WRITE_SECONDS)
+        os._exit(STALL_EXIT_CODE)
+
+    def _write(self, message: str, path: pathlib.Path) -> None:
         os.write(2, f"{message}\n".encode())
-        try:  # the disk may be what stalls: say it first, and leave in any case
-            with path.open("w") as file:
-                file.write(f"{message}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file)
-        finally:
-            os._exit(STALL_EXIT_CODE)
+        with path.open("w") as file:
+            file.write(f"{message}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file)

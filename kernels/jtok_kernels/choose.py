@@ -28,19 +28,37 @@ class _Device(NamedTuple):
     count: int
 
 
-def choose(implementation: str | None, *, dim: int, dtype: jnp.dtype) -> Choice:
+class _Tables(NamedTuple):
+    dim: int
+    dtype: jnp.dtype
+    num_tables: int
+    top_k: int
+
+
+def choose(
+    implementation: str | None,
+    *,
+    dim: int,
+    dtype: jnp.dtype,
+    num_tables: int = 1,
+    top_k: int = 1,
+) -> Choice:
     """The implementation for tables with rows of `dim` entries of `dtype`, and why.
 
     The device is that of an abstract mesh in use (as when compiling ahead of time), else the
-    default one.
+    default one. With several devices only XLA is chosen, but not refused what is asked for: it may
+    be for one device of them, or inside `shard_map`.
+
+    Args:
+        num_tables, top_k: E and K of `jtok_m`.
 
     Raises:
         ValueError: the implementation asked for does not exist or cannot run there.
     """
-    device = _device()
+    device, tables = _device(), _Tables(dim, jnp.dtype(dtype), num_tables, top_k)
     if implementation is None:
         name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(device.platform, "xla")
-        obstacle = _obstacle(name, dim, dtype) or _place(name, device) or _several(device)
+        obstacle = _obstacle(name, tables) or _place(name, device) or _several(device)
         if name == "xla":
             return _logged(Choice("xla", f"{device.platform} has no kernel of ours"))
         return _logged(Choice("xla", obstacle) if obstacle else Choice(name, device.kind))
@@ -49,7 +67,7 @@ def choose(implementation: str | None, *, dim: int, dtype: jnp.dtype) -> Choice:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation is {implementation!r}; expected one of {known}.")
     simulated = implementation != name
-    obstacle = _obstacle(name, dim, dtype) or (None if simulated else _place(name, device))
+    obstacle = (None if simulated else _place(name, device)) or _obstacle(name, tables)
     if obstacle:
         raise ValueError(f"implementation {implementation!r} cannot run: {obstacle}; 'xla' can.")
     return Choice(implementation, "asked for")
@@ -64,8 +82,9 @@ def backend(implementation: str):
     return make(implementation != name)
 
 
-def _obstacle(name: str, dim: int, dtype: jnp.dtype) -> str | None:
+def _obstacle(name: str, tables: _Tables) -> str | None:
     """What about the tables or this JAX keeps `name` from running, or None."""
+    dim, dtype, num_tables, top_k = tables
     if name == "mosaic_gpu":
         if jax.version.__version_info__ < FIRST_JAX:
             wanted = ".".join(map(str, FIRST_JAX))
@@ -74,12 +93,16 @@ def _obstacle(name: str, dim: int, dtype: jnp.dtype) -> str | None:
             return "packed tables are for TPUs"
         if dim % mosaic_gpu.THREADS or dim > mosaic_gpu.MAX_DIM:
             return f"D is {dim}; the GPU kernels take multiples of 128 up to {mosaic_gpu.MAX_DIM}"
+        if num_tables * dim * 4 > mosaic_gpu.SHARED:
+            return f"{num_tables} sums of {dim} entries exceed a processor's shared memory"
     if name == "mosaic_tpu":
         if dtype == jnp.bfloat16:
             return "single rows of a bfloat16 table cannot be copied on a TPU; see pack_rows"
         multiple = mosaic_tpu.LANES * (2 if dtype == jnp.uint32 else 1)
         if dim % multiple:
             return f"D is {dim}; the TPU kernels take multiples of {multiple} of such tables"
+        if mosaic_tpu.vmem_bytes(dim, dtype, top_k) > mosaic_tpu.VMEM:
+            return f"a block of {top_k} rows of {dim} entries a token exceeds vector memory"
     return None
 
 
@@ -89,13 +112,13 @@ def _place(name: str, device: _Device) -> str | None:
     if device.platform != platform:
         return f"the device is a {device.platform}"
     if platform == "gpu" and not device.kind.startswith(SINCE_HOPPER):
-        return f"{device.kind} is older than compute capability 9.0"
+        return f"{device.kind} is not known to have compute capability 9.0 or newer"
     return None
 
 
 def _several(device: _Device) -> str | None:
     if device.count > 1:
-        return f"there are {device.count} devices, over which XLA can split its own code alone"
+        return f"there are {device.count} devices, and XLA splits only code of its own"
     return None
 
 

@@ -52,22 +52,20 @@ def jtok(
         delta: increment of the feed-forward, like `h`.
         table: [V, D], or [L, V, D] with `layer`; bfloat16 or float32, or packed by `pack_rows`.
             Never sliced nor copied.
-        ids: int32 [T], each in [0, V). Not checked: an id outside reads a row of its own choice,
+        ids: int32 [T], each in [0, V). Not checked: an id outside reads some row of the table,
             or gives NaN where `jax_debug_nans` is on.
         scale: float32 [D].
         eps: added to the norm.
         norm: "l2", or "rms" = l2 / sqrt(D).
-        layer: int32 scalar, index into a stacked table.
-        plan: `row_plan(ids, num_rows=V)`; made in the backward pass if None.
+        layer: int32 scalar in [0, L), index into a stacked table.
+        plan: `row_plan(ids, num_rows=V)` of these very ids; made in the backward pass if None.
         row_grads: float32 zeros [U, D]; see above. Needs `plan`.
         implementation: one of `IMPLEMENTATIONS`; None chooses by platform.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation cannot run here.
     """
-    _require(
-        table.ndim == (2 if layer is None else 3), "table", table, "[V, D], or [L, V, D] with layer"
-    )
+    _check_stack("table", table, "V, D", layer)
     static = _static(
         Form(None, norm, eps), h, delta, table, ids, scale, row_grads, plan, implementation
     )
@@ -102,15 +100,11 @@ def jtok_m(
         weights: float32 [T, K].
         row_grads: float32 zeros [E, U, D].
     """
-    _require(
-        tables.ndim == (3 if layer is None else 4),
-        "tables",
-        tables,
-        "[E, V, D], or [L, E, V, D] with layer",
-    )
+    _check_stack("tables", tables, "E, V, D", layer)
     _check_choice(choice, weights, ids, tables.shape[-3])
+    form, top_k = Form(depth_scale, norm, eps), choice.shape[1]
     static = _static(
-        Form(depth_scale, norm, eps), h, delta, tables, ids, scale, row_grads, plan, implementation
+        form, h, delta, tables, ids, scale, row_grads, plan, implementation, top_k=top_k
     )
     arguments = _at(layer), ids, choice, plan
     out = _jtok_m(static, h, delta, tables, row_grads, weights, scale, *arguments)
@@ -134,18 +128,16 @@ def mix_rows(
     tables; `norm_add` does the rest where whole rows are. Arguments as there; without `choice`
     and `weights` the tables are [V, D] or [L, V, D].
     """
-    per_layer = 2 if choice is None else 3
-    _require(
-        tables.ndim == per_layer + (layer is not None), "tables", tables, "one axis more with layer"
-    )
+    top_k = None
+    if (choice is None) != (weights is None):
+        raise ValueError("choice and weights go together: pass both, or neither.")
+    _check_stack("tables", tables, "V, D" if choice is None else "E, V, D", layer)
     if choice is not None:
         _check_choice(choice, weights, ids, tables.shape[-3])
-    _check_rows(tables, ids, row_grads, plan)
-    static = _Static(
-        Form(None, "l2", 0.0),
-        choose(implementation, dim=width(tables), dtype=tables.dtype).name,
-        row_grads is None,
-    )
+        top_k = choice.shape[1]
+    _check_rows(tables, ids, row_grads, plan, several=choice is not None)
+    name = _implementation(implementation, tables, top_k)
+    static = _Static(Form(None, "l2", 0.0), name, row_grads is None)
     out = _mix_rows(static, tables, row_grads, weights, _at(layer), ids, choice, plan)
     return _nan_where_outside(out, ids, tables.shape[-2])
 
@@ -255,19 +247,36 @@ def _table_or_rows(static: _Static, table, at, plan: RowPlan, rows):
 # ----------------------------------------------------------------------------------- checks
 
 
-def _static(form: Form, h, delta, table, ids, scale, row_grads, plan, implementation) -> _Static:
+def _static(
+    form: Form, h, delta, table, ids, scale, row_grads, plan, implementation, *, top_k=None
+) -> _Static:
     _check_stream(h, delta, scale)
     _require(width(table) == h.shape[1], "table", table, f"D = {h.shape[1]}, the width of h")
     _require(ids.shape == h.shape[:1], "ids", ids, f"{h.shape[:1]}, one a token")
-    _check_rows(table, ids, row_grads, plan)
+    _check_rows(table, ids, row_grads, plan, several=top_k is not None)
     _check_norm(form.norm)
-    return _Static(
-        form, choose(implementation, dim=h.shape[1], dtype=table.dtype).name, row_grads is None
-    )
+    return _Static(form, _implementation(implementation, table, top_k), row_grads is None)
+
+
+def _implementation(asked: str | None, table, top_k: int | None) -> str:
+    several = {} if top_k is None else {"num_tables": table.shape[-3], "top_k": top_k}
+    return choose(asked, dim=width(table), dtype=table.dtype, **several).name
 
 
 def _at(layer) -> tuple[jax.Array, ...]:
     return () if layer is None else (jnp.asarray(layer, jnp.int32),)
+
+
+def _check_stack(name: str, table, axes: str, layer) -> None:
+    ndim = len(axes.split(", "))
+    _require(
+        table.ndim == ndim + (layer is not None),
+        name,
+        table,
+        f"[{axes}], or [L, {axes}] with layer",
+    )
+    if isinstance(layer, int) and not 0 <= layer < table.shape[0]:
+        raise ValueError(f"layer is {layer}; expected one of the {table.shape[0]} of {name}.")
 
 
 def _check_stream(h, delta, scale) -> None:
@@ -293,7 +302,7 @@ def _check_norm(norm: str) -> None:
         raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}.")
 
 
-def _check_rows(table, ids, row_grads, plan: RowPlan | None) -> None:
+def _check_rows(table, ids, row_grads, plan: RowPlan | None, *, several: bool) -> None:
     kinds = jnp.bfloat16, jnp.float32, jnp.uint32
     _require(table.dtype in kinds, "table", table, "bfloat16, float32 or packed")
     _require(ids.ndim == 1 and ids.dtype == jnp.int32, "ids", ids, "int32 [T]")
@@ -308,7 +317,7 @@ def _check_rows(table, ids, row_grads, plan: RowPlan | None) -> None:
         return
     if plan is None:
         raise ValueError("row_grads needs the plan whose unique ids its rows stand for.")
-    shape = (*table.shape[-3:-2] * (row_grads.ndim == 3), plan.unique_U.size, width(table))
+    shape = (*table.shape[-3:-2] * several, plan.unique_U.size, width(table))
     fits = row_grads.shape == shape and row_grads.dtype == jnp.float32
     _require(
         fits,

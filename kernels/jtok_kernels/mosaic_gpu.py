@@ -27,12 +27,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jtok_kernels.form import Form
-from jtok_kernels.plan import RowPlan, num_split
+from jtok_kernels.plan import Order, RowPlan, num_split
 from jtok_kernels.reference import TINY
 from jtok_kernels.xla import as_choice
 
 THREADS = 128
 MAX_DIM = 4096  # wider rows no longer fit the registers of a block
+SHARED = 224 << 10  # bytes of shared memory a block may take for its sums
 BLOCKS = 1056  # of a backward pass: 8 for each of 132 processors; fixed, so that bits are
 
 
@@ -48,7 +49,7 @@ class MosaicGpu(NamedTuple):
         def body(layer, ids, h, delta, table, scale, out):
             load = self._loader(h_TD, table)
             t = lax.axis_index("t")
-            e = load(table.at[layer[0], ids[t]])
+            e = load(table.at[layer[0], _inside(ids[t], table.shape[1])])
             inverse = _inverse_norm(_sum(e * e), form, dim)[0]
             gate = 1.0 + load(scale) * (e * inverse)
             out[t] = load(h.at[t], cast=False) + (load(delta.at[t]) * gate).astype(out.dtype)
@@ -59,21 +60,26 @@ class MosaicGpu(NamedTuple):
 
     def jtok_backward(self, g_TD, delta_TD, table, at, ids_T, scale_D, plan: RowPlan, form: Form):
         stack, layer = _stacked(table, at)
-        dim, num_rows = g_TD.shape[1], stack.shape[-2]
-        num_unique, order = plan.unique_U.size, plan.order
-        num_runs, num_slots = num_split(ids_T.size)
+        where = layer, plan.unique_U
+        d_delta, rows, partial, d_scale = self._jtok_pieces(
+            where, plan.order, g_TD, delta_TD, stack, scale_D, form
+        )
+        merged = self._jtok_merge(where, plan.order, partial, stack, scale_D, form)
+        rows = rows.at[plan.order.split_run].set(merged, mode="drop")
+        return d_delta, rows, d_scale.sum(axis=0)
+
+    def _jtok_pieces(self, where, order: Order, g_TD, delta_TD, stack, scale_D, form: Form):
+        dim, num_unique = g_TD.shape[1], where[1].size
         blocks = min(BLOCKS, order.piece_run.size)
 
         def body(layer, unique, token, run, start, size, slot, g, delta, table, scale, *outs):
             d_delta, rows, partial, d_scale = outs
             load = self._loader(g_TD, table)
             scale = load(scale)
-            first = lax.axis_index("n")
 
-            def piece(step, d_scale):
-                p = first + step * blocks
+            def piece(p, d_scale):
                 u = jnp.minimum(run[p], num_unique - 1)
-                e = load(table.at[layer[0], jnp.minimum(unique[u], num_rows - 1)])
+                e = load(table.at[layer[0], _filled(unique, u, table.shape[1])])
                 inverse, inverse_n = _inverse_norm(_sum(e * e), form, dim)
                 normed = e * inverse
                 gate = 1.0 + scale * normed
@@ -97,38 +103,33 @@ class MosaicGpu(NamedTuple):
 
                 return d_scale + total * normed
 
-            steps = (order.piece_run.size - first + blocks - 1) // blocks
-            d_scale[first] = lax.fori_loop(0, steps, piece, jnp.zeros(dim, jnp.float32))
+            _each_piece(run.shape[0], blocks, piece, d_scale)
 
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         outs = (
             jax.ShapeDtypeStruct(g_TD.shape, delta_TD.dtype),
             shape((num_unique, dim)),
-            shape((num_slots, dim)),
+            shape((num_split(order.place.size)[1], dim)),
             shape((blocks, dim)),
         )
-        pieces = order.piece_run, order.piece_start, order.piece_size, order.piece_slot
         run = self._kernel(body, outs, grid=blocks, axis="n")
-        d_delta, rows, partial, d_scale = run(
-            layer, plan.unique_U, order.token, *pieces, g_TD, delta_TD, stack, scale_D
-        )
+        return run(*where, order.token, *_pieces(order), g_TD, delta_TD, stack, scale_D)
 
-        def merge(layer, unique, split_run, split_slot, partial, table, scale, merged):
-            load = self._loader(g_TD, table)
+    def _jtok_merge(self, where, order: Order, partial, stack, scale_D, form: Form):
+        dim, num_unique = partial.shape[1], where[1].size
+
+        def body(layer, unique, split_run, split_slot, partial, table, scale, merged):
+            load = self._loader(stack)
             r = lax.axis_index("r")
+            total = _total(load, partial, split_slot, r)
             u = jnp.minimum(split_run[r], num_unique - 1)
-            add = lambda slot, total: total + load(partial.at[slot])
-            zeros = jnp.zeros(dim, jnp.float32)
-            total = lax.fori_loop(split_slot[r], split_slot[r + 1], add, zeros)
-            e = load(table.at[layer[0], jnp.minimum(unique[u], num_rows - 1)])
+            e = load(table.at[layer[0], _filled(unique, u, table.shape[1])])
             inverse, inverse_n = _inverse_norm(_sum(e * e), form, dim)
             merged[r] = _pull(load(scale) * total, e, inverse, inverse_n, form, dim)
 
-        run = self._kernel(merge, shape((num_runs, dim)), grid=num_runs, axis="r")
-        split = order.split_run, order.split_slot
-        merged = run(layer, plan.unique_U, *split, partial, stack, scale_D)
-        rows = rows.at[order.split_run].set(merged, mode="drop")
-        return d_delta, rows, d_scale.sum(axis=0)
+        out = jax.ShapeDtypeStruct((order.split_run.size, dim), jnp.float32)
+        run = self._kernel(body, out, grid=out.shape[0], axis="r")
+        return run(*where, order.split_run, order.split_slot, partial, stack, scale_D)
 
     def jtok_m_forward(
         self, h_TD, delta_TD, tables, at, ids_T, choice_TK, weights_TK, scale_D, form: Form
@@ -164,10 +165,19 @@ class MosaicGpu(NamedTuple):
     ):
         """See xla.jtok_m_backward; `form` None: mixing alone, `g` is the mixtures' cotangent."""
         stack, layer = _stacked(tables, at)
-        dim, num_tables, num_rows = g_TD.shape[1], stack.shape[1], stack.shape[-2]
-        top_k, num_unique, order = choice_TK.shape[1], plan.unique_U.size, plan.order
-        num_runs, num_slots = num_split(ids_T.size)
-        blocks = min(BLOCKS, order.piece_run.size)
+        order, mixing = plan.order, (choice_TK, weights_TK)
+        d_weights, rows, partial, d_scale = self._jtok_m_pieces(
+            (layer, plan.unique_U), order, *mixing, g_TD, stack, scale_D, form
+        )
+        merged = self._jtok_m_merge(order, partial)
+        rows = rows.at[:, order.split_run].set(merged, mode="drop")
+        return d_weights, rows, d_scale.sum(axis=0)
+
+    def _jtok_m_pieces(
+        self, where, order: Order, choice_TK, weights_TK, g_TD, stack, scale_D, form
+    ):
+        dim, num_unique, num_tables = g_TD.shape[1], where[1].size, stack.shape[1]
+        top_k, blocks = choice_TK.shape[1], min(BLOCKS, order.piece_run.size)
 
         def body(
             layer, unique, token, run, start, size, slot, choice, weights, g, tables, scale, *outs
@@ -175,13 +185,10 @@ class MosaicGpu(NamedTuple):
             d_weights, rows, partial, d_scale, sums = outs
             load = self._loader(g_TD, tables)
             scale = load(scale)
-            first = lax.axis_index("n")
 
-            def piece(step, d_scale):
-                p = first + step * blocks
+            def piece(p, d_scale):
                 u = jnp.minimum(run[p], num_unique - 1)
-                row = jnp.minimum(unique[u], num_rows - 1)
-                begin = start[p]
+                row, begin = unique[u], start[p]
                 for e in range(num_tables):
                     sums[e] = jnp.zeros(dim, jnp.float32)
 
@@ -213,35 +220,29 @@ class MosaicGpu(NamedTuple):
 
                 return d_scale
 
-            steps = (order.piece_run.size - first + blocks - 1) // blocks
-            d_scale[first] = lax.fori_loop(0, steps, piece, jnp.zeros(dim, jnp.float32))
+            _each_piece(run.shape[0], blocks, piece, d_scale)
 
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         outs = (
             shape(weights_TK.shape),
             shape((num_tables, num_unique, dim)),
-            shape((num_tables, num_slots, dim)),
+            shape((num_tables, num_split(order.place.size)[1], dim)),
             shape((blocks, dim)),
         )
-        pieces = order.piece_run, order.piece_start, order.piece_size, order.piece_slot
         sums = plgpu.SMEM((num_tables, dim), jnp.float32)
         run = self._kernel(body, outs, grid=blocks, axis="n", scratch=[sums])
-        d_weights, rows, partial, d_scale = run(
-            layer, plan.unique_U, order.token, *pieces, choice_TK, weights_TK, g_TD, stack, scale_D
-        )
+        plan = *where, order.token, *_pieces(order)
+        return run(*plan, choice_TK, weights_TK, g_TD, stack, scale_D)
 
-        def merge(split_slot, partial, merged):
-            load = self._loader(g_TD, tables)
-            r, e = lax.axis_index("r"), lax.axis_index("e")
-            add = lambda slot, total: total + load(partial.at[e, slot])
-            zeros = jnp.zeros(dim, jnp.float32)
-            merged[e, r] = lax.fori_loop(split_slot[r], split_slot[r + 1], add, zeros)
+    def _jtok_m_merge(self, order: Order, partial):
+        def body(split_slot, partial, merged):
+            e, r = lax.axis_index("e"), lax.axis_index("r")
+            merged[e, r] = _total(self._loader(partial), partial.at[e], split_slot, r)
 
-        out = shape((num_tables, num_runs, dim))
-        run = self._kernel(merge, out, grid=(num_runs, num_tables), axis=("r", "e"))
-        merged = run(order.split_slot, partial)
-        rows = rows.at[:, order.split_run].set(merged, mode="drop")
-        return d_weights, rows, d_scale.sum(axis=0)
+        num_tables, _, dim = partial.shape
+        out = jax.ShapeDtypeStruct((num_tables, order.split_run.size, dim), jnp.float32)
+        run = self._kernel(body, out, grid=out.shape[:2], axis=("e", "r"))
+        return run(order.split_slot, partial)
 
     def mix_rows_forward(self, tables, at, ids_T, choice_TK, weights_TK):
         if choice_TK is None:
@@ -302,6 +303,34 @@ def _stacked(table, at):
     return table.reshape(1, *table.shape), jnp.zeros(1, jnp.int32)
 
 
+def _pieces(order: Order):
+    return order.piece_run, order.piece_start, order.piece_size, order.piece_slot
+
+
+def _each_piece(count: int, blocks: int, piece, d_scale) -> None:
+    """d_scale[n] = what piece(p, sum) makes of zeros for p = n, n + blocks, ... in turn."""
+    n = lax.axis_index("n")
+    steps = (count - n + blocks - 1) // blocks
+    zeros = jnp.zeros(d_scale.shape[1], jnp.float32)
+    d_scale[n] = lax.fori_loop(0, steps, lambda i, total: piece(n + i * blocks, total), zeros)
+
+
+def _total(load, partial, split_slot, r):
+    """Sum of the slots of split run r, in order."""
+    zeros = jnp.zeros(partial.shape[1], jnp.float32)
+    add = lambda slot, total: total + load(partial.at[slot])
+    return lax.fori_loop(split_slot[r], split_slot[r + 1], add, zeros)
+
+
+def _filled(unique, u, num_rows: int):
+    """Entry u of `unique_U`; where it holds no id the first one, a row that this batch uses."""
+    return jnp.where(unique[u] < num_rows, unique[u], unique[0])
+
+
+def _inside(row, num_rows: int):
+    return jnp.clip(row, 0, num_rows - 1)
+
+
 def _sum(x: jax.Array) -> jax.Array:
     return jnp.sum(x)
 
@@ -321,5 +350,6 @@ def _pull(a, e, inverse, inverse_n, form: Form, dim: int):
 
 def _mixture(load, tables, row, choice, weights, t):
     """(sum_k w_k e_k, the rows e_k) of token t."""
+    row = _inside(row, tables.shape[1])
     each = [load(tables.at[choice[t, k], row]) for k in range(choice.shape[1])]
     return sum(weights[t, k] * e for k, e in enumerate(each)), each

@@ -25,6 +25,13 @@ from jtok_kernels.reference import TINY
 
 BLOCK = 64  # tokens of a grid step
 LANES = 128  # entries are computed so many at a time
+VMEM = 15 << 20  # bytes a kernel may take; compilers allow 16 MiB if not told otherwise
+
+
+def vmem_bytes(dim: int, dtype: jnp.dtype, top_k: int) -> int:
+    """Of a block: the rows of two blocks, and h, delta and the result of two in float32."""
+    row = dim * (2 if dtype == jnp.uint32 else dtype.itemsize)
+    return 2 * BLOCK * (top_k * row + 3 * dim * 4)
 
 
 class MosaicTpu(NamedTuple):
@@ -59,6 +66,7 @@ class MosaicTpu(NamedTuple):
         blocks = -(-count // BLOCK)
         padded = lambda x: jnp.pad(x, ((0, blocks * BLOCK - count), (0, 0)))
         by_block = lambda x: padded(x).reshape(blocks, 1, -1)
+        ids_T = jnp.clip(ids_T, 0, stack.shape[-2] - 1)  # a copy from outside would halt the chip
         ids, choice = by_block(ids_T[:, None]), by_block(choice_TK)
 
         here, ahead = lambda b, *_: b, lambda b, *_: jnp.minimum(b + 1, blocks - 1)

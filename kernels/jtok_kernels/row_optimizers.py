@@ -25,7 +25,7 @@ class Now(NamedTuple):
 
     step: jax.Array  # int32, counted from 1, steps that changed something
     learning_rate: jax.Array
-    log_decay: jax.Array  # sum over all steps so far of log(1 - learning_rate * weight_decay)
+    log_decay: jax.Array  # float32 sum over all steps of log(1 - learning_rate * weight_decay)
 
 
 class RowOptimizer(NamedTuple):
@@ -42,6 +42,7 @@ def adamw(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOptimi
 
     A row goes on moving by its momentum, and decays, in steps that do not use it.
     """
+    _check(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
     def init(table):
         return {"m": _per_entry(table), "v": _per_entry(table)}
@@ -61,13 +62,15 @@ def lazy_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOp
     """Adam on the rows a step touches, 8 bytes of state an entry and 12 a row (16 with decay).
 
     m and v decay by b^(t - t0), as AdamW's would have done with g = 0 meanwhile, and are divided
-    by the weight they have gathered on the row's own clock; weight decay is caught up by the exact
-    product over the steps between. Equal to `adamw` for a row touched in every step. For others:
+    by the weight they have gathered on the row's own clock; weight decay is caught up by the
+    product over the steps between, from a float32 sum of its logarithms. Equal to `adamw` for a row
+    touched in every step. For others:
       - AdamW divides by 1 - b^t of the whole run: a row that is rarely used moves by less in the
         step that uses it (0.45 learning rates at b1 0.9, b2 0.95), and then on by momentum; here
         it moves by one learning rate, once
       - between uses a row in the table has not decayed yet
     """
+    _check(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
     def init(table):
         state = {"m": _per_entry(table), "v": _per_entry(table)}
@@ -90,6 +93,7 @@ def rowwise_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> Ro
 
     Differs from it in that all entries of a row share one step size.
     """
+    _check(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
     def init(table):
         state = {"m": _per_entry(table), "v": _per_row(table)}
@@ -113,6 +117,7 @@ def rowwise_adagrad(*, eps: float, weight_decay: float) -> RowOptimizer:
 
     Differs from `adamw`: no momentum, and steps shrink with every use of the row.
     """
+    _check(eps=eps, weight_decay=weight_decay)
 
     def init(table):
         return {"sum": _per_row(table)} | _decay(table, weight_decay)
@@ -223,6 +228,14 @@ def _round(x: jax.Array, dtype: jnp.dtype, key: jax.Array | None) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     raised = jax.lax.bitcast_convert_type((bits + low) & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), raised, x).astype(dtype)
+
+
+def _check(*, eps: float, weight_decay: float, **betas: float) -> None:
+    for name, value in betas.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 0 and less than 1.")
+    if not eps > 0 or not weight_decay >= 0:
+        raise ValueError(f"eps {eps}, weight_decay {weight_decay}: expected > 0 and >= 0.")
 
 
 def _per_entry(table):

@@ -31,7 +31,8 @@ def jtok_backward(g_TD, delta_TD, table, at: Index, ids_T, scale_D, plan: RowPla
     e_TD = as_float(table[(*at, ids_T)])
     p_TD = reference.gate(e_TD, scale_D, norm=form.norm, eps=form.eps)
     sums_UD = sum_by_row(delta * g, plan.order, plan.unique_U.size)
-    e_UD = as_float(table.at[(*at, plan.unique_U)].get(mode="clip"))
+    unique_U = plan.unique_U  # where it holds no id the first one, a row that this batch uses
+    e_UD = as_float(table[(*at, jnp.where(unique_U < table.shape[-2], unique_U, unique_U[0]))])
     normed_UD, pull = jax.vjp(lambda e: reference.norm_eps(e, norm=form.norm, eps=form.eps), e_UD)
     (row_grads_UD,) = pull(scale_D * sums_UD)
     d_scale_D = jnp.sum(sums_UD * normed_UD, axis=0)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The table operations on small inputs, in every implementation that this machine can run."""
+
+import jax
+import jax.numpy as jnp
+import kernel_oracle
+import numpy as np
+from jtok_kernels import jtok, jtok_m, pack_rows, row_plan
+from jtok_kernels.choose import FIRST_JAX
+from kernel_oracle import Inputs
+
+KERNELS = jax.version.__version_info__ >= FIRST_JAX
+IMPLEMENTATIONS = ["xla", "mosaic_tpu:interpret"]
+IMPLEMENTATIONS += ["mosaic_gpu:interpret"] * KERNELS  # make test-latest has it
+if jax.default_backend() == "gpu":  # JAX_PLATFORMS=cuda pytest tests/test_modulate.py
+    IMPLEMENTATIONS = ["xla", "mosaic_gpu"]
+OPERATIONS = ["jtok", "jtok_m"]
+DEPTH_SCALE = 0.3
+# name: ids, rows V, width D, tables E, tables a token K
+CASES = {
+    "repeated": ([4, 4, 1, 4, 1, 0, 22], 23, 128, 3, 2),
+    "single id": ([5] * 67, 23, 128, 2, 1),
+    "unique": ([3, 1, 4, 0, 5, 9, 2], 11, 256, 3, 3),
+    "one token": ([6], 7, 128, 2, 2),
+    "primes": (list(np.random.default_rng(0).zipf(1.2, 97) % 53), 53, 384, 5, 2),
+    "more tokens than rows": (list(np.random.default_rng(0).integers(0, 13, 131)), 13, 512, 3, 2),
+}
+
+
+def inputs(case: str, dtype: str = "float32", zero_row: bool = False) -> Inputs:
+    ids, num_rows, dim, num_tables, top_k = CASES[case]
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), dtype), np.float64)
+    count = len(ids)
+    tables = draw(num_tables, num_rows, dim)
+    if zero_row:
+        tables[:, ids[0]] = 0
+    choice = np.argsort(rng.random((count, num_tables)), axis=1)[:, :top_k]
+    weights = np.float64(np.float32(rng.random((count, top_k)) + 0.1))
+    scale = np.float64(np.float32(rng.standard_normal(dim)))
+    h, delta, g = draw(count, dim), draw(count, dim), draw(count, dim)
+    return Inputs(h, delta, tables, np.array(ids), choice, weights, scale, g)
+
+
+def expected(operation: str, x: Inputs, norm: str, eps: float):
+    form = {"norm": norm, "eps": eps}
+    if operation == "jtok_m":
+        form["depth_scale"] = DEPTH_SCALE
+    forward = getattr(kernel_oracle, operation)(x, **form)
+    return forward, getattr(kernel_oracle, f"{operation}_grads")(x, **form)
+
+
+def run(operation, x: Inputs, dtype, norm, eps, implementation, *, layer=1, packed=False):
+    """(out, gradients of delta, row gradients [E, U, D], of weights, of scale, unique ids)."""
+    cast = lambda array: jnp.asarray(array, dtype)
+    h, delta, g = cast(x.h), cast(x.delta), cast(x.g)
+    single = cast(x.tables)
+    # The layer used stands among others of the stack, which must not be read.
+    stack = jnp.stack([jnp.full_like(single, jnp.nan), single, jnp.full_like(single, jnp.nan)])
+    if packed or (implementation.startswith("mosaic_tpu") and dtype == "bfloat16"):
+        stack = pack_rows(stack)
+    ids, choice = jnp.int32(x.ids), jnp.int32(x.choice)
+    plan = row_plan(ids, num_rows=x.tables.shape[1])
+    size, dim = plan.unique_U.size, h.shape[1]
+    options = {"norm": norm, "eps": eps, "layer": layer, "plan": plan}
+    options["implementation"] = implementation
+    scale, weights = jnp.float32(x.scale), jnp.float32(x.weights)
+
+    @jax.jit
+    def both(h, delta, weights, scale, stack, g):
+        if operation == "jtok":
+            zeros = jnp.zeros((size, dim))
+            f = lambda h, delta, weights, scale, rows: jtok(
+                h, delta, stack[:, 0], ids, scale, row_grads=rows, **options
+            )
+        else:
+            zeros = jnp.zeros((x.tables.shape[0], size, dim))
+            f = lambda h, delta, weights, scale, rows: jtok_m(
+                h, delta, stack, ids, choice, weights, scale, row_grads=rows,
+                depth_scale=DEPTH_SCALE, **options,
+            )  # fmt: skip
+        out, pull = jax.vjp(f, h, delta, weights, scale, zeros)
+        return out, pull(g)
+
+    out, (d_h, d_delta, d_weights, d_scale, rows) = both(h, delta, weights, scale, stack, g)
+    np.testing.assert_array_equal(d_h, g)
+    rows = rows[None] if operation == "jtok" else rows
+    return out, d_delta, rows, d_weights, d_scale, plan.unique_U
+
+
+def close(got, want, what, tolerance, terms=0.0):
+    """Errors relative to the largest entry, or to `terms`, the size of what cancelled in it."""
+    got, want = np.asarray(got, np.float64), np.asarray(want)
+    assert np.all(np.isfinite(got)), what
+    error = np.abs(got - want).max() / max(np.abs(want).max(), terms, 1e-30)
+    assert error <= tolerance, f"{what}: {error:.2e}"

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Wrong arguments of the table operations are refused, with what would work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jtok_kernels import choose, jtok, jtok_m, lazy_adam, mix_rows, row_plan, rowwise_adagrad
+from operations import IMPLEMENTATIONS, inputs, run
+
+
+def test_ids_outside_become_nan_where_nans_are_debugged():
+    x = inputs("repeated")
+    ids = jnp.int32(x.ids).at[2].set(23)
+    arguments = *(jnp.float32(a) for a in (x.h, x.delta, x.tables[0])), ids, jnp.float32(x.scale)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        jax.block_until_ready(jtok(*arguments, eps=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h": np.zeros((7, 64), np.float32)}, r"delta is float32 \(7, 128\); expected float32"),
+        ({"h": np.zeros((7, 128), np.float16)}, "bfloat16 or float32"),
+        ({"ids": np.zeros(7, np.int8)}, r"ids is int8 \(7,\); expected int32"),
+        ({"ids": np.zeros(6, np.int32)}, r"ids is int32 \(6,\); expected \(7,\)"),
+        ({"scale": np.zeros(64, np.float32)}, "scale is float32"),
+        ({"table": np.zeros((1, 23, 128), np.float32)}, r"expected \[V, D\], or \[L, V, D\] with"),
+        ({"table": np.zeros((23, 128), np.int32)}, "table is int32"),
+        ({"norm": "l1"}, "norm is 'l1'; expected one of l2, rms"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'; expected one of xla, mosaic_gpu"),
+        ({"implementation": "mosaic_gpu"}, "cannot run: .*; 'xla' can"),
+        ({"implementation": "mosaic_tpu"}, "cannot run: the device is a cpu; 'xla' can"),
+        ({"implementation": "xla:interpret"}, "expected one of xla"),
+        ({"row_grads": np.zeros((7, 128), np.float32)}, "needs the plan"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_would_work(changes, message):
+    x = inputs("repeated")
+    arguments = {
+        "h": np.float32(x.h), "delta": np.float32(x.delta), "table": np.float32(x.tables[0]),
+        "ids": np.int32(x.ids), "scale": np.float32(x.scale), "eps": 1e-6,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        jtok(
+            **jax.tree.map(
+                lambda a: jnp.asarray(a) if isinstance(a, np.ndarray) else a, arguments | changes
+            )
+        )
+
+
+def test_too_few_rows_for_gradients_are_refused():
+    x = inputs("repeated")
+    plan = row_plan(jnp.int32(x.ids), num_rows=23)
+    arguments = [jnp.float32(a) for a in (x.h, x.delta, x.tables[0])]
+    few = jnp.zeros((plan.unique_U.size - 1, 128))
+    with pytest.raises(ValueError, match="every unique id needs a row, none is dropped"):
+        jtok(*arguments, jnp.int32(x.ids), jnp.float32(x.scale), eps=1.0, plan=plan, row_grads=few)
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_a_layer_outside_the_stack_is_refused(layer):
+    x = inputs("repeated")
+    stack = jnp.zeros((3, 23, 128))
+    arguments = jnp.float32(x.h), jnp.float32(x.delta), stack, jnp.int32(x.ids), jnp.ones(128)
+    with pytest.raises(ValueError, match=f"layer is {layer}; expected one of the 3 of table"):
+        jtok(*arguments, eps=1e-6, layer=layer)
+
+
+def test_choice_and_weights_go_together():
+    x = inputs("repeated")
+    tables, ids, weights = jnp.float32(x.tables), jnp.int32(x.ids), jnp.float32(x.weights)
+    with pytest.raises(ValueError, match="choice and weights go together"):
+        mix_rows(tables[0], ids, None, weights)
+
+
+def test_row_gradients_of_one_table_are_refused_for_several():
+    x = inputs("repeated")
+    ids = jnp.int32(x.ids)
+    plan = row_plan(ids, num_rows=23)
+    stream = [jnp.float32(a) for a in (x.h, x.delta, x.tables)]
+    choice, weights = jnp.int32(x.choice), jnp.float32(x.weights)
+    one = jnp.zeros((plan.unique_U.size, 128))
+    options = {"depth_scale": 1.0, "eps": 1.0, "plan": plan, "row_grads": one}
+    with pytest.raises(
+        ValueError, match=r"row_grads is float32 \(7, 128\); expected float32 \(3, 7"
+    ):
+        jtok_m(*stream, ids, choice, weights, jnp.float32(x.scale), **options)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("operation", ["jtok", "jtok_m"])
+def test_a_broken_row_nobody_reads_breaks_nothing(implementation, operation):
+    """The plan has places without an id; what they read must not reach a gradient."""
+    x = inputs("repeated")  # uses ids 0, 1, 4 and 22
+    x = x._replace(ids=np.where(x.ids == 22, 21, x.ids))
+    x.tables[:, 22] = np.nan
+    results = run(operation, x, "float32", "l2", 1e-6, implementation)
+    assert all(np.all(np.isfinite(value)) for value in results)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("ids", [[-7, 23], [1 << 30, -(1 << 31)]])
+def test_ids_outside_read_inside_the_table(implementation, ids):
+    x = inputs("repeated")
+    ids = jnp.int32(x.ids).at[:2].set(jnp.int32(jnp.array(ids)))
+    arguments = *(jnp.float32(a) for a in (x.h, x.delta, x.tables[0])), ids, jnp.float32(x.scale)
+    out = jtok(*arguments, eps=1e-6, implementation=implementation)
+    assert np.all(np.isfinite(out))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("mosaic_tpu:interpret", {"dim": 200, "dtype": "float32"}, "multiples of 128"),
+        ("mosaic_tpu:interpret", {"dim": 256, "dtype": "bfloat16"}, "see pack_rows"),
+        ("mosaic_tpu:interpret", {"dim": 128, "dtype": "uint32"}, "multiples of 256"),
+        (
+            "mosaic_tpu:interpret",
+            {"dim": 8192, "dtype": "float32", "num_tables": 5, "top_k": 2},
+            "a block of 2 rows of 8192 entries a token exceeds vector memory",
+        ),
+    ],
+)
+def test_tables_a_kernel_cannot_take_are_refused(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        choose(name, **shape | {"dtype": jnp.dtype(shape["dtype"])})
+
+
+@pytest.mark.skipif("mosaic_gpu:interpret" not in IMPLEMENTATIONS, reason="needs JAX 0.11.1")
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"dim": 8192}, "multiples of 128 up to 4096"),
+        ({"dim": 200}, "multiples of 128 up to 4096"),
+        ({"dim": 2048, "num_tables": 64}, "64 sums of 2048 entries exceed"),
+    ],
+)
+def test_tables_the_gpu_kernels_cannot_take_are_refused(shape, message):
+    with pytest.raises(ValueError, match=message):
+        choose("mosaic_gpu:interpret", dtype=jnp.dtype("float32"), **shape)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"b1": 1.0}, "b1 is 1.0; expected at least 0 and less than 1"),
+        ({"b2": -0.1}, "b2 is -0.1"),
+        ({"eps": 0.0}, "expected > 0"),
+        ({"weight_decay": -1.0}, "expected > 0 and >= 0"),
+    ],
+)
+def test_optimizers_refuse_what_cannot_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        lazy_adam(**{"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0} | options)
+
+
+def test_adagrad_needs_an_eps():
+    with pytest.raises(ValueError, match="expected > 0"):
+        rowwise_adagrad(eps=0.0, weight_decay=0.0)
