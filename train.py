@@ -93,11 +93,11 @@ def train(config: Config, workdir: pathlib.Path) -> None:
         batches = train_batches(source, config, first_step=(done or 0) + 1)
         unreported = None  # metrics are fetched a step late: the device never waits for us
 
-        def report(step, batch_hash, metrics, data_wait, *, validate=False):
+        def report(step, batch, metrics, data_wait, *, validate=False):
             """Write down one step, which is waited for; evaluate after it if asked."""
             logged = validate or step % config.train.log_every == 0
             with stall.waiting_for(f"end of step {step}"):
-                record = step_record(metrics, step=step, batch_hash=batch_hash, with_health=logged)
+                record = step_record(metrics, step=step, batch=batch, with_health=logged)
             record |= timer.step(data_wait=data_wait)
             if logged or step == 1 or record["bad_in_row"]:
                 print(console_line(record, steps=steps), flush=True)
@@ -111,7 +111,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
                     f"Steps {step - record['bad_in_row'] + 1} to {step}: loss or gradient is not "
                     "finite. No step of these was applied and nothing was saved after them; last "
                     f"checkpoint: {checkpoints.latest_step()}. Lower the learning rate, or look "
-                    f"at batch {batch_hash}."
+                    f"at batch {batch.hash}."
                 )
 
         for step in range((done or 0) + 1, steps + 1):
@@ -123,7 +123,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
             state, metrics = train_step(state, ids, targets)
             if unreported:
                 report(*unreported)
-            unreported = step, batch.hash, metrics, wait
+            unreported = step, batch, metrics, wait
             checkpoints.check()
             last, stopped_by = step == steps, stop.name  # a signal may arrive at any line below
             evaluating = last or step % config.evaluation.every == 0

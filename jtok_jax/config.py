@@ -278,6 +278,7 @@ class TrainConfig:
     seq_len: int = 256
     seed: int = 0  # initial values and data order
     grad_accumulation: int = 1  # microbatches per step
+    max_unique_ids: int = 0  # of a step; fewer take less memory and time; 0: as many as tokens
     z_loss: float = 1e-4  # weight of mean(logsumexp(logits)^2)
     max_bad_steps: int = 5  # non-finite steps in a row that stop the run
     stall_seconds: float = 1800.0  # longest wait for a batch, a step or a save; 0: no limit
@@ -288,7 +289,7 @@ class TrainConfig:
             self, "train", 1, "steps", "batch_size", "seq_len", "grad_accumulation",
             "max_bad_steps", "log_every",
         )  # fmt: skip
-        _at_least(self, "train", 0, "seed", "z_loss", "stall_seconds")
+        _at_least(self, "train", 0, "seed", "z_loss", "stall_seconds", "max_unique_ids")
         if self.seed >= 1 << 32:
             raise ConfigError(f"train.seed is {self.seed}; expected less than 2^32.")
         if self.batch_size % self.grad_accumulation:
@@ -363,6 +364,12 @@ class Config:
     @property
     def schedule_steps(self) -> int:
         return self.schedule.steps or self.train.steps
+
+    @property
+    def rows_per_step(self) -> int:
+        """U: rows of a table that a step has gradients for, one for each different id."""
+        tokens = self.train.batch_size * self.train.seq_len
+        return min(tokens, self.model.vocab_size, self.train.max_unique_ids or tokens)
 
 
 def base_config() -> ml_collections.ConfigDict:

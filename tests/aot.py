@@ -61,13 +61,14 @@ def _mesh(topology) -> Mesh:
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def compile_for(mesh: Mesh, function, *shapes, donate=()):
-    """`function` of ShapeDtypeStructs, compiled for the devices of `mesh`."""
+def compile_for(mesh: Mesh, function, *shapes, donate=(), only_lower=False):
+    """`function` of ShapeDtypeStructs, compiled (or only lowered) for the devices of `mesh`."""
     whole = NamedSharding(mesh, PartitionSpec())
     place = lambda x: x.update(sharding=whole) if x.sharding is None else x
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _not_cached():
         jitted = jax.jit(function, donate_argnums=donate)
-        return jitted.lower(*jax.tree.map(place, shapes)).compile()
+        lowered = jitted.lower(*jax.tree.map(place, shapes))
+        return lowered if only_lower else lowered.compile()
 
 
 @contextlib.contextmanager

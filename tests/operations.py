@@ -51,7 +51,7 @@ def expected(operation: str, x: Inputs, norm: str, eps: float):
     return forward, getattr(kernel_oracle, f"{operation}_grads")(x, **form)
 
 
-def run(operation, x: Inputs, dtype, norm, eps, implementation, *, layer=1, packed=False):
+def run(operation, x: Inputs, dtype, norm, eps, implementation, *, packed=False, max_unique=None):
     """(out, gradients of delta, row gradients [E, U, D], of weights, of scale, unique ids)."""
     cast = lambda array: jnp.asarray(array, dtype)
     h, delta, g = cast(x.h), cast(x.delta), cast(x.g)
@@ -61,9 +61,9 @@ def run(operation, x: Inputs, dtype, norm, eps, implementation, *, layer=1, pack
     if packed or (implementation.startswith("mosaic_tpu") and dtype == "bfloat16"):
         stack = pack_rows(stack)
     ids, choice = jnp.int32(x.ids), jnp.int32(x.choice)
-    plan = row_plan(ids, num_rows=x.tables.shape[1])
+    plan = row_plan(ids, num_rows=x.tables.shape[1], max_unique=max_unique)
     size, dim = plan.unique_U.size, h.shape[1]
-    options = {"norm": norm, "eps": eps, "layer": layer, "plan": plan}
+    options = {"norm": norm, "eps": eps, "layer": 1, "plan": plan}
     options["implementation"] = implementation
     scale, weights = jnp.float32(x.scale), jnp.float32(x.weights)
 

@@ -109,7 +109,7 @@ PROGRAM_FIELDS = {
     "optimizer.tables.b1": 0.5, "optimizer.tables.b2": 0.5, "schedule.kind": "wsd",
     "schedule.steps": 77, "schedule.warmup_fraction": 0.1, "schedule.final_fraction": 0.5,
     "train.steps": 500, "train.batch_size": 4, "train.seq_len": 9, "train.grad_accumulation": 2,
-    "train.z_loss": 0.5,
+    "train.z_loss": 0.5, "train.max_unique_ids": 5,
 }  # fmt: skip
 # Fields whose effect needs another starting point.
 ON_TOP = {

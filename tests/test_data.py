@@ -327,3 +327,20 @@ def test_changing_any_token_changes_the_hash():
     other = ids.copy()
     other[1, 9] += 1
     assert make_batch(ids).hash == make_batch(ids.copy()).hash != make_batch(other).hash
+
+
+def test_more_different_ids_than_there_is_room_for_are_refused(corpus):
+    """At the step that has them, with what to pass; a model without tables does not care."""
+    config = run_config(corpus)
+    model = replace(config.model, jtok=replace(config.model.jtok, kind="jtok"))
+    config = replace(config, model=model)
+    found = next(train_batches(open_source(config), config, first_step=1)).unique_ids
+    limited = lambda limit: replace(config, train=replace(config.train, max_unique_ids=limit))
+    exact = limited(found)
+    assert next(train_batches(open_source(exact), exact, first_step=1)).unique_ids == found
+    few = limited(found - 1)
+    message = f"Step 1 uses {found} different ids, .*max_unique_ids={found} or more, or 0"
+    with pytest.raises(DataError, match=message):
+        next(train_batches(open_source(few), few, first_step=1))
+    plain = replace(few, model=replace(model, jtok=replace(model.jtok, kind="none")))
+    next(train_batches(open_source(plain), plain, first_step=1))

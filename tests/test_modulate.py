@@ -138,6 +138,23 @@ def test_sums_without_rounding_do_not_depend_on_the_order_of_equal_ids(implement
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_tight_bound_gives_the_same_bits_and_an_overflow_nan(implementation, operation):
+    x = inputs("primes")
+    used = np.unique(x.ids).size
+    first, tight, over = (
+        run(operation, x, "float32", "l2", 1e-6, implementation, max_unique=bound)
+        for bound in (None, used, used - 1)
+    )
+    for name, index in (("out", 0), ("d_delta", 1), ("d_weights", 3)):
+        np.testing.assert_array_equal(first[index], tight[index], err_msg=name)
+    assert tight[2].shape[1] == used < first[2].shape[1]
+    np.testing.assert_array_equal(first[2][:, :used], tight[2])
+    np.testing.assert_array_equal(first[0], over[0])  # the forward pass knows no plan
+    assert np.all(np.isnan(over[2][:, 0]))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_dense_gradient_is_that_of_a_plain_gather(operation):
     x = inputs("repeated")
     _, grads = expected(operation, x, "l2", 0.1)

@@ -71,3 +71,28 @@ def test_packing_keeps_every_bit():
     np.testing.assert_array_equal(unpack_rows(packed), finite)
     with pytest.raises(ValueError, match="expected bfloat16 of an even D"):
         pack_rows(finite[..., :63])
+
+
+@pytest.mark.parametrize("microbatches", [0, 2])
+def test_a_tighter_bound_holds_the_same_rows(microbatches):
+    ids = jnp.int32([4, 4, 1, 4, 1, 0, 22, 0])
+    ids = ids.reshape(microbatches, -1) if microbatches else ids
+    plan, tight = (row_plan(ids, num_rows=23, max_unique=bound) for bound in (None, 5))
+    assert plan.unique_U.size == 8
+    assert tight.unique_U.tolist() == [0, 1, 4, 22, 23]
+    np.testing.assert_array_equal(tight.order.place, plan.order.place)
+    np.testing.assert_array_equal(tight.order.token, plan.order.token)
+    assert plan.overflow is None
+    assert not tight.overflow
+
+
+@pytest.mark.parametrize("bound", [1, 3])
+def test_too_many_ids_are_told(bound):
+    ids = jnp.int32([4, 4, 1, 4, 1, 0, 22, 0])
+    plan = row_plan(ids, num_rows=23, max_unique=bound)
+    assert plan.overflow
+    assert plan.unique_U.tolist() == [0, 1, 4][:bound]
+    assert 0 <= plan.order.place.min() <= plan.order.place.max() < bound
+    assert row_plan(ids, num_rows=23, max_unique=8).overflow is None  # there cannot be more
+    with pytest.raises(ValueError, match="max_unique is 0; expected at least 1"):
+        row_plan(ids, num_rows=23, max_unique=0)

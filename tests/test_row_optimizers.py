@@ -20,6 +20,8 @@ from jtok_kernels import (
     unpack_rows,
     update_rows,
 )
+from jtok_kernels.rounding import round_at_random, row_seeds
+from operations import IMPLEMENTATIONS
 
 V, D, B1, B2, EPS, RATE = 23, 5, 0.9, 0.95, 1e-8, 0.01
 BETAS = {"b1": B1, "b2": B2, "eps": EPS}
@@ -265,3 +267,60 @@ def test_packed_tables_are_updated_to_the_same_bits(kind, shape):
     np.testing.assert_array_equal(plain, unpack_rows(packed))
     for name in plain_state:
         np.testing.assert_array_equal(plain_state[name], packed_state[name], err_msg=name)
+
+
+@pytest.mark.skipif("mosaic_gpu:interpret" not in IMPLEMENTATIONS, reason="needs JAX 0.11.1")
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", SPARSE)
+def test_the_update_kernel_equals_xla(kind, dtype, weight_decay):
+    """The second step is not applied; a table without gradient and places without id stay."""
+    optimizer, shape, results = make(kind, weight_decay), (2, 3, V, 128), []
+    for implementation in ("xla", "mosaic_gpu:interpret"):
+        rng = np.random.default_rng(0)
+        table = jnp.asarray(rng.standard_normal(shape), dtype)
+        state = optimizer.init(table)
+        update = jax.jit(functools.partial(update_rows, optimizer, implementation=implementation))
+        for count, ids in enumerate(([1, 2, 2, 5], [5, 1, 0, 22], [2, 2, 2, 2]), 1):
+            plan = row_plan(jnp.int32(ids), num_rows=V)
+            grads = rng.standard_normal((2, 3, 4, 128)) * (plan.unique_U < V)[:, None]
+            table, state = update(
+                table, state, plan.unique_U, jnp.float32(grads).at[0, 1].set(0),
+                step=jnp.int32(count), learning_rate=jnp.float32(RATE), apply=count != 2,
+                grad_scale=jnp.float32(0.5), rounding_key=jax.random.key(count),
+            )  # fmt: skip
+        results.append((table, state))
+    (plain, plain_state), (kernel, kernel_state) = results
+    np.testing.assert_allclose(np.float32(kernel), np.float32(plain), rtol=1e-6, atol=1e-6)
+    for name, value in plain_state.items():
+        np.testing.assert_allclose(kernel_state[name], value, rtol=1e-6, err_msg=name)
+    assert np.any(plain[0, 0] != plain[0, 1])
+
+
+def test_gradients_are_scaled_as_if_they_came_so():
+    runs = [Run(make(rowwise_adagrad), (V, D)) for _ in range(2)]
+    unique, grads = jnp.int32([2, 7]), jnp.float32(runs[0].rng.standard_normal((2, D)))
+    options = {"step": jnp.int32(1), "learning_rate": jnp.float32(RATE)}
+    results = []
+    for run, scale in zip(runs, (1.0, 0.25), strict=True):
+        arguments = run.table, run.state, unique, grads * (0.25 / scale)
+        results.append(run.update(*arguments, **options, grad_scale=scale))
+    (table, state), (other, other_state) = results
+    np.testing.assert_array_equal(table, other)
+    np.testing.assert_array_equal(state["sum"], other_state["sum"])
+
+
+def test_the_hash_that_rounds_is_uniform_and_differs_by_step_row_and_entry():
+    """Mean and variance of the thresholds, and no correlation between neighbours of any kind."""
+    values = jnp.full((64, 256), 1 + 0.3 / 128)  # 0.3 of the way to the next bfloat16
+    up = []
+    for step in range(8):
+        seeds = row_seeds(jax.random.key_data(jax.random.key(step)), 0, jnp.arange(64))
+        entries = jnp.arange(256, dtype=jnp.uint32)
+        up.append(np.float64(round_at_random(values, seeds[:, None], entries)) > 1)
+    up = np.array(up)
+    assert abs(up.mean() - 0.3) < 5 * (0.21 / up.size) ** 0.5
+    centred = up - up.mean()
+    for axis in range(3):
+        moved = np.roll(centred, 1, axis)
+        assert abs(np.mean(centred * moved)) < 5 * 0.21 / up.size**0.5

@@ -232,3 +232,21 @@ def test_routing_is_float32_in_a_bfloat16_model():
         for value in (x, x.astype(jnp.float32))
     )
     np.testing.assert_array_equal(half.probabilities_RE, full.probabilities_RE)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_tight_bound_on_ids_trains_alike_and_an_overflow_is_a_bad_step(accumulation):
+    ids = random_ids(JTOK_M, 4, 16)
+    used = np.unique(ids).size
+    results = []
+    for bound in (0, used, used - 1):
+        config = small_config(JTOK_M, grad_accumulation=accumulation, max_unique_ids=bound)
+        state, step, _ = training(config)
+        results.append((state, *step(state, ids, ids)))
+    (_, plain, _), (_, tight, _), (before, over, metrics) = results
+    for name, value in plain.params.items():
+        close = {"rtol": 1e-4, "atol": 1e-6, "err_msg": name}
+        np.testing.assert_allclose(value, tight.params[name], **close)
+    assert metrics.bad_steps == 1
+    for name, value in before.params.items():
+        np.testing.assert_array_equal(value, over.params[name], err_msg=name)

@@ -23,6 +23,7 @@ class Batch(NamedTuple):
     ids_BT: np.ndarray  # int32
     targets_BT: np.ndarray  # int32
     hash: str
+    unique_ids: int  # different ids among ids_BT
 
 
 class EvalBatch(NamedTuple):
@@ -54,7 +55,8 @@ def open_source(config: Config) -> Source:
 def make_batch(sequences: np.ndarray) -> Batch:
     """Batch of `sequences` [B, T + 1] with a hash of its contents."""
     digest = hashlib.sha256(np.ascontiguousarray(sequences)).hexdigest()[:16]
-    return Batch(sequences[:, :-1], sequences[:, 1:], digest)
+    ids = sequences[:, :-1]
+    return Batch(ids, sequences[:, 1:], digest, np.unique(ids).size)
 
 
 def train_batches(source: Source, config: Config, *, first_step: int) -> Iterator[Batch]:
@@ -63,7 +65,13 @@ def train_batches(source: Source, config: Config, *, first_step: int) -> Iterato
     The position is the step alone: nothing about it needs saving.
     """
     steps = grain.MapDataset.range(first_step, config.train.steps + 1)
-    batches = steps.map(lambda step: make_batch(source.sequences(int(step))))
+
+    def batch(step: int) -> Batch:
+        made = make_batch(source.sequences(step))
+        check_unique(made.unique_ids, config, step)
+        return made
+
+    batches = steps.map(lambda step: batch(int(step)))
     options = grain.ReadOptions(
         num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch
     )
@@ -77,6 +85,16 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
         raise DataError(
             f"Token id {int(ids.flat[position])} outside [0, {vocab_size}) in {where}, "
             f"place {position}. The data does not belong to this vocabulary; prepare it again."
+        )
+
+
+def check_unique(found: int, config: Config, step: int) -> None:
+    """Refuse a batch with more different ids than there is room for row gradients."""
+    if config.model.tables_shape is not None and found > config.rows_per_step:
+        raise DataError(
+            f"Step {step} uses {found} different ids, train.max_unique_ids is "
+            f"{config.train.max_unique_ids}. Pass --config.train.max_unique_ids={found} or more, "
+            "or 0 for no limit; a run goes on from its last checkpoint with another value."
         )
 
 

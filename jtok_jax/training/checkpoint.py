@@ -30,7 +30,7 @@ CONFIG_FILE = "config.json"
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
     "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
-    "model.jtok.implementation",
+    "model.jtok.implementation", "train.max_unique_ids",
 )  # fmt: skip
 
 

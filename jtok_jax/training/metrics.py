@@ -12,6 +12,7 @@ import numpy as np
 
 from jtok_jax import flops
 from jtok_jax.config import Config
+from jtok_jax.data.loader import Batch
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.jtok import operations
 from jtok_jax.training.optimizer import Optimizer, make_optimizer
@@ -21,12 +22,12 @@ FILE_NAME = "metrics.jsonl"
 
 
 def step_record(
-    metrics: StepMetrics, *, step: int, batch_hash: str, with_health: bool
+    metrics: StepMetrics, *, step: int, batch: Batch, with_health: bool
 ) -> dict[str, object]:
     """What metrics.jsonl says of one step; waits for the step. Values that are not finite: null."""
     health = metrics.health if with_health else {}
     values, health = jax.device_get((metrics._replace(health={}), health))
-    record = {"step": step, "batch_hash": batch_hash}
+    record = {"step": step, "batch_hash": batch.hash, "unique_ids": batch.unique_ids}
     for name, value in values._asdict().items():
         if name != "health":
             record[name] = _plain(value)
@@ -120,6 +121,13 @@ def parameter_table(config: Config) -> str:
     ]
     lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows]
     if counts.tables:
+        _, *several, _, dim = config.model.tables_shape
+        rows = config.model.num_layers * math.prod(several) * config.rows_per_step
+        size = _mebibytes(rows * dim * 4)
+        lines.append(
+            f"{'rows':>10} {config.rows_per_step:>18,} of each table at most in a step "
+            f"(train.max_unique_ids), gradients {size} MiB"
+        )
         choice = operations(config.model)
         lines.append(f"{'operations':>10} {choice.name:>18} on tables: {choice.reason}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from jtok_kernels import RowPlan, row_plan, update_rows
 
 from jtok_jax.config import Config, ModelConfig
 from jtok_jax.mesh import split_batch
+from jtok_jax.model.jtok import operations
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind
 from jtok_jax.training.optimizer import Optimizer, schedule, split_tables
@@ -58,8 +59,8 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
         accepted = state.step - state.bad_steps
-        grads = _clip(grads, norm, config.optimizer.clip_norm)
-        params, opt_state = _update(config, optimizer, state, grads, plan, accepted, finite)
+        scale = _clip_scale(norm, config.optimizer.clip_norm)
+        params, opt_state = _update(config, optimizer, state, grads, scale, plan, accepted, finite)
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -73,12 +74,9 @@ def make_train_step(
     return step
 
 
-def _clip(grads, norm: jax.Array, limit: float):
-    """The gradients, scaled down where their norm is above `limit`; 0: no limit."""
-    if not limit:
-        return grads
-    factor = jnp.where(norm > limit, limit / norm, 1.0)
-    return jax.tree.map(lambda leaf: leaf * factor, grads)
+def _clip_scale(norm: jax.Array, limit: float) -> jax.Array:
+    """What gradients of this norm are multiplied by to keep within `limit`; 0: no limit."""
+    return jnp.where(norm > limit, limit / norm, 1.0) if limit else jnp.float32(1)
 
 
 def _update(
@@ -86,6 +84,7 @@ def _update(
     optimizer: Optimizer,
     state: TrainState,
     grads: tuple[Params, jax.Array | None],
+    scale: jax.Array,
     plan: RowPlan | None,
     accepted: jax.Array,
     finite: jax.Array,
@@ -93,6 +92,7 @@ def _update(
     """Parameters and optimizer state after one more accepted step, or as they were."""
     backbone, tables = split_tables(state.params)
     backbone_grads, row_grads = grads
+    backbone_grads = jax.tree.map(lambda leaf: leaf * scale, backbone_grads)
     old = state.opt_state["backbone"]
     updates, new = optimizer.backbone.update(backbone_grads, old, backbone)
     new_backbone = optax.apply_updates(backbone, updates)
@@ -109,8 +109,10 @@ def _update(
             row_grads,
             step=accepted + 1,
             learning_rate=schedule(config)(accepted) * options.learning_rate_multiplier,
+            grad_scale=scale,
             apply=finite,
             rounding_key=key if options.stochastic_rounding else None,
+            implementation=operations(config.model).name,
         )
     return params, opt_state
 
@@ -140,7 +142,8 @@ def _plan(config: Config, ids_NBT: jax.Array) -> RowPlan | None:
     """One plan for all microbatches of a step; None without tables."""
     if config.model.tables_shape is None:
         return None
-    return row_plan(ids_NBT.reshape(ids_NBT.shape[0], -1), num_rows=config.model.vocab_size)
+    ids = ids_NBT.reshape(ids_NBT.shape[0], -1)
+    return row_plan(ids, num_rows=config.model.vocab_size, max_unique=config.rows_per_step)
 
 
 def _gradients(

@@ -15,12 +15,11 @@ from jtok_kernels.plan import Order, RowPlan, row_plan
 from jtok_kernels.row_optimizers import (
     RowOptimizer,
     adamw,
-    dense_gradient,
     lazy_adam,
     rowwise_adagrad,
     rowwise_adam,
-    update_rows,
 )
+from jtok_kernels.update import dense_gradient, update_rows
 
 __all__ = [
     "jtok", "jtok_m", "mix_rows", "norm_add", "choose", "Choice", "IMPLEMENTATIONS",

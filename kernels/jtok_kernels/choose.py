@@ -79,7 +79,11 @@ def backend(implementation: str):
     if name == "xla":
         return xla
     make = {"mosaic_gpu": mosaic_gpu.MosaicGpu, "mosaic_tpu": mosaic_tpu.MosaicTpu}[name]
-    return make(implementation != name)
+    return make(is_simulated(implementation))
+
+
+def is_simulated(implementation: str) -> bool:
+    return implementation.endswith(INTERPRET)
 
 
 def _obstacle(name: str, tables: _Tables) -> str | None:

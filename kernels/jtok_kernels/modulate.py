@@ -234,6 +234,8 @@ _mix_rows.defvjp(_mix_rows_fwd, _mix_rows_bwd)
 
 def _table_or_rows(static: _Static, table, at, plan: RowPlan, rows):
     """The cotangents of (table, row_grads)."""
+    if plan.overflow is not None:  # one NaN says it: a norm over all of them is not finite
+        rows = rows.at[..., 0, :].set(jnp.where(plan.overflow, jnp.nan, rows[..., 0, :]))
     if not static.dense:
         return None, rows
     if table.dtype == jnp.uint32:  # words have no gradient

@@ -47,7 +47,7 @@ class MosaicGpu(NamedTuple):
         dim = h_TD.shape[1]
 
         def body(layer, ids, h, delta, table, scale, out):
-            load = self._loader(h_TD, table)
+            load = self.loader(h_TD, table)
             t = lax.axis_index("t")
             e = load(table.at[layer[0], _inside(ids[t], table.shape[1])])
             inverse = _inverse_norm(_sum(e * e), form, dim)[0]
@@ -55,7 +55,7 @@ class MosaicGpu(NamedTuple):
             out[t] = load(h.at[t], cast=False) + (load(delta.at[t]) * gate).astype(out.dtype)
 
         out = jax.ShapeDtypeStruct(h_TD.shape, h_TD.dtype)
-        run = self._kernel(body, out, grid=h_TD.shape[0], axis="t")
+        run = self.kernel(body, out, grid=h_TD.shape[0], axis="t")
         return run(layer, ids_T, h_TD, delta_TD, stack, scale_D)
 
     def jtok_backward(self, g_TD, delta_TD, table, at, ids_T, scale_D, plan: RowPlan, form: Form):
@@ -74,7 +74,7 @@ class MosaicGpu(NamedTuple):
 
         def body(layer, unique, token, run, start, size, slot, g, delta, table, scale, *outs):
             d_delta, rows, partial, d_scale = outs
-            load = self._loader(g_TD, table)
+            load = self.loader(g_TD, table)
             scale = load(scale)
 
             def piece(p, d_scale):
@@ -112,14 +112,14 @@ class MosaicGpu(NamedTuple):
             shape((num_split(order.place.size)[1], dim)),
             shape((blocks, dim)),
         )
-        run = self._kernel(body, outs, grid=blocks, axis="n")
+        run = self.kernel(body, outs, grid=blocks, axis="n")
         return run(*where, order.token, *_pieces(order), g_TD, delta_TD, stack, scale_D)
 
     def _jtok_merge(self, where, order: Order, partial, stack, scale_D, form: Form):
         dim, num_unique = partial.shape[1], where[1].size
 
         def body(layer, unique, split_run, split_slot, partial, table, scale, merged):
-            load = self._loader(stack)
+            load = self.loader(stack)
             r = lax.axis_index("r")
             total = _total(load, partial, split_slot, r)
             u = jnp.minimum(split_run[r], num_unique - 1)
@@ -128,7 +128,7 @@ class MosaicGpu(NamedTuple):
             merged[r] = _pull(load(scale) * total, e, inverse, inverse_n, form, dim)
 
         out = jax.ShapeDtypeStruct((order.split_run.size, dim), jnp.float32)
-        run = self._kernel(body, out, grid=out.shape[0], axis="r")
+        run = self.kernel(body, out, grid=out.shape[0], axis="r")
         return run(*where, order.split_run, order.split_slot, partial, stack, scale_D)
 
     def jtok_m_forward(
@@ -138,7 +138,7 @@ class MosaicGpu(NamedTuple):
         dim = h_TD.shape[1]
 
         def body(layer, ids, choice, weights, h, delta, tables, scale, out):
-            load = self._loader(h_TD, tables)
+            load = self.loader(h_TD, tables)
             t = lax.axis_index("t")
             e = _mixture(load, tables.at[layer[0]], ids[t], choice, weights, t)[0]
             inverse = _inverse_norm(_sum(e * e), form, dim)[0]
@@ -148,7 +148,7 @@ class MosaicGpu(NamedTuple):
             )
 
         out = jax.ShapeDtypeStruct(h_TD.shape, h_TD.dtype)
-        run = self._kernel(body, out, grid=h_TD.shape[0], axis="t")
+        run = self.kernel(body, out, grid=h_TD.shape[0], axis="t")
         return run(layer, ids_T, choice_TK, weights_TK, h_TD, delta_TD, stack, scale_D)
 
     def jtok_m_backward(
@@ -183,7 +183,7 @@ class MosaicGpu(NamedTuple):
             layer, unique, token, run, start, size, slot, choice, weights, g, tables, scale, *outs
         ):
             d_weights, rows, partial, d_scale, sums = outs
-            load = self._loader(g_TD, tables)
+            load = self.loader(g_TD, tables)
             scale = load(scale)
 
             def piece(p, d_scale):
@@ -230,18 +230,18 @@ class MosaicGpu(NamedTuple):
             shape((blocks, dim)),
         )
         sums = plgpu.SMEM((num_tables, dim), jnp.float32)
-        run = self._kernel(body, outs, grid=blocks, axis="n", scratch=[sums])
+        run = self.kernel(body, outs, grid=blocks, axis="n", scratch=[sums])
         plan = *where, order.token, *_pieces(order)
         return run(*plan, choice_TK, weights_TK, g_TD, stack, scale_D)
 
     def _jtok_m_merge(self, order: Order, partial):
         def body(split_slot, partial, merged):
             e, r = lax.axis_index("e"), lax.axis_index("r")
-            merged[e, r] = _total(self._loader(partial), partial.at[e], split_slot, r)
+            merged[e, r] = _total(self.loader(partial), partial.at[e], split_slot, r)
 
         num_tables, _, dim = partial.shape
         out = jax.ShapeDtypeStruct((num_tables, order.split_run.size, dim), jnp.float32)
-        run = self._kernel(body, out, grid=out.shape[:2], axis=("e", "r"))
+        run = self.kernel(body, out, grid=out.shape[:2], axis=("e", "r"))
         return run(order.split_slot, partial)
 
     def mix_rows_forward(self, tables, at, ids_T, choice_TK, weights_TK):
@@ -250,12 +250,12 @@ class MosaicGpu(NamedTuple):
         stack, layer = _stacked(tables, at)
 
         def body(layer, ids, choice, weights, tables, out):
-            load = self._loader(stack)
+            load = self.loader(stack)
             t = lax.axis_index("t")
             out[t] = _mixture(load, tables.at[layer[0]], ids[t], choice, weights, t)[0]
 
         out = jax.ShapeDtypeStruct((ids_T.size, stack.shape[-1]), jnp.float32)
-        run = self._kernel(body, out, grid=ids_T.size, axis="t")
+        run = self.kernel(body, out, grid=ids_T.size, axis="t")
         return run(layer, ids_T, choice_TK, weights_TK, stack)
 
     def mix_rows_backward(self, d_e_TD, tables, at, ids_T, choice_TK, weights_TK, plan: RowPlan):
@@ -268,7 +268,7 @@ class MosaicGpu(NamedTuple):
         )
         return (None, rows[0]) if single else (d_weights, rows)
 
-    def _kernel(self, body, out, *, grid, axis, scratch=()):
+    def kernel(self, body, out, *, grid, axis, scratch=()):
         grid, axis = ((grid,), (axis,)) if isinstance(axis, str) else (grid, axis)
         options = {}
         if self.interpret:
@@ -277,15 +277,13 @@ class MosaicGpu(NamedTuple):
             body, out_type=out, grid=grid, grid_names=axis, scratch_types=scratch, **options
         )
 
-    def _loader(self, *arrays: jax.Array):
+    def loader(self, *arrays: jax.Array):
         """load(ref of [D]): its entries in registers, as float32 unless `cast` is False.
 
         All rows of a kernel are spread over the threads alike, in vectors of 16 bytes of the
         narrowest of `arrays`.
         """
-        dim = arrays[0].shape[-1]
-        size = math.gcd(dim // THREADS, 16 // min(array.dtype.itemsize for array in arrays))
-        layout = plgpu.Layout.WG_STRIDED((dim,), vec_size=size)
+        layout = _layout(*arrays)
 
         def load(ref, *, cast=True):
             # Interpret mode does not know layouts.
@@ -294,6 +292,19 @@ class MosaicGpu(NamedTuple):
             return values.astype(jnp.float32) if cast else values
 
         return load
+
+    def iota(self, *arrays: jax.Array):
+        """uint32 [0, 1, ..., D - 1], spread as by `loader` of the same arrays."""
+        dim = arrays[0].shape[-1]
+        if self.interpret:
+            return jnp.arange(dim, dtype=jnp.uint32)
+        return plgpu.broadcasted_iota(jnp.uint32, (dim,), 0, layout=_layout(*arrays))
+
+
+def _layout(*arrays: jax.Array):
+    dim = arrays[0].shape[-1]
+    size = math.gcd(dim // THREADS, 16 // min(array.dtype.itemsize for array in arrays))
+    return plgpu.Layout.WG_STRIDED((dim,), vec_size=size)
 
 
 def _stacked(table, at):

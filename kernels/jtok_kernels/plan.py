@@ -38,11 +38,7 @@ class RowPlan(NamedTuple):
 
     unique_U: jax.Array  # int32, ascending; V fills what is left
     order: Order
-
-
-def num_unique(num_ids: int, num_rows: int) -> int:
-    """U: the static bound on the unique ids among `num_ids` ids of a table of `num_rows` rows."""
-    return min(num_ids, num_rows)
+    overflow: jax.Array | None  # bool: more unique ids than U; None: there cannot be
 
 
 def num_pieces(num_tokens: int, num_unique: int) -> int:
@@ -55,32 +51,44 @@ def num_split(num_tokens: int) -> tuple[int, int]:
     return max(1, num_tokens // (PIECE + 1)), max(1, 2 * num_tokens // PIECE)
 
 
-def row_plan(ids: jax.Array, *, num_rows: int) -> RowPlan:
+def row_plan(ids: jax.Array, *, num_rows: int, max_unique: int | None = None) -> RowPlan:
     """The plan of `ids`, int32 [T], or [N, T] for N microbatches with one set of unique ids.
 
     Every id must be in [0, num_rows); ids are checked on the host, not here.
 
+    Args:
+        max_unique: at most so many different ids are expected; row gradients, their memory and
+            their update shrink with it. Count them on the host before: a program cannot raise.
+            Where there are more after all, row gradients hold NaN: none is dropped in silence.
+            None: as many as there are ids or rows, which is always enough.
+
     Raises:
-        ValueError: `ids` has another shape or dtype, or there are none.
+        ValueError: `ids` has another shape or dtype, there are none, or `max_unique` is below 1.
     """
     if ids.ndim not in (1, 2) or ids.dtype != jnp.int32 or not ids.size:
         raise ValueError(f"ids are {ids.dtype} {ids.shape}; expected int32 [T] or [N, T], T >= 1.")
-    bound = num_unique(ids.size, num_rows)
+    if max_unique is not None and max_unique < 1:
+        raise ValueError(f"max_unique is {max_unique}; expected at least 1.")
+    enough = min(ids.size, num_rows)
+    bound = min(enough, max_unique or enough)
     flat = ids.reshape(-1)
     by_id = jnp.argsort(flat, stable=True)
     sorted_ids = flat[by_id]
     starts = jnp.concatenate([jnp.ones(1, bool), sorted_ids[1:] != sorted_ids[:-1]])
     run = jnp.cumsum(starts, dtype=jnp.int32) - 1
-    unique_U = jnp.full(bound, num_rows, jnp.int32).at[run].set(sorted_ids)
+    unique_U = jnp.full(bound, num_rows, jnp.int32).at[run].set(sorted_ids, mode="drop")
+    overflow = None if bound == enough else run[-1] >= bound
+    run = jnp.minimum(run, bound - 1)
     place = jnp.zeros_like(flat).at[by_id].set(run).reshape(ids.shape)
     by_id = by_id.astype(jnp.int32)
     if ids.ndim == 1:
-        return RowPlan(unique_U, _order(place, by_id, bound))
+        return RowPlan(unique_U, _order(place, by_id, bound), overflow)
     if ids.shape[0] == 1:
         token = by_id[None]
     else:  # the order of the whole says nothing of the order within a microbatch
         token = jnp.argsort(place, axis=-1, stable=True).astype(jnp.int32)
-    return RowPlan(unique_U, jax.vmap(lambda *args: _order(*args, bound))(place, token))
+    order = jax.vmap(lambda *args: _order(*args, bound))(place, token)
+    return RowPlan(unique_U, order, overflow)
 
 
 def _order(place_T: jax.Array, token: jax.Array, bound: int) -> Order:

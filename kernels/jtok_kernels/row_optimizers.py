@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Optimizers of tables from gradients per unique row: only the rows of a step are read or written.
+"""Optimizers of the rows of tables: what one step makes of a row, its state and its gradient.
 
 `adamw` is the dense reference. The others are row-sparse: a row whose gradient is exactly zero is
 not touched, neither are its moments. All share one interface, `RowOptimizer`, and are applied by
@@ -9,13 +9,14 @@ not touched, neither are its moments. All share one interface, `RowOptimizer`, a
 State is a dict of arrays by name: of the table's shape (float32), or one number a row, or a scalar.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jtok_kernels.packing import as_float, pack_rows, width
+from jtok_kernels.packing import width
 
 State = dict[str, jax.Array]
 
@@ -80,7 +81,7 @@ def lazy_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOp
         keep = _kept_since_touch(state, now, b1, b2)
         m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
         v, v_weight = _mean(state["v"], state["v_weight"], jnp.square(grads), b2, keep[1])
-        direction = (m / m_weight[..., None]) / (jnp.sqrt(v / v_weight[..., None]) + eps)
+        direction = (m / _along(m_weight)) / (jnp.sqrt(v / _along(v_weight)) + eps)
         rows, decay = _decayed(rows, state, now)
         clock = {"m_weight": m_weight, "v_weight": v_weight, "touched": _now(m_weight, now)}
         return rows - now.learning_rate * direction, {"m": m, "v": v} | clock | decay
@@ -104,7 +105,7 @@ def rowwise_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> Ro
         m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
         square = jnp.mean(jnp.square(grads), axis=-1)
         v, v_weight = _mean(state["v"], state["v_weight"], square, b2, keep[1])
-        direction = m / (m_weight * (jnp.sqrt(v / v_weight) + eps))[..., None]
+        direction = m / _along(m_weight * (jnp.sqrt(v / v_weight) + eps))
         rows, decay = _decayed(rows, state, now)
         clock = {"m_weight": m_weight, "v_weight": v_weight, "touched": _now(m_weight, now)}
         return rows - now.learning_rate * direction, {"m": m, "v": v} | clock | decay
@@ -124,110 +125,11 @@ def rowwise_adagrad(*, eps: float, weight_decay: float) -> RowOptimizer:
 
     def update(rows, state, grads, now):
         total = state["sum"] + jnp.mean(jnp.square(grads), axis=-1)
-        direction = grads / (jnp.sqrt(total) + eps)[..., None]
+        direction = grads / _along(jnp.sqrt(total) + eps)
         rows, decay = _decayed(rows, state, now)
         return rows - now.learning_rate * direction, {"sum": total} | decay
 
     return RowOptimizer(init, update, weight_decay, dense=False)
-
-
-def update_rows(
-    optimizer: RowOptimizer,
-    table: jax.Array,
-    state: State,
-    unique_U: jax.Array,
-    row_grads: jax.Array,
-    *,
-    step: jax.Array,
-    learning_rate: jax.Array,
-    apply: jax.Array | bool = True,
-    rounding_key: jax.Array | None = None,
-) -> tuple[jax.Array, State]:
-    """`table` and `state` after one step; in place where both are donated.
-
-    Layers of a stack are updated in turn: temporaries are those of one layer's rows.
-
-    Args:
-        table: [V, D], [E, V, D] or [L, E, V, D]; bfloat16, float32 or packed by `pack_rows`.
-        state: of `optimizer.init(table)`.
-        unique_U: int32, ids of the rows, each once, ascending; V or more where there is none.
-        row_grads: float32 [..., U, D], leading axes as the table's.
-        step: int32, number of this update, from 1.
-        apply: False leaves everything as it was.
-        rounding_key: rounds a bfloat16 table up or down at random, right on average; None rounds
-            to the nearest, where a change below 1/512 of an entry is lost. float32: no effect.
-    """
-    total = jnp.float32(0)
-    if "log_decay" in state:
-        total = state["log_decay"] + jnp.log1p(-learning_rate * optimizer.weight_decay)
-    now = Now(step, learning_rate, total)
-    if optimizer.dense:
-        return _update_all(optimizer, table, state, unique_U, row_grads, now, apply, rounding_key)
-    scalars = {}
-    if "log_decay" in state:
-        scalars = {"log_decay": jnp.where(apply, total, state["log_decay"])}
-    arrays = {name: value for name, value in state.items() if name not in scalars}
-    # Places without a row, and all where nothing is applied, get distinct rows outside the table.
-    outside = table.shape[-2] + jnp.arange(unique_U.size, dtype=jnp.int32)
-    target_U = jnp.where(apply & (unique_U < table.shape[-2]), unique_U, outside)
-
-    def layer(index, carry):
-        table, arrays = carry
-        experts = (jnp.arange(table.shape[1])[:, None],) if table.ndim == 4 else ()
-        lead = () if table.ndim == 2 else (index, *experts)
-        grads = row_grads if table.ndim == 2 else row_grads[index]
-        rows, old = jax.tree.map(lambda value: _get(value, lead, target_U), (table, arrays))
-        new_rows, new = optimizer.update(as_float(rows), old, grads, now)
-        used = jnp.any(grads != 0, axis=-1)
-        key = None if rounding_key is None else jax.random.fold_in(rounding_key, index)
-        table = _set(table, lead, target_U, used, rows, _round(new_rows, table.dtype, key))
-        arrays = {
-            name: _set(value, lead, target_U, used, old[name], new[name])
-            for name, value in arrays.items()
-        }
-        return table, arrays
-
-    layers = 1 if table.ndim == 2 else table.shape[0]
-    table, arrays = jax.lax.fori_loop(0, layers, layer, (table, arrays))
-    return table, arrays | scalars
-
-
-def dense_gradient(row_grads: jax.Array, unique_U: jax.Array, *, num_rows: int) -> jax.Array:
-    """Gradient [..., V, D] of the tables, float32, zero but for the rows of `unique_U`."""
-    shape = (*row_grads.shape[:-2], num_rows, row_grads.shape[-1])
-    # Written along the row axis: through one flat row index XLA takes 8 tables more (LOG.md).
-    return jnp.zeros(shape, jnp.float32).at[..., unique_U, :].set(row_grads, mode="drop")
-
-
-def _update_all(optimizer, table, state, unique_U, row_grads, now, apply, rounding_key):
-    grads = dense_gradient(row_grads, unique_U, num_rows=table.shape[-2])
-    rows, new = optimizer.update(as_float(table), state, grads, now)
-    keep = lambda new, old: jnp.where(apply, new, old)
-    rows = _round(rows, table.dtype, rounding_key)
-    return keep(rows, table), jax.tree.map(keep, new, state)
-
-
-def _get(array, lead, target_U):
-    return array.at[(*lead, target_U)].get(mode="clip")
-
-
-def _set(array, lead, target_U, used, old, new):
-    new = jnp.where(used[..., None] if new.ndim > used.ndim else used, new, old)
-    return array.at[(*lead, target_U)].set(
-        new, mode="drop", unique_indices=True, indices_are_sorted=True
-    )
-
-
-def _round(x: jax.Array, dtype: jnp.dtype, key: jax.Array | None) -> jax.Array:
-    """float32 to `dtype`; with a key stochastically: up with the probability of what is cut off."""
-    if dtype == jnp.uint32:
-        return pack_rows(_round(x, jnp.bfloat16, key))
-    if dtype != jnp.bfloat16 or key is None:
-        return x.astype(dtype)
-    low = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    raised = jax.lax.bitcast_convert_type((bits + low) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), raised, x).astype(dtype)
 
 
 def _check(*, eps: float, weight_decay: float, **betas: float) -> None:
@@ -236,6 +138,11 @@ def _check(*, eps: float, weight_decay: float, **betas: float) -> None:
             raise ValueError(f"{name} is {value}; expected at least 0 and less than 1.")
     if not eps > 0 or not weight_decay >= 0:
         raise ValueError(f"eps {eps}, weight_decay {weight_decay}: expected > 0 and >= 0.")
+
+
+def _along(per_row):
+    """One number a row, spread along it; in a kernel there is one row, and the number a scalar."""
+    return per_row[..., None] if per_row.ndim else per_row
 
 
 def _per_entry(table):
@@ -264,15 +171,16 @@ def _decayed(rows, state, now: Now):
     if "decayed" not in state:
         return rows, {}
     factor = jnp.exp(now.log_decay - state["decayed"])
-    return rows * factor[..., None], {"decayed": jnp.broadcast_to(now.log_decay, factor.shape)}
+    return rows * _along(factor), {"decayed": jnp.broadcast_to(now.log_decay, factor.shape)}
 
 
 def _kept_since_touch(state, now: Now, b1: float, b2: float):
     gap = (now.step - state["touched"]).astype(jnp.float32)
-    return b1**gap, b2**gap
+    power = lambda b: jnp.exp2(gap * math.log2(b)) if b else jnp.zeros_like(gap)
+    return power(b1), power(b2)
 
 
 def _mean(average, weight, value, b: float, keep):
     """An exponential average of `value` and the sum of its weights, after `keep` of decay."""
-    along = keep if average.ndim == keep.ndim else keep[..., None]
-    return along * average + (1 - b) * value, keep * weight + (1 - b)
+    of_average = keep if average.ndim == keep.ndim else _along(keep)
+    return of_average * average + (1 - b) * value, keep * weight + (1 - b)

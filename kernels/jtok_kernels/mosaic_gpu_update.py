@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""`update_rows` as one Mosaic kernel for all rows of all tables of a stack, in place.
+
+A block takes `ROWS` gradients in turn. Where one is not zero it reads the row and its state into
+registers, calls the optimizer's own `update` on them and writes them back; else it goes on. So the
+places of a plan that hold no id cost nothing, and a table that no token of an id chose costs the
+reading of a zero gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from jtok_kernels.mosaic_gpu import MosaicGpu
+from jtok_kernels.rounding import round_at_random, row_seeds
+from jtok_kernels.row_optimizers import Now
+
+ROWS = 16  # of a block: enough to hide its start, few enough that uneven blocks even out
+
+
+def updater(*, interpret: bool):
+    return functools.partial(_update, MosaicGpu(interpret))
+
+
+def _update(gpu: MosaicGpu, optimizer, table, arrays, unique_U, row_grads, now: Now, grad_scale,
+            apply, seed):  # fmt: skip
+    """(table, arrays) after the step; see update.update_rows."""
+    num_rows, dim = table.shape[-2:]
+    num_unique, names = unique_U.size, list(arrays)
+    count = row_grads.size // dim
+    grads = row_grads.reshape(-1, num_unique, dim)
+    at_random = table.dtype == jnp.bfloat16 and seed is not None
+
+    def body(unique, grads, integers, floats, words, table, *state):
+        load = gpu.loader(table, grads)
+        step, num_grads = integers[0], integers[1]
+        now = Now(step, floats[0], floats[1])
+        first = ROWS * lax.axis_index("n")
+
+        def place(i, carry):
+            number, u = lax.div(i, num_unique), lax.rem(i, num_unique)
+            row = unique[u]
+
+            @pl.when(row < num_rows)
+            def _row():
+                g = load(grads.at[number, u])
+
+                @pl.when(jnp.max(jnp.abs(g)) > 0.0)
+                def _touched():
+                    wide = lambda ref: len(ref.shape) == 3
+                    read = lambda ref: load(ref.at[number, row]) if wide(ref) else ref[number, row]
+                    old = dict(zip(names, map(read, state), strict=True))
+                    new_row, new = optimizer.update(read(table), old, floats[2] * g, now)
+                    if at_random:
+                        row_seed = row_seeds(words, number, row)
+                        new_row = round_at_random(new_row, row_seed, gpu.iota(table, grads))
+                    table[number, row] = new_row.astype(table.dtype)
+                    for name, ref in zip(names, state, strict=True):
+                        ref[number, row] = new[name].astype(ref.dtype)
+
+            return carry
+
+        lax.fori_loop(first, jnp.minimum(first + ROWS, num_grads), place, 0)
+
+    integers = jnp.stack([now.step, jnp.where(apply, count, 0)]).astype(jnp.int32)
+    floats = jnp.stack([now.learning_rate, now.log_decay, grad_scale]).astype(jnp.float32)
+    words = jnp.zeros(2, jnp.uint32) if seed is None else seed
+    values = [table, *arrays.values()]
+    flat = lambda x: x.reshape(-1, *x.shape[table.ndim - 2 :])
+    refs = [jax.new_ref(flat(value)) for value in values]
+    run = gpu.kernel(body, (), grid=pl.cdiv(count, ROWS), axis="n")
+    run(unique_U, grads, integers, floats, words, *refs)
+    new = [jax.freeze(ref).reshape(value.shape) for ref, value in zip(refs, values, strict=True)]
+    return new[0], dict(zip(names, new[1:], strict=True))

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Applying a `RowOptimizer` to the rows of a step, in place; rounding of bfloat16 tables.
+
+Bytes at best, for a row that is touched, with `lazy_adam` on a bfloat16 table: 4 D read of the
+gradient, 2 D of the row and 8 D of the moments read and written, 24 D in all; of a row that is not
+touched its gradient alone, 4 D.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jtok_kernels import mosaic_gpu_update
+from jtok_kernels.choose import choose, is_simulated
+from jtok_kernels.packing import as_float, pack_rows, width
+from jtok_kernels.rounding import Seed, round_at_random, row_seeds
+from jtok_kernels.row_optimizers import Now, RowOptimizer, State
+
+
+def update_rows(
+    optimizer: RowOptimizer,
+    table: jax.Array,
+    state: State,
+    unique_U: jax.Array,
+    row_grads: jax.Array,
+    *,
+    step: jax.Array,
+    learning_rate: jax.Array,
+    grad_scale: jax.Array | float = 1.0,
+    apply: jax.Array | bool = True,
+    rounding_key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, State]:
+    """`table` and `state` after one step; in place where both are donated.
+
+    Args:
+        table: [V, D], [E, V, D] or [L, E, V, D]; bfloat16, float32 or packed by `pack_rows`.
+        state: of `optimizer.init(table)`.
+        unique_U: int32, ids of the rows, each once, ascending; V or more where there is none.
+        row_grads: float32 [..., U, D], leading axes as the table's.
+        step: int32, number of this update, from 1.
+        grad_scale: float32, multiplies every gradient, as clipping does.
+        apply: False leaves everything as it was.
+        rounding_key: rounds a bfloat16 table up or down at random, right on average; None rounds
+            to the nearest, where a change below 1/512 of an entry is lost. float32: no effect.
+        implementation: one of `IMPLEMENTATIONS`; None chooses by platform. A dense optimizer, and
+            TPUs, use XLA.
+
+    Raises:
+        ValueError: the implementation cannot run here.
+    """
+    chosen = choose(implementation, dim=width(table), dtype=table.dtype).name
+    total = jnp.float32(0)
+    if "log_decay" in state:
+        total = state["log_decay"] + jnp.log1p(-learning_rate * optimizer.weight_decay)
+    now = Now(step, learning_rate, total)
+    seed = None if rounding_key is None else jax.random.key_data(rounding_key).reshape(-1)[:2]
+    step_of = unique_U, row_grads, now, jnp.float32(grad_scale), apply, seed
+    if optimizer.dense:
+        return _update_all(optimizer, table, state, *step_of)
+    scalars = {}
+    if "log_decay" in state:
+        scalars = {"log_decay": jnp.where(apply, total, state["log_decay"])}
+    arrays = {name: value for name, value in state.items() if name not in scalars}
+    update = _update_touched
+    if chosen.startswith("mosaic_gpu"):
+        update = mosaic_gpu_update.updater(interpret=is_simulated(chosen))
+    table, arrays = update(optimizer, table, arrays, *step_of)
+    return table, arrays | scalars
+
+
+def dense_gradient(row_grads: jax.Array, unique_U: jax.Array, *, num_rows: int) -> jax.Array:
+    """Gradient [..., V, D] of the tables, float32, zero but for the rows of `unique_U`."""
+    shape = (*row_grads.shape[:-2], num_rows, row_grads.shape[-1])
+    # Written along the row axis: through one flat row index XLA takes 8 tables more (LOG.md).
+    return jnp.zeros(shape, jnp.float32).at[..., unique_U, :].set(row_grads, mode="drop")
+
+
+def _update_all(optimizer, table, state, unique_U, row_grads, now, grad_scale, apply, seed):
+    grads = grad_scale * dense_gradient(row_grads, unique_U, num_rows=table.shape[-2])
+    rows, new = optimizer.update(as_float(table), state, grads, now)
+    number = jnp.arange(rows.size // rows.shape[-1] // rows.shape[-2])
+    number = number.reshape(rows.shape[:-2])[..., None]
+    rows = _round(rows, table.dtype, seed, number, jnp.arange(rows.shape[-2]))
+    keep = lambda new, old: jnp.where(apply, new, old)
+    return keep(rows, table), jax.tree.map(keep, new, state)
+
+
+def _update_touched(optimizer, table, arrays, unique_U, row_grads, now, grad_scale, apply, seed):
+    """In plain XLA; layers of a stack in turn: temporaries are those of one layer's rows."""
+    # Places without a row, and all where nothing is applied, get distinct rows outside the table.
+    outside = table.shape[-2] + jnp.arange(unique_U.size, dtype=jnp.int32)
+    target_U = jnp.where(apply & (unique_U < table.shape[-2]), unique_U, outside)
+
+    def layer(index, carry):
+        table, arrays = carry
+        lead, number = (), index
+        if table.ndim == 4:
+            experts = jnp.arange(table.shape[1])[:, None]
+            lead, number = (index, experts), index * table.shape[1] + experts
+        elif table.ndim == 3:
+            lead = (index,)
+        grads = row_grads if table.ndim == 2 else row_grads[index]
+        rows, old = jax.tree.map(lambda value: _get(value, lead, target_U), (table, arrays))
+        new_rows, new = optimizer.update(as_float(rows), old, grad_scale * grads, now)
+        new_rows = _round(new_rows, table.dtype, seed, number, target_U)
+        used = jnp.any(grads != 0, axis=-1)
+        table = _set(table, lead, target_U, used, rows, new_rows)
+        arrays = {
+            name: _set(value, lead, target_U, used, old[name], new[name])
+            for name, value in arrays.items()
+        }
+        return table, arrays
+
+    layers = 1 if table.ndim == 2 else table.shape[0]
+    return jax.lax.fori_loop(0, layers, layer, (table, arrays))
+
+
+def _get(array, lead, target_U):
+    return array.at[(*lead, target_U)].get(mode="clip")
+
+
+def _set(array, lead, target_U, used, old, new):
+    new = jnp.where(used[..., None] if new.ndim > used.ndim else used, new, old)
+    return array.at[(*lead, target_U)].set(
+        new, mode="drop", unique_indices=True, indices_are_sorted=True
+    )
+
+
+def _round(rows, dtype: jnp.dtype, seed: Seed | None, number, ids):
+    """float32 rows to `dtype`; `number` of the table and `ids` say which rows they are."""
+    if dtype == jnp.uint32:
+        return pack_rows(_round(rows, jnp.bfloat16, seed, number, ids))
+    if dtype != jnp.bfloat16 or seed is None:
+        return rows.astype(dtype)
+    entries = jnp.arange(rows.shape[-1], dtype=jnp.uint32)
+    return round_at_random(rows, row_seeds(seed, number, ids)[..., None], entries)
