@@ -8,11 +8,11 @@ import sys
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import jtok_kernels
 
 from jtok_jax import flops
+from jtok_jax.config import JtokConfig, ModelConfig
 from jtok_jax.model.attention import cudnn_lacks
+from jtok_jax.model.jtok import operations
 
 SUPPORTED = ((0, 10, 2), (0, 13))  # jax: from, below
 GPU_FROM = (0, 11, 1)  # earlier jaxlib compiles float32 scatter-add to a very slow loop
@@ -73,7 +73,7 @@ def implementations(device: jax.Device) -> list[Finding]:
 
 
 def _tables(dtype: str) -> Finding:
-    choice = jtok_kernels.choose(None, dim=1024, dtype=jnp.dtype(dtype))
+    choice = operations(ModelConfig(model_dim=1024, jtok=JtokConfig(table_dtype=dtype)))
     return Finding(f"{dtype} tables", f"{choice.name} ({choice.reason})", "")
 
 

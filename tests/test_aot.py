@@ -6,7 +6,6 @@ Nothing is executed: this proves neither speed nor numbers. Skipped, with the re
 compile-only plugins are not installed.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -169,9 +168,9 @@ def test_plain_updates_are_in_place(target, kind, dtype):
     assert memory.temp_size_in_bytes < ROWS * TABLES * dim * 2
 
 
-@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
-def test_a_whole_training_step_compiles_for_an_h100_with_the_kernels(kind):
-    mesh = h100()
+def training_step(kind: str, mesh, implementation="auto"):
+    """(a training step on bfloat16 tables, its arguments)."""
+    jtok_config = JtokConfig(kind=kind, table_dtype="bfloat16", implementation=implementation)
     model = ModelConfig(
         vocab_size=ROWS,
         model_dim=256,
@@ -179,20 +178,36 @@ def test_a_whole_training_step_compiles_for_an_h100_with_the_kernels(kind):
         num_heads=4,
         num_kv_heads=4,
         ffn_dim=512,
-        jtok=JtokConfig(kind=kind, table_dtype="bfloat16"),
+        jtok=jtok_config,
     )
     config = Config(model=model, train=TrainConfig(batch_size=4, seq_len=512))
     optimizer = make_optimizer(config)
-    state = abstract_state(config, optimizer, mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state = abstract_state(config, optimizer, mesh)
     ids = shape((4, 512), jnp.int32)
-    step = functools.partial(make_train_step(config, optimizer, mesh))
-    compiled = compile_for(mesh, step, state, ids, ids, donate=(0,))
+    return functools.partial(make_train_step(config, optimizer, mesh)), (state, ids, ids)
+
+
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+def test_a_whole_training_step_compiles_for_an_h100_with_the_kernels(kind):
+    mesh = h100()
+    step, arguments = training_step(kind, mesh)
+    compiled = compile_for(mesh, step, *arguments, donate=(0,))
     text = compiled.as_text()
     calls = text.count('custom_call_target="mosaic_gpu')
     assert calls == 4, f"forward, backward, merge and update are in the program: {calls}"
-    assert not copies_of(text, state.params["tables"].shape)
-    plain = dataclasses.replace(model, jtok=dataclasses.replace(model.jtok, implementation="xla"))
-    other = dataclasses.replace(config, model=plain)
-    step = make_train_step(other, optimizer, mesh)
-    text = compile_for(mesh, step, state, ids, ids, only_lower=True).as_text()
+    assert not copies_of(text, arguments[0].params["tables"].shape)
+    step, arguments = training_step(kind, mesh, "xla")
+    text = compile_for(mesh, step, *arguments, only_lower=True).as_text()
     assert "mosaic_gpu" not in text
+
+
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+def test_a_whole_training_step_compiles_for_a_tpu_with_tables_as_words(kind):
+    mesh = tpu("v5e:2x2")
+    step, arguments = training_step(kind, mesh)
+    tables = arguments[0].params["tables"]
+    assert (tables.dtype, tables.shape[-1]) == (jnp.uint32, 128)
+    text = compile_for(mesh, step, *arguments, donate=(0,)).as_text()
+    assert "tpu_custom_call" in text
+    assert not copies_of(text, tables.shape)

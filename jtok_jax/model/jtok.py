@@ -64,14 +64,22 @@ def load(choice: jax.Array, count: int) -> jax.Array:
 class Lookup(NamedTuple):
     """What a layer needs to read its rows: the whole stack, never sliced, and its index."""
 
-    tables: jax.Array  # JTok [G, V, D], JTok-M [G, M, V, D]
+    tables: jax.Array  # JTok [G, V, D], JTok-M [G, M, V, D], or words (Operations.packed)
     layer: jax.Array  # int32 scalar, index into the stack
     ids_BT: jax.Array
     plan: RowPlan | None  # of the flattened ids; for training
     row_grads: jax.Array | None  # JTok [U, D], JTok-M [M, U, D]
 
 
-def operations(config: ModelConfig) -> jtok_kernels.Choice:
+class Operations(NamedTuple):
+    """The implementation of the operations on tables, why, and how it wants them held."""
+
+    name: str
+    reason: str
+    packed: bool  # bfloat16 tables as 32-bit words, see jtok_kernels/packing.py
+
+
+def operations(config: ModelConfig) -> Operations:
     """Which implementation of the operations on tables this model uses here, and why.
 
     Raises:
@@ -83,11 +91,16 @@ def operations(config: ModelConfig) -> jtok_kernels.Choice:
             f"model.jtok.implementation is {name!r}, whose kernels run on one device; there are "
             f"{jax.device_count()}. Use 'auto' or 'xla'."
         )
-    several = {"num_tables": jtok.num_tables, "top_k": jtok.top_k} if jtok.kind == "jtok_m" else {}
+    tables = {"dim": config.model_dim, "dtype": jnp.dtype(jtok.table_dtype)}
+    if jtok.kind == "jtok_m":
+        tables |= {"num_tables": jtok.num_tables, "top_k": jtok.top_k}
+    asked = None if name == "auto" else name
     try:
-        asked = None if name == "auto" else name
-        dtype = jnp.dtype(jtok.table_dtype)
-        return jtok_kernels.choose(asked, dim=config.model_dim, dtype=dtype, **several)
+        if tables["dtype"] == jnp.bfloat16 and name in ("auto", "mosaic_tpu"):
+            words = jtok_kernels.choose(asked, **tables | {"dtype": jnp.dtype("uint32")})
+            if words.name.startswith("mosaic_tpu"):
+                return Operations(words.name, f"{words.reason}; tables held as words", packed=True)
+        return Operations(*jtok_kernels.choose(asked, **tables), packed=False)
     except ValueError as error:
         raise ConfigError(f"model.jtok.implementation: {error}") from error
 
@@ -157,12 +170,13 @@ class TokenTables(nnx.Module):
 
 
 def _gate_health(scale, lookup: Lookup, ids, form) -> dict[str, jax.Array]:
-    rows = lookup.tables[lookup.layer, _some(ids)].astype(jnp.float32)
+    rows = jtok_kernels.as_float(lookup.tables[lookup.layer, _some(ids)])
     return {"row_norm": _row_norm(rows), "gate_size": _rms(reference.gate(rows, scale, **form) - 1)}
 
 
 def _injection_health(scale, dm, lookup: Lookup, ids, choice, weights, form):
-    rows = lookup.tables[lookup.layer, _some(choice), _some(ids)[:, None]].astype(jnp.float32)
+    rows = lookup.tables[lookup.layer, _some(choice), _some(ids)[:, None]]
+    rows = jtok_kernels.as_float(rows)
     dr = reference.injection(reference.mix(rows, _some(weights)), scale, **form)
     return {"row_norm": _row_norm(rows), "gate_size": _rms(dr) / _rms(_some(dm))}
 

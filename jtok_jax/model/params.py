@@ -5,9 +5,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jtok_kernels import pack_rows, unpack_rows
 
 from jtok_jax.config import ModelConfig
+from jtok_jax.model.jtok import operations
 from jtok_jax.model.transformer import Transformer
 
 Params = dict[str, jax.Array]
@@ -27,6 +30,27 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
         for path, variable in nnx.to_flat_state(abstract)
     ]
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def to_stored(config: ModelConfig, params: Params) -> Params:
+    """Logical parameters as a run here holds them: tables as words where the operations want it."""
+    if "tables" not in params or not operations(config).packed:
+        return params
+    return params | {"tables": _pack(params["tables"])}
+
+
+def to_logical(params: Params) -> Params:
+    """The inverse of `to_stored`; also of shapes (`jax.ShapeDtypeStruct`)."""
+    tables = params.get("tables")
+    if tables is None or tables.dtype != jnp.uint32:
+        return params
+    if isinstance(tables, jax.ShapeDtypeStruct):
+        logical = jax.eval_shape(unpack_rows, tables)
+        return params | {"tables": logical.update(sharding=tables.sharding)}
+    return params | {"tables": _unpack(tables)}
+
+
+_pack, _unpack = jax.jit(pack_rows), jax.jit(unpack_rows)
 
 
 @functools.cache

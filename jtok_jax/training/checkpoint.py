@@ -21,7 +21,8 @@ import jtok_jax
 from jtok_jax.config import Config
 from jtok_jax.config_dict import flatten, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from jtok_jax.training.state import TrainState, non_finite_params
+from jtok_jax.model.params import to_logical, to_stored
+from jtok_jax.training.state import TrainState, non_finite
 
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
@@ -60,7 +61,8 @@ class Checkpoints:
             NonFiniteError: a parameter is not finite, as when an update overflows.
         """
         self.wait()
-        broken = non_finite_params(state)
+        state = _logical(state)
+        broken = non_finite(state.params)
         if broken:
             raise NonFiniteError(
                 f"Step {step}: parameters are not finite ({', '.join(broken)}). Not saved; last "
@@ -129,10 +131,12 @@ class Checkpoints:
         found = _metadata(self._checkpointer, step, self._folder)
         require_same_config(found.custom_metadata["config"], self._config, self._folder.parent)
         _require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
-        wanted = named_leaves(abstract)
+        logical = _logical(abstract)
+        wanted = named_leaves(logical)
         _compare_leaves(found.metadata, wanted, step)
         leaves = _load(self._checkpointer, step, wanted)
-        return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in wanted])
+        state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
+        return state._replace(params=to_stored(self._config.model, state.params))
 
 
 class Saved(NamedTuple):
@@ -171,6 +175,7 @@ def load_params(workdir: pathlib.Path) -> Saved:
         }
         leaves = _load(checkpointer, step, wanted)
     params = {n.removeprefix(prefix): x for n, x in leaves.items() if n.startswith(prefix)}
+    params = to_stored(config.model, params)
     return Saved(step, config, found.custom_metadata["data"], params)
 
 
@@ -189,6 +194,11 @@ def named_leaves(state: TrainState) -> dict[str, jax.Array]:
     """Every leaf of a state by its path, e.g. "params/embed"."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _logical(state: TrainState) -> TrainState:
+    """What is stored: tables in their logical shape, whatever the operations here hold."""
+    return state._replace(params=to_logical(state.params))
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.mesh import replicated, sharding
-from jtok_jax.model.params import Params, init_params
+from jtok_jax.model.params import Params, init_params, to_stored
 from jtok_jax.training.optimizer import Optimizer
 
 
@@ -63,9 +63,9 @@ def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSt
     return jax.tree_util.tree_map_with_path(leaf_sharding, shapes)
 
 
-def non_finite_params(state: TrainState) -> list[str]:
-    """Names of the parameters that hold a NaN or an infinity; waits for the state."""
-    finite = jax.device_get(_all_finite(state.params))
+def non_finite(params: Params) -> list[str]:
+    """Names of the logical parameters that hold a NaN or an infinity; waits for them."""
+    finite = jax.device_get(_all_finite(params))
     return [name for name, value in finite.items() if not value]
 
 
@@ -80,6 +80,7 @@ def _builder(config: Config, optimizer: Optimizer):
         zero = jnp.zeros((), jnp.int32)
         # Moments are float32 whatever the parameters are, as the gradients are.
         masters = {name: value.astype(jnp.float32) for name, value in params.items()}
-        return TrainState(zero, params, optimizer.init(masters), zero, zero)
+        stored = to_stored(config.model, params)
+        return TrainState(zero, stored, optimizer.init(masters), zero, zero)
 
     return build

@@ -10,7 +10,7 @@ table, state = update_rows(lazy_adam(...), table, state, plan.unique_U, row_grad
 
 from jtok_kernels.choose import IMPLEMENTATIONS, Choice, choose
 from jtok_kernels.modulate import jtok, jtok_m, mix_rows, norm_add
-from jtok_kernels.packing import pack_rows, unpack_rows
+from jtok_kernels.packing import as_float, pack_rows, unpack_rows
 from jtok_kernels.plan import Order, RowPlan, row_plan
 from jtok_kernels.row_optimizers import (
     RowOptimizer,
@@ -23,7 +23,7 @@ from jtok_kernels.update import dense_gradient, update_rows
 
 __all__ = [
     "jtok", "jtok_m", "mix_rows", "norm_add", "choose", "Choice", "IMPLEMENTATIONS",
-    "row_plan", "RowPlan", "Order", "pack_rows", "unpack_rows",
+    "row_plan", "RowPlan", "Order", "pack_rows", "unpack_rows", "as_float",
     "update_rows", "RowOptimizer", "adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad",
     "dense_gradient",
 ]  # fmt: skip
