@@ -10,7 +10,8 @@ Arms, forward and backward apart, paired in rounds whose order rotates:
 
 `GB/s` is the least traffic of the operation by the time, `of copy` that over the measured
 bandwidth of copying an array. Ids are Zipf's (s = 1.07), uniform ones, or those of a prepared
-corpus. plan, update (lazy_adam, one layer) and, with --growth, times against V and T as a plot.
+corpus. Then the parts alone: plan, router, gather, updates of one layer. With --growth: times
+against V and T as a plot.
 """
 
 import argparse
@@ -24,7 +25,19 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jtok_kernels import choose, jtok, jtok_m, lazy_adam, reference, row_plan, update_rows
+from jtok_kernels import (
+    choose,
+    jtok,
+    jtok_m,
+    lazy_adam,
+    mix_rows,
+    reference,
+    row_plan,
+    rowwise_adam,
+    update_rows,
+)
+
+from jtok_jax.model.jtok import route
 
 EPS, DEPTH_SCALE = 1e-6, 0.2
 LAYERS = 2  # of the stack; one is used
@@ -195,9 +208,15 @@ def make_data(kind, tokens, dim, num_rows, ids_kind, arguments) -> dict:
     choice = choice[:, : arguments.top_k].astype(jnp.int32)
     weights = jax.random.uniform(keys[2], choice.shape)
     h, delta, g = (draw(key, tokens, dim) for key in keys[3:6])
-    plan = jax.jit(functools.partial(row_plan, num_rows=num_rows))(ids)
+    bound = None if arguments.safe_bound else tight_bound(ids)
+    plan = jax.jit(functools.partial(row_plan, num_rows=num_rows, max_unique=bound))(ids)
     scale = jnp.ones(dim, jnp.float32)
     return {"given": (h, delta, stack, ids, choice, weights, scale), "plan": plan, "g": g}
+
+
+def tight_bound(ids) -> int:
+    """What one would pass as train.max_unique_ids: a tenth more than there are."""
+    return int(1.1 * np.unique(np.asarray(ids)).size) + 1
 
 
 def report(kind, tokens, dim, num_rows, ids_kind, arguments, implementations, bandwidth) -> dict:
@@ -225,29 +244,52 @@ def report(kind, tokens, dim, num_rows, ids_kind, arguments, implementations, ba
     return found
 
 
-def report_rest(tokens, dim, num_rows, ids_kind, arguments) -> None:
-    """The plan of a step, and the update of one layer's rows."""
-    data = make_data("jtok", tokens, dim, num_rows, ids_kind, arguments)
-    ids, stack, plan = data["given"][3], data["given"][2], data["plan"]
-    optimizer = lazy_adam(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0)
-    make_plan = jax.jit(functools.partial(row_plan, num_rows=num_rows))
-    grads = jnp.ones((plan.unique_U.size, dim))
+def report_rest(tokens, dim, num_rows, ids_kind, arguments, implementations) -> None:
+    """The parts of a step one by one: plan, router, gather, and the update of one layer's rows."""
+    data = make_data("jtok_m", tokens, dim, num_rows, ids_kind, arguments)
+    h, _, stack, ids, choice, weights, _ = data["given"]
+    unique = int(np.sum(np.asarray(data["plan"].unique_U) < num_rows))
+    router = jax.random.normal(jax.random.key(0), (dim, arguments.tables))
+    max_unique = data["plan"].unique_U.size
+    parts = {
+        "plan": lambda: make_plan(ids),
+        "router": lambda: routed(h, router),
+    }
+    make_plan = jax.jit(functools.partial(row_plan, num_rows=num_rows, max_unique=max_unique))
+    routed = jax.jit(functools.partial(route, bias_M=None, top_k=arguments.top_k))
+    for name in implementations:
+        gather = jax.jit(functools.partial(mix_rows, layer=1, implementation=name))
+        parts[f"gather {name}"] = functools.partial(gather, stack, ids, choice, weights)
+        for make in (lazy_adam, rowwise_adam):
+            update = update_step(make, name, data)
+            parts[f"{make.__name__} {name}"] = update
+    for name, values in paired(parts, arguments.rounds).items():
+        line = f"{name:22}{tokens:8}{unique:8} {_short(ids_kind):20}"
+        print(f"{line}{1e6 * np.median(values):11.1f}", flush=True)
+
+
+def update_step(make, implementation: str, data: dict):
+    """A function that applies one step to the rows of one layer's tables, in place."""
+    _, _, stack, _, choice, _, _ = data["given"]
+    plan = data["plan"]
+    grads = jnp.zeros((stack.shape[1], plan.unique_U.size, stack.shape[-1]))
+    grads = grads.at[choice, plan.order.place[:, None]].set(1.0)  # as routed: some stay zero
+    optimizer = make(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0)
+    key = jax.random.key(0)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(table, state):
+    def update(table, state, grads, unique_U):
         options = {"step": jnp.int32(1), "learning_rate": jnp.float32(1e-3)}
-        return update_rows(optimizer, table, state, plan.unique_U, grads, **options)
+        options |= {"rounding_key": key, "implementation": implementation}
+        return update_rows(optimizer, table, state, unique_U, grads, **options)
 
     held = [stack[1], optimizer.init(stack[1])]
 
     def step():
-        held[0], held[1] = update(*held)
+        held[:] = update(*held, grads, plan.unique_U)
         return held[0]
 
-    for name, values in paired({"plan": lambda: make_plan(ids), "update": step}, 10).items():
-        unique = int(np.sum(np.asarray(plan.unique_U) < num_rows))
-        line = f"{name:16}{dim:6}{tokens:8}{unique:8} {_short(ids_kind):20}"
-        print(f"{line}{1e6 * np.median(values):11.1f}")
+    return step
 
 
 def _short(ids_kind: str) -> str:
@@ -295,6 +337,7 @@ def main() -> None:
     parser.add_argument("--ids", default="zipf,uniform", help="zipf, uniform, or a prepared folder")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--safe_bound", action="store_true", help="plans with room for T ids")
     parser.add_argument("--growth", help="FILE.svg: plot time per token against V and T instead")
     parser.add_argument("--growth_rows", type=int, default=1 << 20, help="largest V of the plot")
     arguments = parser.parse_args()
@@ -317,7 +360,7 @@ def main() -> None:
                 for kind in ("jtok", "jtok_m"):
                     report(kind, tokens, dim, arguments.rows, ids_kind, arguments,
                            implementations, bandwidth)  # fmt: skip
-                report_rest(tokens, dim, arguments.rows, ids_kind, arguments)
+                report_rest(tokens, dim, arguments.rows, ids_kind, arguments, implementations)
 
 
 if __name__ == "__main__":
