@@ -22,21 +22,26 @@ def jtok_forward(h_TD, delta_TD, table, at: Index, ids_T, scale_D, form: Form) -
 
 
 def jtok_backward(g_TD, delta_TD, table, at: Index, ids_T, scale_D, plan: RowPlan, form: Form):
-    """(d_delta [T, D], row gradients [U, D], d_scale [D]); dh is `g` itself.
+    """(d_delta [T, D], row gradients [U, D], d_scale [D]); dh is `g` itself."""
+    e_TD = as_float(table[(*at, ids_T)])
+    p_TD = reference.gate(e_TD, scale_D, norm=form.norm, eps=form.eps)
+    d_delta = (g_TD.astype(jnp.float32) * p_TD).astype(delta_TD.dtype)
+    return d_delta, *jtok_row_gradients(g_TD, delta_TD, table, at, scale_D, plan, form)
+
+
+def jtok_row_gradients(g_TD, delta_TD, table, at: Index, scale_D, plan: RowPlan, form: Form):
+    """(row gradients [U, D], d_scale [D]) of jtok.
 
     Only the sum of dm * g over the tokens of a row needs tokens; the derivative of the norm is
     taken once per unique row.
     """
     g, delta = g_TD.astype(jnp.float32), delta_TD.astype(jnp.float32)
-    e_TD = as_float(table[(*at, ids_T)])
-    p_TD = reference.gate(e_TD, scale_D, norm=form.norm, eps=form.eps)
     sums_UD = sum_by_row(delta * g, plan.order, plan.unique_U.size)
     unique_U = plan.unique_U  # where it holds no id the first one, a row that this batch uses
     e_UD = as_float(table[(*at, jnp.where(unique_U < table.shape[-2], unique_U, unique_U[0]))])
     normed_UD, pull = jax.vjp(lambda e: reference.norm_eps(e, norm=form.norm, eps=form.eps), e_UD)
     (row_grads_UD,) = pull(scale_D * sums_UD)
-    d_scale_D = jnp.sum(sums_UD * normed_UD, axis=0)
-    return (g * p_TD).astype(delta_TD.dtype), row_grads_UD, d_scale_D
+    return row_grads_UD, jnp.sum(sums_UD * normed_UD, axis=0)
 
 
 def jtok_m_forward(
@@ -55,9 +60,8 @@ def jtok_m_backward(
     normed_TD, pull = jax.vjp(lambda e: reference.norm_eps(e, norm=form.norm, eps=form.eps), e_TD)
     g = form.depth_scale * g_TD.astype(jnp.float32)
     (d_e_TD,) = pull(scale_D * g)
-    d_weights_TK, row_grads_EUD = _mix_backward(
-        d_e_TD, rows_TKD, choice_TK, weights_TK, plan, tables.shape[-3]
-    )
+    d_weights_TK = jnp.sum(d_e_TD[:, None] * rows_TKD, axis=-1)
+    row_grads_EUD = mixed_row_gradients(d_e_TD, choice_TK, weights_TK, plan, tables.shape[-3])
     return d_weights_TK, row_grads_EUD, jnp.sum(g * normed_TD, axis=0)
 
 
@@ -71,8 +75,8 @@ def mix_rows_backward(d_e_TD, tables, at: Index, ids_T, choice_TK, weights_TK, p
     """(d_weights [T, K] or None, row gradients [E, U, D] or [U, D])."""
     if choice_TK is None:
         return None, sum_by_row(d_e_TD, plan.order, plan.unique_U.size)
-    rows_TKD = _rows(tables, at, ids_T, choice_TK)
-    return _mix_backward(d_e_TD, rows_TKD, choice_TK, weights_TK, plan, tables.shape[-3])
+    d_weights_TK = jnp.sum(d_e_TD[:, None] * _rows(tables, at, ids_T, choice_TK), axis=-1)
+    return d_weights_TK, mixed_row_gradients(d_e_TD, choice_TK, weights_TK, plan, tables.shape[-3])
 
 
 def norm_add(h_TD, delta_TD, e_TD, scale_D, form: Form) -> jax.Array:
@@ -116,8 +120,8 @@ def _rows(tables, at: Index, ids_T, choice_TK) -> jax.Array:
     return as_float(tables[(*at, choice_TK, ids_T[:, None])])
 
 
-def _mix_backward(d_e_TD, rows_TKD, choice_TK, weights_TK, plan: RowPlan, num_tables: int):
-    d_weights_TK = jnp.sum(d_e_TD[:, None] * rows_TKD, axis=-1)
+def mixed_row_gradients(d_e_TD, choice_TK, weights_TK, plan: RowPlan, num_tables: int) -> jax.Array:
+    """Row gradients [E, U, D] from those of the mixtures, float32 [T, D]."""
     num_unique, dim = plan.unique_U.size, d_e_TD.shape[-1]
 
     def add(d_e_TD):
@@ -133,5 +137,4 @@ def _mix_backward(d_e_TD, rows_TKD, choice_TK, weights_TK, plan: RowPlan, num_ta
             jnp.arange(num_tables),
         )
 
-    row_grads = jax.lax.platform_dependent(d_e_TD, cuda=scan, rocm=scan, default=add)
-    return d_weights_TK, row_grads
+    return jax.lax.platform_dependent(d_e_TD, cuda=scan, rocm=scan, default=add)
