@@ -21,6 +21,7 @@ from jtok_kernels import (
     rowwise_adam,
     update_rows,
 )
+from jtok_kernels.mosaic_gpu import MAX_MIXED
 
 from jtok_jax.config import Config, JtokConfig, ModelConfig, TrainConfig
 from jtok_jax.training.optimizer import make_optimizer
@@ -28,7 +29,7 @@ from jtok_jax.training.state import abstract_state
 from jtok_jax.training.step import make_train_step
 
 TPUS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
-LAYERS, TOKENS, ROWS, TABLES, TOP_K = 3, 2048, 16384, 5, 2  # V >= 4 T
+LAYERS, TOKENS, ROWS, TABLES, TOP_K = 3, 512, 65536, 5, 2  # V so large that a table stands out
 UNIQUE = 1024  # rows of an update
 shape = jax.ShapeDtypeStruct
 
@@ -71,15 +72,17 @@ def check_memory(compiled, kind: str, dim: int) -> None:
     memory = compiled.memory_analysis()
     # The scan's zeros and its stacked result; the stream, dm and their gradients of every layer.
     allowed = 2 * row_grads + (4 * LAYERS + 8) * TOKENS * dim * 4
+    assert allowed < ROWS * dim * 2, "one table would hide among what is allowed"
     assert memory.temp_size_in_bytes < allowed, (memory.temp_size_in_bytes / allowed, allowed)
-    several = () if kind == "jtok" else (TABLES,)
-    text = compiled.as_text()
-    for size in ((LAYERS, *several, ROWS, dim), (*several, ROWS, dim), (1, *several, ROWS, dim)):
-        assert not copies_of(text, size), copies_of(text, size)
+    several, text = () if kind == "jtok" else (TABLES,), compiled.as_text()
+    for last in (dim, dim // 2):  # words
+        for first in ((LAYERS, *several), several, (1, *several), (LAYERS * TABLES,)):
+            found = copies_of(text, (*first, ROWS, last))
+            assert not found, found
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [768, 1024, 2048])
+@pytest.mark.parametrize("dim", [768, 1024, 2048, 4096])
 @pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
 def test_h100_kernels_spill_nothing_and_hold_no_table(kind, dim, dtype, monkeypatch, capfd):
     mesh = h100()
@@ -94,6 +97,17 @@ def test_h100_kernels_spill_nothing_and_hold_no_table(kind, dim, dtype, monkeypa
     check_memory(compiled, kind, dim)
 
 
+def test_the_most_rows_a_token_may_mix_spill_nothing(monkeypatch, capfd):
+    mesh, dim = h100(), 2048
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    for name in ("TABLES", "TOP_K"):
+        monkeypatch.setitem(globals(), name, MAX_MIXED // dim)
+    function, arguments = operation("jtok_m", dim, "bfloat16", "mosaic_gpu")
+    compile_for(mesh, function, *arguments)
+    found = spills("".join(capfd.readouterr()), kernels=(3,))
+    assert not found, found
+
+
 @pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
 @pytest.mark.parametrize(("target", "dim", "dtype"), [
     ("v5e:2x2", 768, "uint32"), ("v5e:2x2", 2048, "float32"), ("v5p:2x2x1", 2048, "uint32"),
@@ -103,7 +117,7 @@ def test_tpu_kernels_hold_no_table(target, dim, dtype, kind):
     function, arguments = operation(kind, dim, dtype, "mosaic_tpu")
     compiled = compile_for(tpu(target), function, *arguments)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2  # either way
-    check_memory(compiled, kind, dim // 2 if dtype == "uint32" else dim)
+    check_memory(compiled, kind, dim)
 
 
 @pytest.mark.parametrize("kind", ["jtok", "jtok_m"])

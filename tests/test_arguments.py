@@ -2,12 +2,25 @@
 # Copyright 2026 The jtok_jax authors
 """Wrong arguments of the table operations are refused, with what would work."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jtok_kernels import choose, jtok, jtok_m, lazy_adam, mix_rows, row_plan, rowwise_adagrad
+from jtok_kernels import (
+    choose,
+    jtok,
+    jtok_m,
+    lazy_adam,
+    mix_rows,
+    row_plan,
+    rowwise_adagrad,
+    update_rows,
+)
 from operations import IMPLEMENTATIONS, inputs, run
+
+choosing = sys.modules["jtok_kernels.choose"]  # the package's `choose` is the function
 
 
 def test_ids_outside_become_nan_where_nans_are_debugged():
@@ -102,12 +115,71 @@ def test_a_broken_row_nobody_reads_breaks_nothing(implementation, operation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ids", [[-7, 23], [1 << 30, -(1 << 31)]])
-def test_ids_outside_read_inside_the_table(implementation, ids):
+def test_ids_outside_stay_inside_the_table(implementation, ids):
+    """Forward, backward and update; interpret mode raises where a kernel leaves an array."""
     x = inputs("repeated")
     ids = jnp.int32(x.ids).at[:2].set(jnp.int32(jnp.array(ids)))
-    arguments = *(jnp.float32(a) for a in (x.h, x.delta, x.tables[0])), ids, jnp.float32(x.scale)
-    out = jtok(*arguments, eps=1e-6, implementation=implementation)
+    h, delta, table, g = (jnp.float32(a) for a in (x.h, x.delta, x.tables[0], x.g))
+    plan = row_plan(ids, num_rows=23)
+    assert plan.unique_U.min() == 0
+    options = {"plan": plan, "implementation": implementation, "eps": 1e-6}
+    f = lambda rows: jtok(h, delta, table, ids, jnp.float32(x.scale), row_grads=rows, **options)
+    out, pull = jax.vjp(f, jnp.zeros((plan.unique_U.size, 128)))
+    rows = pull(g)[0]
     assert np.all(np.isfinite(out))
+    assert np.all(np.isfinite(rows))
+    optimizer = rowwise_adagrad(eps=1e-8, weight_decay=0.0)
+    unique = plan.unique_U.at[0].set(-3)
+    new, _ = update_rows(
+        optimizer, table, optimizer.init(table), unique, rows, step=jnp.int32(1),
+        learning_rate=jnp.float32(0.1), implementation=implementation,
+    )  # fmt: skip
+    np.testing.assert_array_equal(new[jnp.array([0, 20])], table[jnp.array([0, 20])])
+
+
+def test_updates_of_other_shapes_are_refused():
+    table, unique = jnp.zeros((2, 23, 128)), jnp.int32([1, 4, 23])
+    optimizer = rowwise_adagrad(eps=1e-8, weight_decay=0.0)
+    state, good = optimizer.init(table), jnp.zeros((2, 3, 128))
+    run_with = lambda table=table, state=state, unique=unique, grads=good: update_rows(
+        optimizer, table, state, unique, grads,
+        step=jnp.int32(1), learning_rate=jnp.float32(0.1),
+    )  # fmt: skip
+    run_with()
+    for shape in ((3, 3, 128), (2, 6, 128), (3, 128), (1, 3, 128)):
+        with pytest.raises(ValueError, match=r"row_grads is .*expected float32 \(2, 3, 128\)"):
+            run_with(grads=jnp.zeros(shape))
+    with pytest.raises(ValueError, match="row_grads is bfloat16"):
+        run_with(grads=good.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match="unique_U is float32"):
+        run_with(unique=jnp.float32(unique))
+    with pytest.raises(ValueError, match="table is int32"):
+        run_with(table=table.astype(jnp.int32))
+    with pytest.raises(ValueError, match=r"state is .*expected that of optimizer\.init"):
+        run_with(state=lazy_adam(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0).init(table))
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "count", "expected"),
+    [
+        ("gpu", "NVIDIA A100-SXM4-80GB", 1, "xla"),
+        ("gpu", "AMD Instinct MI300X", 1, "xla"),
+        ("gpu", "NVIDIA H100 80GB HBM3", 1, "mosaic_gpu"),
+        ("gpu", "NVIDIA H100 80GB HBM3", 8, "xla"),
+        ("tpu", "TPU v5 lite", 1, "mosaic_tpu"),
+        ("tpu", "TPU v5 lite", 4, "xla"),
+        ("cpu", "cpu", 1, "xla"),
+    ],
+)
+def test_what_is_chosen_for_a_device_runs_there(platform, kind, count, expected, monkeypatch):
+    device = choosing._Device(platform, kind, count)
+    monkeypatch.setattr(choosing, "_device", lambda: device)
+    if expected == "mosaic_gpu" and jax.version.__version_info__ < choosing.FIRST_JAX:
+        expected = "xla"
+    tables = {"dim": 256, "dtype": jnp.dtype("float32")}
+    name = choose(None, **tables).name
+    assert name == expected
+    assert choose(name, **tables).name == name  # as a model asks for what was chosen
 
 
 @pytest.mark.parametrize(
@@ -135,6 +207,7 @@ def test_tables_a_kernel_cannot_take_are_refused(name, shape, message):
         ({"dim": 8192}, "multiples of 128 up to 4096"),
         ({"dim": 200}, "multiples of 128 up to 4096"),
         ({"dim": 2048, "num_tables": 64}, "64 sums of 2048 entries exceed"),
+        ({"dim": 4096, "num_tables": 8, "top_k": 8}, "8 rows of 4096 entries a token exceed"),
     ],
 )
 def test_tables_the_gpu_kernels_cannot_take_are_refused(shape, message):

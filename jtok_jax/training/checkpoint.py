@@ -7,6 +7,7 @@ the resolved configuration, the data fingerprint and the versions that wrote it.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -164,7 +165,7 @@ def load_params(workdir: pathlib.Path) -> Saved:
             )
         step = checkpointer.latest.step
         found = _metadata(checkpointer, step, folder)
-        config = from_config_dict(found.custom_metadata["config"])
+        config = _anywhere(from_config_dict(found.custom_metadata["config"]))
         prefix = "params/"
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
@@ -177,6 +178,12 @@ def load_params(workdir: pathlib.Path) -> Saved:
     params = {n.removeprefix(prefix): x for n, x in leaves.items() if n.startswith(prefix)}
     params = to_stored(config.model, params)
     return Saved(step, config, found.custom_metadata["data"], params)
+
+
+def _anywhere(config: Config) -> Config:
+    """A run's configuration for a machine that may lack the kernels it asked for."""
+    jtok = dataclasses.replace(config.model.jtok, implementation="auto")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, jtok=jtok))
 
 
 def require_same_tokenizer(saved: Saved, tokenizer_sha256: str, where: pathlib.Path) -> None:

@@ -99,6 +99,8 @@ def _obstacle(name: str, tables: _Tables) -> str | None:
             return f"D is {dim}; the GPU kernels take multiples of 128 up to {mosaic_gpu.MAX_DIM}"
         if num_tables * dim * 4 > mosaic_gpu.SHARED:
             return f"{num_tables} sums of {dim} entries exceed a processor's shared memory"
+        if top_k * dim > mosaic_gpu.MAX_MIXED:
+            return f"{top_k} rows of {dim} entries a token exceed the registers of a block"
     if name == "mosaic_tpu":
         if dtype == jnp.bfloat16:
             return "single rows of a bfloat16 table cannot be copied on a TPU; see pack_rows"
@@ -112,10 +114,10 @@ def _obstacle(name: str, tables: _Tables) -> str | None:
 
 def _place(name: str, device: _Device) -> str | None:
     """What about the device keeps `name` from running, or None."""
-    platform = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}.get(name, device.platform)
-    if device.platform != platform:
+    platform = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}.get(name)
+    if platform and device.platform != platform:
         return f"the device is a {device.platform}"
-    if platform == "gpu" and not device.kind.startswith(SINCE_HOPPER):
+    if name == "mosaic_gpu" and not device.kind.startswith(SINCE_HOPPER):
         return f"{device.kind} is not known to have compute capability 9.0 or newer"
     return None
 

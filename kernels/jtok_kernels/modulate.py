@@ -180,7 +180,8 @@ def _jtok_bwd(static, kept, g):
     delta, table, scale, at, ids, plan = kept
     plan = plan or row_plan(ids, num_rows=table.shape[-2])
     backward = backend(static.backend).jtok_backward
-    d_delta, rows, d_scale = backward(g, delta, table, at, ids, scale, plan, static.form)
+    grads = backward(g, delta, table, at, ids, scale, plan, static.form)
+    d_delta, rows, d_scale = _nan_on_overflow(plan, *grads)
     return g, d_delta, *_table_or_rows(static, table, at, plan, rows), d_scale, None, None, None
 
 
@@ -201,9 +202,10 @@ def _jtok_m_fwd(static, h, delta, tables, row_grads, weights, scale, at, ids, ch
 def _jtok_m_bwd(static, kept, g):
     tables, weights, scale, at, ids, choice, plan = kept
     plan = plan or row_plan(ids, num_rows=tables.shape[-2])
-    d_weights, rows, d_scale = backend(static.backend).jtok_m_backward(
+    grads = backend(static.backend).jtok_m_backward(
         g, tables, at, ids, choice, weights, scale, plan, static.form
     )
+    d_weights, rows, d_scale = _nan_on_overflow(plan, *grads)
     d_rows = _table_or_rows(static, tables, at, plan, rows)
     return g, g, *d_rows, d_weights, d_scale, None, None, None, None
 
@@ -225,17 +227,27 @@ def _mix_rows_bwd(static, kept, d_e):
     tables, weights, at, ids, choice, plan = kept
     plan = plan or row_plan(ids, num_rows=tables.shape[-2])
     backward = backend(static.backend).mix_rows_backward
-    d_weights, rows = backward(d_e, tables, at, ids, choice, weights, plan)
+    grads = backward(d_e, tables, at, ids, choice, weights, plan)
+    d_weights, rows = _nan_on_overflow(plan, *grads)
     return *_table_or_rows(static, tables, at, plan, rows), d_weights, None, None, None, None
 
 
 _mix_rows.defvjp(_mix_rows_fwd, _mix_rows_bwd)
 
 
+def _nan_on_overflow(plan: RowPlan, *grads):
+    """The gradients, each with its first entry NaN if the plan has no room for all ids.
+
+    One entry says it at no cost: a norm over any of them is not finite.
+    """
+    if plan.overflow is None:
+        return grads
+    first = lambda x: x.at[(0,) * x.ndim].set(jnp.where(plan.overflow, jnp.nan, x[(0,) * x.ndim]))
+    return jax.tree.map(first, grads)
+
+
 def _table_or_rows(static: _Static, table, at, plan: RowPlan, rows):
     """The cotangents of (table, row_grads)."""
-    if plan.overflow is not None:  # one NaN says it: a norm over all of them is not finite
-        rows = rows.at[..., 0, :].set(jnp.where(plan.overflow, jnp.nan, rows[..., 0, :]))
     if not static.dense:
         return None, rows
     if table.dtype == jnp.uint32:  # words have no gradient

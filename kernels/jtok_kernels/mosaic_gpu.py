@@ -33,6 +33,7 @@ from jtok_kernels.xla import as_choice
 
 THREADS = 128
 MAX_DIM = 4096  # wider rows no longer fit the registers of a block
+MAX_MIXED = 8 * 2048  # entries of the K rows of a token, held at once
 SHARED = 224 << 10  # bytes of shared memory a block may take for its sums
 BLOCKS = 1056  # of a backward pass: 8 for each of 132 processors; fixed, so that bits are
 
@@ -280,8 +281,8 @@ class MosaicGpu(NamedTuple):
     def loader(self, *arrays: jax.Array):
         """load(ref of [D]): its entries in registers, as float32 unless `cast` is False.
 
-        All rows of a kernel are spread over the threads alike, in vectors of 16 bytes of the
-        narrowest of `arrays`.
+        All rows of a kernel are spread over the threads alike, in vectors of up to 16 bytes of the
+        narrowest of `arrays`: 16 where D is a multiple of 1024 (bfloat16) or 512, 4 at D 768.
         """
         layout = _layout(*arrays)
 
@@ -335,7 +336,7 @@ def _total(load, partial, split_slot, r):
 
 def _filled(unique, u, num_rows: int):
     """Entry u of `unique_U`; where it holds no id the first one, a row that this batch uses."""
-    return jnp.where(unique[u] < num_rows, unique[u], unique[0])
+    return _inside(jnp.where(unique[u] < num_rows, unique[u], unique[0]), num_rows)
 
 
 def _inside(row, num_rows: int):

@@ -45,11 +45,11 @@ def _update(gpu: MosaicGpu, optimizer, table, arrays, unique_U, row_grads, now: 
             number, u = lax.div(i, num_unique), lax.rem(i, num_unique)
             row = unique[u]
 
-            @pl.when(row < num_rows)
+            @pl.when((row >= 0) & (row < num_rows))
             def _row():
                 g = load(grads.at[number, u])
 
-                @pl.when(jnp.max(jnp.abs(g)) > 0.0)
+                @pl.when(jnp.sum(jnp.abs(g)) != 0.0)  # also where it is not finite
                 def _touched():
                     wide = lambda ref: len(ref.shape) == 3
                     read = lambda ref: load(ref.at[number, row]) if wide(ref) else ref[number, row]

@@ -54,12 +54,14 @@ def num_split(num_tokens: int) -> tuple[int, int]:
 def row_plan(ids: jax.Array, *, num_rows: int, max_unique: int | None = None) -> RowPlan:
     """The plan of `ids`, int32 [T], or [N, T] for N microbatches with one set of unique ids.
 
-    Every id must be in [0, num_rows); ids are checked on the host, not here.
+    Every id must be in [0, num_rows); ids are checked on the host, not here. One outside counts as
+    the nearest inside.
 
     Args:
         max_unique: at most so many different ids are expected; row gradients, their memory and
             their update shrink with it. Count them on the host before: a program cannot raise.
-            Where there are more after all, row gradients hold NaN: none is dropped in silence.
+            Where there are more after all, every gradient that needs the plan holds a NaN: nothing
+            is dropped in silence.
             None: as many as there are ids or rows, which is always enough.
 
     Raises:
@@ -71,7 +73,7 @@ def row_plan(ids: jax.Array, *, num_rows: int, max_unique: int | None = None) ->
         raise ValueError(f"max_unique is {max_unique}; expected at least 1.")
     enough = min(ids.size, num_rows)
     bound = min(enough, max_unique or enough)
-    flat = ids.reshape(-1)
+    flat = jnp.clip(ids.reshape(-1), 0, num_rows - 1)
     by_id = jnp.argsort(flat, stable=True)
     sorted_ids = flat[by_id]
     starts = jnp.concatenate([jnp.ones(1, bool), sorted_ids[1:] != sorted_ids[:-1]])

@@ -47,8 +47,9 @@ def update_rows(
             TPUs, use XLA.
 
     Raises:
-        ValueError: the implementation cannot run here.
+        ValueError: shapes or dtypes do not fit, or the implementation cannot run here.
     """
+    _check(optimizer, table, state, unique_U, row_grads)
     chosen = choose(implementation, dim=width(table), dtype=table.dtype).name
     total = jnp.float32(0)
     if "log_decay" in state:
@@ -67,6 +68,25 @@ def update_rows(
         update = mosaic_gpu_update.updater(interpret=is_simulated(chosen))
     table, arrays = update(optimizer, table, arrays, *step_of)
     return table, arrays | scalars
+
+
+def _check(optimizer: RowOptimizer, table, state: State, unique_U, row_grads) -> None:
+    if table.dtype not in (jnp.bfloat16, jnp.float32, jnp.uint32) or table.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"table is {table.dtype} {table.shape}; expected bfloat16, float32 or packed, [V, D], "
+            "[E, V, D] or [L, E, V, D]."
+        )
+    if unique_U.ndim != 1 or unique_U.dtype != jnp.int32:
+        raise ValueError(f"unique_U is {unique_U.dtype} {unique_U.shape}; expected int32 [U].")
+    expected = (*table.shape[:-2], unique_U.size, width(table))
+    if row_grads.shape != expected or row_grads.dtype != jnp.float32:
+        raise ValueError(
+            f"row_grads is {row_grads.dtype} {row_grads.shape}; expected float32 {expected}."
+        )
+    fits = jax.tree.map(lambda x: (x.shape, x.dtype), dict(state))
+    wanted = jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(optimizer.init, table))
+    if fits != wanted:
+        raise ValueError(f"state is {fits}; expected that of optimizer.init(table): {wanted}.")
 
 
 def dense_gradient(row_grads: jax.Array, unique_U: jax.Array, *, num_rows: int) -> jax.Array:
@@ -90,7 +110,8 @@ def _update_touched(optimizer, table, arrays, unique_U, row_grads, now, grad_sca
     """In plain XLA; layers of a stack in turn: temporaries are those of one layer's rows."""
     # Places without a row, and all where nothing is applied, get distinct rows outside the table.
     outside = table.shape[-2] + jnp.arange(unique_U.size, dtype=jnp.int32)
-    target_U = jnp.where(apply & (unique_U < table.shape[-2]), unique_U, outside)
+    inside = (unique_U >= 0) & (unique_U < table.shape[-2])
+    target_U = jnp.where(apply & inside, unique_U, outside)
 
     def layer(index, carry):
         table, arrays = carry
