@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import kernel_oracle
 import numpy as np
-from jtok_kernels import jtok, jtok_m, pack_rows, row_plan
+from jtok_kernels import jtok, jtok_m, pack_rows, reference, row_plan
 from jtok_kernels.choose import FIRST_JAX
 from kernel_oracle import Inputs
 
@@ -87,6 +87,27 @@ def run(operation, x: Inputs, dtype, norm, eps, implementation, *, packed=False,
     np.testing.assert_array_equal(d_h, g)
     rows = rows[None] if operation == "jtok" else rows
     return out, d_delta, rows, d_weights, d_scale, plan.unique_U
+
+
+def run_reference(operation, x: Inputs, dtype, norm, eps):
+    """As `run`, by JAX's own derivatives of reference.py on gathered rows."""
+    cast = lambda array: jnp.asarray(array, dtype)
+    ids, choice, tables = jnp.int32(x.ids), jnp.int32(x.choice), cast(x.tables)
+    form = {"norm": norm, "eps": eps, "depth_scale": None if operation == "jtok" else DEPTH_SCALE}
+
+    def f(delta, tables, weights, scale):
+        if operation == "jtok":
+            e = tables[0, ids]
+        else:
+            e = reference.mix(tables[choice, ids[:, None]], weights)
+        return reference.norm_add(cast(x.h), delta, e, scale, **form)
+
+    # The tables are differentiated in float32, as the sums of every implementation are.
+    arguments = tables.astype(jnp.float32), jnp.float32(x.weights), jnp.float32(x.scale)
+    out, pull = jax.vjp(f, cast(x.delta), *arguments)
+    d_delta, d_tables, d_weights, d_scale = pull(cast(x.g))
+    rows = d_tables[:1] if operation == "jtok" else d_tables
+    return out, d_delta, rows, d_weights, d_scale, jnp.arange(tables.shape[1])
 
 
 def close(got, want, what, tolerance, terms=0.0):
