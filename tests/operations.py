@@ -15,6 +15,7 @@ IMPLEMENTATIONS = ["xla", "mosaic_tpu:interpret"]
 IMPLEMENTATIONS += ["mosaic_gpu:interpret"] * KERNELS  # make test-latest has it
 if jax.default_backend() == "gpu":  # JAX_PLATFORMS=cuda pytest tests/test_modulate.py
     IMPLEMENTATIONS = ["xla", "mosaic_gpu"]
+GPU_KERNELS = next((name for name in IMPLEMENTATIONS if name.startswith("mosaic_gpu")), None)
 OPERATIONS = ["jtok", "jtok_m"]
 DEPTH_SCALE = 0.3
 # name: ids, rows V, width D, tables E, tables a token K

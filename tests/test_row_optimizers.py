@@ -21,7 +21,7 @@ from jtok_kernels import (
     update_rows,
 )
 from jtok_kernels.rounding import round_at_random, row_seeds
-from operations import IMPLEMENTATIONS
+from operations import GPU_KERNELS
 
 V, D, B1, B2, EPS, RATE = 23, 5, 0.9, 0.95, 1e-8, 0.01
 BETAS = {"b1": B1, "b2": B2, "eps": EPS}
@@ -269,14 +269,14 @@ def test_packed_tables_are_updated_to_the_same_bits(kind, shape):
         np.testing.assert_array_equal(plain_state[name], packed_state[name], err_msg=name)
 
 
-@pytest.mark.skipif("mosaic_gpu:interpret" not in IMPLEMENTATIONS, reason="needs JAX 0.11.1")
+@pytest.mark.skipif(GPU_KERNELS is None, reason="the GPU kernels need JAX 0.11.1")
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", SPARSE)
 def test_the_update_kernel_equals_xla(kind, dtype, weight_decay):
     """The second step is not applied; a table without gradient and places without id stay."""
     optimizer, shape, results = make(kind, weight_decay), (2, 3, V, 128), []
-    for implementation in ("xla", "mosaic_gpu:interpret"):
+    for implementation in ("xla", GPU_KERNELS):
         rng = np.random.default_rng(0)
         table = jnp.asarray(rng.standard_normal(shape), dtype)
         state = optimizer.init(table)
