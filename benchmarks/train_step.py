@@ -24,9 +24,18 @@ import numpy as np
 import optax
 from plain_step import Plain, init_state, make_step
 
-from jtok_jax.config import Config, DataConfig, JtokConfig, ModelConfig, ScheduleConfig, TrainConfig
+from jtok_jax.config import (
+    Config,
+    DataConfig,
+    JtokConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TableOptimizerConfig,
+    TrainConfig,
+)
 from jtok_jax.config_dict import from_config_dict
-from jtok_jax.data.loader import make_batch, open_source
+from jtok_jax.data.loader import check_unique, make_batch, open_source
 from jtok_jax.mesh import make_mesh, put_batch
 from jtok_jax.training import state as training_state
 from jtok_jax.training.optimizer import make_optimizer
@@ -55,17 +64,26 @@ class Arm:
 
 def make_config(arguments, kind: str, dtype: str) -> Config:
     """Of a file in configs/ with other tables, or at the shapes of the quickstart."""
-    train = TrainConfig(batch_size=arguments.batch, seq_len=arguments.seq_len)
+    train = TrainConfig(
+        batch_size=arguments.batch,
+        seq_len=arguments.seq_len,
+        max_unique_ids=arguments.max_unique_ids,
+    )
+    tables = TableOptimizerConfig(kind=arguments.tables_optimizer)
     if arguments.config:
         given = from_config_dict(runpy.run_path(arguments.config)["get_config"]())
         jtok = dataclasses.replace(given.model.jtok, kind=kind, table_dtype=arguments.table_dtype)
         model = dataclasses.replace(given.model, compute_dtype=dtype, jtok=jtok)
         source = DataConfig(source="synthetic")
-        return dataclasses.replace(given, model=model, train=train, data=source)
+        optimizer = dataclasses.replace(given.optimizer, tables=tables)
+        return dataclasses.replace(
+            given, model=model, train=train, data=source, optimizer=optimizer
+        )
     return Config(
         model=ModelConfig(
             compute_dtype=dtype, jtok=JtokConfig(kind=kind, table_dtype=arguments.table_dtype)
         ),
+        optimizer=OptimizerConfig(tables=tables),
         schedule=ScheduleConfig(kind="constant", warmup_fraction=0.0),
         train=train,
         data=DataConfig(source="synthetic"),
@@ -145,15 +163,21 @@ def percentiles(ratios: np.ndarray) -> str:
     return f"{middle:5.3f} ({low:5.3f}-{high:5.3f})"
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--config", help="file in configs/; without the hand-written step then")
     parser.add_argument("--table_dtype", default="float32")
+    parser.add_argument("--tables_optimizer", default="lazy_adam", help="optimizer.tables.kind")
+    parser.add_argument("--max_unique_ids", type=int, default=0, help="train.max_unique_ids")
     parser.add_argument("--compute_dtype", help="default: float32 on a CPU, else bfloat16")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
     if jax.device_count() != 1:
         raise SystemExit("This compares steps on one device; hide the others.")
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -175,6 +199,7 @@ def main() -> None:
     batches = []
     for step in range(1, BATCHES + 1):
         batch = make_batch(source.sequences(step))
+        check_unique(batch.unique_ids, configs["jtok"], step)
         batches.append((put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)))
     if not arguments.config:
         check_equal(dense, mesh, batches[:3])
