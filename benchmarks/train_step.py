@@ -169,6 +169,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--config", help="file in configs/; without the hand-written step then")
+    kinds = {"type": lambda text: text.split(","), "default": [*KINDS]}
+    parser.add_argument("--kinds", **kinds, help="of dense,jtok,jtok_m; all are held at once")
     parser.add_argument("--table_dtype", default="float32")
     parser.add_argument("--tables_optimizer", default="lazy_adam", help="optimizer.tables.kind")
     parser.add_argument("--max_unique_ids", type=int, default=0, help="train.max_unique_ids")
@@ -182,8 +184,8 @@ def main() -> None:
         raise SystemExit("This compares steps on one device; hide the others.")
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = arguments.compute_dtype or default
-    configs = {arm: make_config(arguments, kind, dtype) for arm, kind in KINDS.items()}
-    dense = configs["dense"]
+    configs = {arm: make_config(arguments, KINDS[arm], dtype) for arm in arguments.kinds}
+    dense = make_config(arguments, "none", dtype)
     model = dense.model
 
     print("command ", shlex.join(["python", *sys.argv]))
@@ -199,13 +201,15 @@ def main() -> None:
     batches = []
     for step in range(1, BATCHES + 1):
         batch = make_batch(source.sequences(step))
-        check_unique(batch.unique_ids, configs["jtok"], step)
+        for config in configs.values():
+            check_unique(batch.unique_ids, config, step)
         batches.append((put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)))
-    if not arguments.config:
+    with_plain = "dense" in arguments.kinds and not arguments.config
+    if with_plain:
         check_equal(dense, mesh, batches[:3])
 
     arms = {name: our_arm(config, mesh, batches[0]) for name, config in configs.items()}
-    if not arguments.config:
+    if with_plain:
         arms = {"plain": plain_arm(dense, arms["dense"].state.params, batches[0])} | arms
     for arm in arms.values():
         for batch in batches[:2]:
@@ -224,7 +228,7 @@ def main() -> None:
     seconds = {name: np.array(arm.seconds) for name, arm in arms.items()}
     for name, arm in arms.items():
         to_plain = percentiles(seconds[name] / seconds.get("plain", np.nan))
-        to_dense = percentiles(seconds[name] / seconds["dense"])
+        to_dense = percentiles(seconds[name] / seconds.get("dense", np.nan))
         milliseconds = 1e3 * np.median(seconds[name])
         print(f"{name:8}{milliseconds:10.1f}  {to_plain:21}{to_dense:21}{arm.temp_mib:8.1f}")
     print(f"target: dense / plain at most {TARGET:.2f}")

@@ -28,6 +28,7 @@ from jtok_jax.errors import (
 )
 from jtok_jax.evaluate import main as evaluate_main
 from jtok_jax.generate import main as generate_main
+from jtok_jax.training import checkpoint
 from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.guards import WorkdirLock
 
@@ -325,3 +326,15 @@ def test_tensorboard_without_its_package_is_refused_and_nothing_lost(config, wor
     with pytest.raises(ConfigError, match="tensorboardX is not installed"):
         train(changed(config, longer), workdir)
     assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_tools_take_the_implementation_of_the_run_where_it_can_run(workdir):
+    """Kernels a run asked for elsewhere do not keep its checkpoint from being read here."""
+    asked = lambda name: dataclasses.replace(
+        saved, model=dataclasses.replace(
+            saved.model, jtok=dataclasses.replace(saved.model.jtok, implementation=name)
+        ),
+    )  # fmt: skip
+    saved = load_params(workdir).config
+    of = lambda name: checkpoint._anywhere(asked(name)).model.jtok.implementation
+    assert [of("xla"), of("auto"), of("mosaic_gpu")] == ["xla", "auto", "auto"]

@@ -22,6 +22,7 @@ import jtok_jax
 from jtok_jax.config import Config
 from jtok_jax.config_dict import flatten, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from jtok_jax.model.jtok import operations
 from jtok_jax.model.params import to_logical, to_stored
 from jtok_jax.training.state import TrainState, non_finite
 
@@ -181,7 +182,12 @@ def load_params(workdir: pathlib.Path) -> Saved:
 
 
 def _anywhere(config: Config) -> Config:
-    """A run's configuration for a machine that may lack the kernels it asked for."""
+    """A run's configuration, but for kernels it asked for that cannot run here."""
+    try:
+        operations(config.model)
+        return config
+    except ConfigError:
+        pass
     jtok = dataclasses.replace(config.model.jtok, implementation="auto")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, jtok=jtok))
 

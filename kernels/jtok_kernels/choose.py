@@ -99,7 +99,7 @@ def _obstacle(name: str, tables: _Tables) -> str | None:
             return f"D is {dim}; the GPU kernels take multiples of 128 up to {mosaic_gpu.MAX_DIM}"
         if num_tables * dim * 4 > mosaic_gpu.SHARED:
             return f"{num_tables} sums of {dim} entries exceed a processor's shared memory"
-        if top_k * dim > mosaic_gpu.MAX_MIXED:
+        if (top_k + 5) * dim > mosaic_gpu.MAX_HELD:
             return f"{top_k} rows of {dim} entries a token exceed the registers of a block"
     if name == "mosaic_tpu":
         if dtype == jnp.bfloat16:

@@ -52,7 +52,7 @@ def jtok(
         delta: increment of the feed-forward, like `h`.
         table: [V, D], or [L, V, D] with `layer`; bfloat16 or float32, or packed by `pack_rows`.
             Never sliced nor copied.
-        ids: int32 [T], each in [0, V). Not checked: an id outside reads some row of the table,
+        ids: int32 [T], each in [0, V). Not checked: an id outside counts as the nearest inside,
             or gives NaN where `jax_debug_nans` is on.
         scale: float32 [D].
         eps: added to the norm.
@@ -69,7 +69,8 @@ def jtok(
     static = _static(
         Form(None, norm, eps), h, delta, table, ids, scale, row_grads, plan, implementation
     )
-    out = _jtok(static, h, delta, table, row_grads, scale, _at(layer), ids, plan)
+    at, inside = _at(layer, table), _clipped(ids, table.shape[-2])
+    out = _jtok(static, *_varying_alike(h, delta, table, row_grads, scale, at, inside, plan))
     return _nan_where_outside(out, ids, table.shape[-2])
 
 
@@ -106,8 +107,10 @@ def jtok_m(
     static = _static(
         form, h, delta, tables, ids, scale, row_grads, plan, implementation, top_k=top_k
     )
-    arguments = _at(layer), ids, choice, plan
-    out = _jtok_m(static, h, delta, tables, row_grads, weights, scale, *arguments)
+    at, inside = _at(layer, tables), _clipped(ids, tables.shape[-2])
+    choice = _clipped(choice, tables.shape[-3])
+    arguments = h, delta, tables, row_grads, weights, scale, at, inside, choice, plan
+    out = _jtok_m(static, *_varying_alike(*arguments))
     return _nan_where_outside(out, ids, tables.shape[-2])
 
 
@@ -138,7 +141,10 @@ def mix_rows(
     _check_rows(tables, ids, row_grads, plan, several=choice is not None)
     name = _implementation(implementation, tables, top_k)
     static = _Static(Form(None, "l2", 0.0), name, row_grads is None)
-    out = _mix_rows(static, tables, row_grads, weights, _at(layer), ids, choice, plan)
+    at, inside = _at(layer, tables), _clipped(ids, tables.shape[-2])
+    choice = None if choice is None else _clipped(choice, tables.shape[-3])
+    arguments = tables, row_grads, weights, at, inside, choice, plan
+    out = _mix_rows(static, *_varying_alike(*arguments))
     return _nan_where_outside(out, ids, tables.shape[-2])
 
 
@@ -277,8 +283,25 @@ def _implementation(asked: str | None, table, top_k: int | None) -> str:
     return choose(asked, dim=width(table), dtype=table.dtype, **several).name
 
 
-def _at(layer) -> tuple[jax.Array, ...]:
-    return () if layer is None else (jnp.asarray(layer, jnp.int32),)
+def _at(layer, table) -> tuple[jax.Array, ...]:
+    return () if layer is None else (_clipped(jnp.asarray(layer, jnp.int32), table.shape[0]),)
+
+
+def _clipped(index: jax.Array, size: int) -> jax.Array:
+    """A kernel that read outside an array would halt the chip, or read what is not ours."""
+    return jnp.clip(index, 0, size - 1)
+
+
+def _varying_alike(*arguments):
+    """In shard_map: all arguments vary over the mesh axes over which any of them does.
+
+    A derivative of our own must have the type of its input; that of the cast sums over devices.
+    """
+    varying = lambda x: jax.typeof(x).manual_axis_type.varying
+    axes = frozenset().union(*map(varying, jax.tree.leaves(arguments)))
+    missing = lambda x: tuple(sorted(axes - varying(x)))
+    cast = lambda x: jax.lax.pcast(x, missing(x), to="varying") if missing(x) else x
+    return jax.tree.map(cast, arguments)
 
 
 def _check_stack(name: str, table, axes: str, layer) -> None:

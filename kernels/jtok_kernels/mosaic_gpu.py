@@ -33,7 +33,7 @@ from jtok_kernels.xla import as_choice
 
 THREADS = 128
 MAX_DIM = 4096  # wider rows no longer fit the registers of a block
-MAX_MIXED = 8 * 2048  # entries of the K rows of a token, held at once
+MAX_HELD = 7 * 4096  # entries of the K rows of a token and five more vectors, held at once
 SHARED = 224 << 10  # bytes of shared memory a block may take for its sums
 BLOCKS = 1056  # of a backward pass: 8 for each of 132 processors; fixed, so that bits are
 
@@ -50,7 +50,7 @@ class MosaicGpu(NamedTuple):
         def body(layer, ids, h, delta, table, scale, out):
             load = self.loader(h_TD, table)
             t = lax.axis_index("t")
-            e = load(table.at[layer[0], _inside(ids[t], table.shape[1])])
+            e = load(table.at[layer[0], ids[t]])
             inverse = _inverse_norm(_sum(e * e), form, dim)[0]
             gate = 1.0 + load(scale) * (e * inverse)
             out[t] = load(h.at[t], cast=False) + (load(delta.at[t]) * gate).astype(out.dtype)
@@ -336,11 +336,7 @@ def _total(load, partial, split_slot, r):
 
 def _filled(unique, u, num_rows: int):
     """Entry u of `unique_U`; where it holds no id the first one, a row that this batch uses."""
-    return _inside(jnp.where(unique[u] < num_rows, unique[u], unique[0]), num_rows)
-
-
-def _inside(row, num_rows: int):
-    return jnp.clip(row, 0, num_rows - 1)
+    return jnp.where(unique[u] < num_rows, unique[u], unique[0])
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -362,6 +358,5 @@ def _pull(a, e, inverse, inverse_n, form: Form, dim: int):
 
 def _mixture(load, tables, row, choice, weights, t):
     """(sum_k w_k e_k, the rows e_k) of token t."""
-    row = _inside(row, tables.shape[1])
     each = [load(tables.at[choice[t, k], row]) for k in range(choice.shape[1])]
     return sum(weights[t, k] * e for k, e in enumerate(each)), each

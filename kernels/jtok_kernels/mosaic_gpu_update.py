@@ -45,7 +45,7 @@ def _update(gpu: MosaicGpu, optimizer, table, arrays, unique_U, row_grads, now: 
             number, u = lax.div(i, num_unique), lax.rem(i, num_unique)
             row = unique[u]
 
-            @pl.when((row >= 0) & (row < num_rows))
+            @pl.when(row < num_rows)
             def _row():
                 g = load(grads.at[number, u])
 

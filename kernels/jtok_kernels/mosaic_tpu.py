@@ -108,7 +108,6 @@ class MosaicTpu(NamedTuple):
         blocks = -(-count // BLOCK)
         padded = lambda x: jnp.pad(x, ((0, blocks * BLOCK - count), (0, 0)))
         by_block = lambda x: padded(x).reshape(blocks, 1, -1)
-        ids_T = jnp.clip(ids_T, 0, stack.shape[-2] - 1)  # a copy from outside would halt the chip
         ids, choice = by_block(ids_T[:, None]), by_block(choice_TK)
 
         here, ahead = lambda b, *_: b, lambda b, *_: jnp.minimum(b + 1, blocks - 1)

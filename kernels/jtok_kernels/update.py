@@ -36,7 +36,8 @@ def update_rows(
     Args:
         table: [V, D], [E, V, D] or [L, E, V, D]; bfloat16, float32 or packed by `pack_rows`.
         state: of `optimizer.init(table)`.
-        unique_U: int32, ids of the rows, each once, ascending; V or more where there is none.
+        unique_U: int32 [U], ids of the rows, each once, ascending, none negative; V or more where
+            there is none. As `row_plan` makes it; not checked.
         row_grads: float32 [..., U, D], leading axes as the table's.
         step: int32, number of this update, from 1.
         grad_scale: float32, multiplies every gradient, as clipping does.
@@ -110,8 +111,7 @@ def _update_touched(optimizer, table, arrays, unique_U, row_grads, now, grad_sca
     """In plain XLA; layers of a stack in turn: temporaries are those of one layer's rows."""
     # Places without a row, and all where nothing is applied, get distinct rows outside the table.
     outside = table.shape[-2] + jnp.arange(unique_U.size, dtype=jnp.int32)
-    inside = (unique_U >= 0) & (unique_U < table.shape[-2])
-    target_U = jnp.where(apply & inside, unique_U, outside)
+    target_U = jnp.where(apply & (unique_U < table.shape[-2]), unique_U, outside)
 
     def layer(index, carry):
         table, arrays = carry
