@@ -52,7 +52,18 @@ def expected(operation: str, x: Inputs, norm: str, eps: float):
     return forward, getattr(kernel_oracle, f"{operation}_grads")(x, **form)
 
 
-def run(operation, x: Inputs, dtype, norm, eps, implementation, *, packed=False, max_unique=None):
+def run(
+    operation,
+    x: Inputs,
+    dtype,
+    norm,
+    eps,
+    implementation,
+    *,
+    packed=False,
+    max_unique=None,
+    rank=None,
+):
     """(out, gradients of delta, row gradients [E, U, D], of weights, of scale, unique ids)."""
     cast = lambda array: jnp.asarray(array, dtype)
     h, delta, g = cast(x.h), cast(x.delta), cast(x.g)
@@ -62,7 +73,8 @@ def run(operation, x: Inputs, dtype, norm, eps, implementation, *, packed=False,
     if packed or (implementation.startswith("mosaic_tpu") and dtype == "bfloat16"):
         stack = pack_rows(stack)
     ids, choice = jnp.int32(x.ids), jnp.int32(x.choice)
-    plan = row_plan(ids, num_rows=x.tables.shape[1], max_unique=max_unique)
+    rank = None if rank is None else jnp.int32(rank)
+    plan = row_plan(ids, num_rows=x.tables.shape[1], max_unique=max_unique, rank=rank)
     size, dim = plan.unique_U.size, h.shape[1]
     options = {"norm": norm, "eps": eps, "layer": 1, "plan": plan}
     options["implementation"] = implementation

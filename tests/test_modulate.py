@@ -99,6 +99,11 @@ def test_hand_written_derivatives_equal_differences(operation):
         np.testing.assert_allclose(np.sum(getattr(grads, name) * direction), difference, rtol=1e-6)
 
 
+def shuffled(x: Inputs, shuffle: np.ndarray) -> Inputs:
+    whole = ("tables", "scale")
+    return Inputs(*(v if name in whole else v[shuffle] for name, v in x._asdict().items()))
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_row_gradients_repeat_bit_for_bit(implementation, operation):
@@ -109,13 +114,8 @@ def test_row_gradients_repeat_bit_for_bit(implementation, operation):
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     # Sorting by random keys per id moves runs against each other and keeps the order within.
-    rng = np.random.default_rng(3)
-    key = rng.random(x.tables.shape[1])[x.ids]
-    shuffle = np.argsort(key, kind="stable")
-    moved = Inputs(*(
-        value if name in ("tables", "scale") else value[shuffle]
-        for name, value in x._asdict().items()
-    ))  # fmt: skip
+    key = np.random.default_rng(3).random(x.tables.shape[1])[x.ids]
+    moved = shuffled(x, np.argsort(key, kind="stable"))
     assert not np.array_equal(moved.ids, x.ids)
     other = run(operation, moved, "float32", "l2", 1e-6, implementation)
     np.testing.assert_array_equal(first[2], other[2])
@@ -123,32 +123,20 @@ def test_row_gradients_repeat_bit_for_bit(implementation, operation):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_sums_without_rounding_do_not_depend_on_the_order_of_equal_ids(
-    implementation, operation, monkeypatch
-):
-    """Tokens of one id change places among themselves; with whole numbers every sum is exact.
-
-    With others the order of a sum shows in its last bits, as README says.
-    """
-    monkeypatch.setattr("operations.DEPTH_SCALE", 0.25)
-    x = inputs("primes")
-    whole = lambda value: np.round(4 * value)
-    tables = np.zeros(x.tables.shape)
-    tables[..., 0] = 2.0  # rows and mixtures of norm 2: what divides by it is exact
-    x = x._replace(delta=whole(x.delta), g=whole(x.g), tables=tables, scale=np.ones(x.scale.shape))
-    x = x._replace(weights=np.full(x.weights.shape, 0.5))
-    shuffle = np.arange(x.ids.size)
-    rng = np.random.default_rng(4)
+def test_with_ranks_any_shuffle_gives_the_bits_of_row_gradients(implementation, operation):
+    """Ordinary floats, tokens of equal ids among each other; without ranks their order shows."""
+    x, rng = inputs("primes"), np.random.default_rng(4)
+    ranks = rng.permutation(x.ids.size)
+    among_equals = np.arange(x.ids.size)
     for token in np.unique(x.ids):
         places = np.flatnonzero(x.ids == token)
-        shuffle[places] = rng.permutation(places)
-    assert np.any(shuffle != np.arange(x.ids.size))
-    moved = x._replace(
-        delta=x.delta[shuffle], g=x.g[shuffle], choice=x.choice[shuffle], weights=x.weights[shuffle]
-    )
-    first, other = (run(operation, y, "float32", "l2", 0.0, implementation)[2] for y in (x, moved))
-    np.testing.assert_array_equal(first, other)
-    assert np.any(np.asarray(first) != 0)
+        among_equals[places] = rng.permutation(places)
+    rows = lambda x, rank: run(operation, x, "float32", "l2", 1e-6, implementation, rank=rank)[2]
+    first = rows(x, ranks)
+    for shuffle in (among_equals, rng.permutation(x.ids.size)):
+        moved = shuffled(x, shuffle)
+        np.testing.assert_array_equal(first, rows(moved, ranks[shuffle]))
+    assert np.any(rows(x, None) != rows(shuffled(x, among_equals), None))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

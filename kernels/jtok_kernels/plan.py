@@ -17,8 +17,9 @@ class Order(NamedTuple):
     """Tokens of one microbatch sorted by id; all int32, with a leading [N] for several.
 
     Tokens of one unique id are a run; a run is cut into pieces of at most `PIECE` tokens, so that
-    one frequent id does not become one long sum. Within a run tokens keep their order: a sum over
-    its pieces in turn depends on the tokens of its id alone, not on where they stand in the batch.
+    one frequent id does not become one long sum. Within a run tokens go by rank, else they keep
+    their order: a sum over its pieces in turn depends on the tokens of its id alone, not on where
+    they stand in the batch.
     Every run has a piece, if only an empty one. Runs of several pieces are split: each piece of
     theirs has a slot for its partial sum.
     """
@@ -31,6 +32,7 @@ class Order(NamedTuple):
     piece_slot: jax.Array  # [S], slot of a piece of a split run, else -1
     split_run: jax.Array  # [R], index in `unique_U` of every split run; U fills what is left
     split_slot: jax.Array  # [R + 1], first slot of every split run, and the end
+    rank: jax.Array | None  # [T], of the tokens as they stand; None: they keep their order
 
 
 class RowPlan(NamedTuple):
@@ -51,7 +53,13 @@ def num_split(num_tokens: int) -> tuple[int, int]:
     return max(1, num_tokens // (PIECE + 1)), max(1, 2 * num_tokens // PIECE)
 
 
-def row_plan(ids: jax.Array, *, num_rows: int, max_unique: int | None = None) -> RowPlan:
+def row_plan(
+    ids: jax.Array,
+    *,
+    num_rows: int,
+    max_unique: int | None = None,
+    rank: jax.Array | None = None,
+) -> RowPlan:
     """The plan of `ids`, int32 [T], or [N, T] for N microbatches with one set of unique ids.
 
     Every id must be in [0, num_rows); ids are checked on the host, not here. One outside counts as
@@ -63,18 +71,25 @@ def row_plan(ids: jax.Array, *, num_rows: int, max_unique: int | None = None) ->
             Where there are more after all, every gradient that needs the plan holds a NaN: nothing
             is dropped in silence.
             None: as many as there are ids or rows, which is always enough.
+        rank: int32 like `ids`; tokens of one id are summed by rank. Row gradients then have the
+            same bits however the tokens are shuffled, provided that ranks go with them and differ
+            within an id. On TPUs and in plain XLA this costs a copy of the values summed.
+            None: tokens of one id are summed in the order in which they stand.
 
     Raises:
-        ValueError: `ids` has another shape or dtype, there are none, or `max_unique` is below 1.
+        ValueError: `ids` or `rank` has another shape or dtype, there are no ids, or `max_unique`
+            is below 1.
     """
     if ids.ndim not in (1, 2) or ids.dtype != jnp.int32 or not ids.size:
         raise ValueError(f"ids are {ids.dtype} {ids.shape}; expected int32 [T] or [N, T], T >= 1.")
     if max_unique is not None and max_unique < 1:
         raise ValueError(f"max_unique is {max_unique}; expected at least 1.")
+    if rank is not None and (rank.shape, rank.dtype) != (ids.shape, ids.dtype):
+        raise ValueError(f"rank is {rank.dtype} {rank.shape}; expected int32 {ids.shape}.")
     enough = min(ids.size, num_rows)
     bound = min(enough, max_unique or enough)
     flat = jnp.clip(ids.reshape(-1), 0, num_rows - 1)
-    by_id = jnp.argsort(flat, stable=True)
+    by_id = _sorted_tokens(flat, None if rank is None else rank.reshape(-1))
     sorted_ids = flat[by_id]
     starts = jnp.concatenate([jnp.ones(1, bool), sorted_ids[1:] != sorted_ids[:-1]])
     run = jnp.cumsum(starts, dtype=jnp.int32) - 1
@@ -82,18 +97,21 @@ def row_plan(ids: jax.Array, *, num_rows: int, max_unique: int | None = None) ->
     overflow = None if bound == enough else run[-1] >= bound
     run = jnp.minimum(run, bound - 1)
     place = jnp.zeros_like(flat).at[by_id].set(run).reshape(ids.shape)
-    by_id = by_id.astype(jnp.int32)
     if ids.ndim == 1:
-        return RowPlan(unique_U, _order(place, by_id, bound), overflow)
-    if ids.shape[0] == 1:
-        token = by_id[None]
-    else:  # the order of the whole says nothing of the order within a microbatch
-        token = jnp.argsort(place, axis=-1, stable=True).astype(jnp.int32)
-    order = jax.vmap(lambda *args: _order(*args, bound))(place, token)
+        return RowPlan(unique_U, _order(place, by_id, rank, bound), overflow)
+    # The order of the whole says nothing of the order within one of several microbatches.
+    token = by_id[None] if ids.shape[0] == 1 else jax.vmap(_sorted_tokens)(place, rank)
+    order = jax.vmap(lambda *args: _order(*args, bound))(place, token, rank)
     return RowPlan(unique_U, order, overflow)
 
 
-def _order(place_T: jax.Array, token: jax.Array, bound: int) -> Order:
+def _sorted_tokens(keys_T: jax.Array, rank_T: jax.Array | None) -> jax.Array:
+    """The tokens by key, then by rank, then as they stand; int32."""
+    keys = (keys_T,) if rank_T is None else (rank_T, keys_T)
+    return jnp.lexsort(keys).astype(jnp.int32)
+
+
+def _order(place_T: jax.Array, token: jax.Array, rank: jax.Array | None, bound: int) -> Order:
     int32 = lambda x: x.astype(jnp.int32)
     run_start = int32(jnp.searchsorted(place_T[token], jnp.arange(bound + 1)))
     pieces_U = jnp.maximum(1, -(-jnp.diff(run_start) // PIECE))
@@ -113,7 +131,7 @@ def _order(place_T: jax.Array, token: jax.Array, bound: int) -> Order:
     split_run = jnp.full(num_runs, bound, jnp.int32).at[target].set(jnp.arange(bound), mode="drop")
     split_slot = run_slot[jnp.concatenate([split_run, jnp.full(1, bound, jnp.int32)])]
     start = jnp.where(holds, start, 0)
-    return Order(place_T, token, piece_run, start, size, slot, split_run, split_slot)
+    return Order(place_T, token, piece_run, start, size, slot, split_run, split_slot, rank)
 
 
 def _starts(counts: jax.Array) -> jax.Array:

@@ -97,7 +97,11 @@ def sum_by_row(values_TD: jax.Array, order: Order, num_unique: int) -> jax.Array
     are sorted and summed as a segmented scan, a tree that depends on positions alone.
     """
     zeros = jnp.zeros((num_unique, values_TD.shape[-1]), jnp.float32)
-    add = lambda values: zeros.at[order.place].add(values)
+
+    def add(values):
+        place, values = _by_rank(order, order.place, values)
+        return zeros.at[place].add(values)
+
     scan = lambda values: _segmented_scan(values, order, zeros)
     return jax.lax.platform_dependent(values_TD, cuda=scan, rocm=scan, default=add)
 
@@ -116,6 +120,11 @@ def _segmented_scan(values_TD, order: Order, zeros_UD) -> jax.Array:
     return zeros_UD.at[end].set(sums_TD, mode="drop", unique_indices=False)
 
 
+def _by_rank(order: Order, *arrays: jax.Array):
+    """Arrays of tokens, sorted where tokens have ranks to be added by."""
+    return arrays if order.rank is None else tuple(array[order.token] for array in arrays)
+
+
 def _rows(tables, at: Index, ids_T, choice_TK) -> jax.Array:
     return as_float(tables[(*at, choice_TK, ids_T[:, None])])
 
@@ -126,8 +135,10 @@ def mixed_row_gradients(d_e_TD, choice_TK, weights_TK, plan: RowPlan, num_tables
 
     def add(d_e_TD):
         zeros = jnp.zeros((num_tables, num_unique, dim), jnp.float32)
-        values_TKD = weights_TK[..., None] * d_e_TD[:, None]
-        return zeros.at[choice_TK, plan.order.place[:, None]].add(values_TKD)
+        tokens = plan.order.place, choice_TK, weights_TK, d_e_TD
+        place, choice, weights, d_e_TD = _by_rank(plan.order, *tokens)
+        values_TKD = weights[..., None] * d_e_TD[:, None]
+        return zeros.at[choice, place[:, None]].add(values_TKD)
 
     def scan(d_e_TD):
         zeros = jnp.zeros((num_unique, dim), jnp.float32)
