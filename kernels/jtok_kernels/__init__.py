@@ -19,11 +19,11 @@ from jtok_kernels.row_optimizers import (
     rowwise_adagrad,
     rowwise_adam,
 )
-from jtok_kernels.update import dense_gradient, update_rows
+from jtok_kernels.update import Shard, dense_gradient, update_rows
 
 __all__ = [
     "jtok", "jtok_m", "mix_rows", "norm_add", "choose", "Choice", "IMPLEMENTATIONS",
     "row_plan", "RowPlan", "Order", "pack_rows", "unpack_rows", "as_float",
-    "update_rows", "RowOptimizer", "adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad",
+    "update_rows", "Shard", "RowOptimizer", "adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad",
     "dense_gradient",
 ]  # fmt: skip

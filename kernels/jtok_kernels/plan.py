@@ -59,6 +59,7 @@ def row_plan(
     num_rows: int,
     max_unique: int | None = None,
     rank: jax.Array | None = None,
+    also: jax.Array | None = None,
 ) -> RowPlan:
     """The plan of `ids`, int32 [T], or [N, T] for N microbatches with one set of unique ids.
 
@@ -75,6 +76,7 @@ def row_plan(
             same bits however the tokens are shuffled, provided that ranks go with them and differ
             within an id. On TPUs and in plain XLA this costs a copy of the values summed.
             None: tokens of one id are summed in the order in which they stand.
+        also: int32 of any shape: ids of other devices, which share the unique ids with `ids`.
 
     Raises:
         ValueError: `ids` or `rank` has another shape or dtype, there are no ids, or `max_unique`
@@ -86,21 +88,25 @@ def row_plan(
         raise ValueError(f"max_unique is {max_unique}; expected at least 1.")
     if rank is not None and (rank.shape, rank.dtype) != (ids.shape, ids.dtype):
         raise ValueError(f"rank is {rank.dtype} {rank.shape}; expected int32 {ids.shape}.")
-    enough = min(ids.size, num_rows)
+    flat = ids.reshape(-1) if also is None else jnp.concatenate([ids.reshape(-1), also.reshape(-1)])
+    enough = min(flat.size, num_rows)
     bound = min(enough, max_unique or enough)
-    flat = jnp.clip(ids.reshape(-1), 0, num_rows - 1)
-    by_id = _sorted_tokens(flat, None if rank is None else rank.reshape(-1))
+    flat = jnp.clip(flat, 0, num_rows - 1)
+    ranked = rank is not None and also is None  # the order of all is that of `ids`
+    by_id = _sorted_tokens(flat, rank.reshape(-1) if ranked else None)
     sorted_ids = flat[by_id]
     starts = jnp.concatenate([jnp.ones(1, bool), sorted_ids[1:] != sorted_ids[:-1]])
     run = jnp.cumsum(starts, dtype=jnp.int32) - 1
     unique_U = jnp.full(bound, num_rows, jnp.int32).at[run].set(sorted_ids, mode="drop")
     overflow = None if bound == enough else run[-1] >= bound
     run = jnp.minimum(run, bound - 1)
-    place = jnp.zeros_like(flat).at[by_id].set(run).reshape(ids.shape)
+    place = jnp.zeros_like(flat).at[by_id].set(run)[: ids.size].reshape(ids.shape)
     if ids.ndim == 1:
-        return RowPlan(unique_U, _order(place, by_id, rank, bound), overflow)
+        token = by_id if also is None else _sorted_tokens(place, rank)
+        return RowPlan(unique_U, _order(place, token, rank, bound), overflow)
     # The order of the whole says nothing of the order within one of several microbatches.
-    token = by_id[None] if ids.shape[0] == 1 else jax.vmap(_sorted_tokens)(place, rank)
+    whole = ids.shape[0] == 1 and also is None
+    token = by_id[None] if whole else jax.vmap(_sorted_tokens)(place, rank)
     order = jax.vmap(lambda *args: _order(*args, bound))(place, token, rank)
     return RowPlan(unique_U, order, overflow)
 

@@ -29,11 +29,16 @@ class Now(NamedTuple):
     log_decay: jax.Array  # float32 sum over all steps of log(1 - learning_rate * weight_decay)
 
 
+def mean_of_row(values: jax.Array) -> jax.Array:
+    """Over the entries of each row; another function where a row lies on several devices."""
+    return jnp.mean(values, axis=-1)
+
+
 class RowOptimizer(NamedTuple):
     """The interface; made by the functions below, applied by `update_rows`."""
 
     init: Callable[[jax.Array], State]  # table -> state
-    update: Callable[[jax.Array, State, jax.Array, Now], tuple[jax.Array, State]]  # some rows
+    update: Callable[..., tuple[jax.Array, State]]  # (rows, state, grads, now, mean) -> new ones
     weight_decay: float
     dense: bool  # every row is touched in every step
 
@@ -48,7 +53,7 @@ def adamw(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOptimi
     def init(table):
         return {"m": _per_entry(table), "v": _per_entry(table)}
 
-    def update(rows, state, grads, now):
+    def update(rows, state, grads, now, mean=mean_of_row):
         t = now.step.astype(jnp.float32)
         m = b1 * state["m"] + (1 - b1) * grads
         v = b2 * state["v"] + (1 - b2) * jnp.square(grads)
@@ -77,7 +82,7 @@ def lazy_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOp
         state = {"m": _per_entry(table), "v": _per_entry(table)}
         return state | _clock(table) | _decay(table, weight_decay)
 
-    def update(rows, state, grads, now):
+    def update(rows, state, grads, now, mean=mean_of_row):
         keep = _kept_since_touch(state, now, b1, b2)
         m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
         v, v_weight = _mean(state["v"], state["v_weight"], jnp.square(grads), b2, keep[1])
@@ -100,10 +105,10 @@ def rowwise_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> Ro
         state = {"m": _per_entry(table), "v": _per_row(table)}
         return state | _clock(table) | _decay(table, weight_decay)
 
-    def update(rows, state, grads, now):
+    def update(rows, state, grads, now, mean=mean_of_row):
         keep = _kept_since_touch(state, now, b1, b2)
         m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
-        square = jnp.mean(jnp.square(grads), axis=-1)
+        square = mean(jnp.square(grads))
         v, v_weight = _mean(state["v"], state["v_weight"], square, b2, keep[1])
         direction = m / _along(m_weight * (jnp.sqrt(v / v_weight) + eps))
         rows, decay = _decayed(rows, state, now)
@@ -123,8 +128,8 @@ def rowwise_adagrad(*, eps: float, weight_decay: float) -> RowOptimizer:
     def init(table):
         return {"sum": _per_row(table)} | _decay(table, weight_decay)
 
-    def update(rows, state, grads, now):
-        total = state["sum"] + jnp.mean(jnp.square(grads), axis=-1)
+    def update(rows, state, grads, now, mean=mean_of_row):
+        total = state["sum"] + mean(jnp.square(grads))
         direction = grads / _along(jnp.sqrt(total) + eps)
         rows, decay = _decayed(rows, state, now)
         return rows - now.learning_rate * direction, {"sum": total} | decay

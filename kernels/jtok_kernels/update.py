@@ -7,6 +7,10 @@ gradient, 2 D of the row and 8 D of the moments read and written, 24 D in all; o
 touched its gradient alone, 4 D.
 """
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +18,15 @@ from jtok_kernels import mosaic_gpu_update
 from jtok_kernels.choose import choose, is_simulated
 from jtok_kernels.packing import as_float, pack_rows, width
 from jtok_kernels.rounding import Seed, round_at_random, row_seeds
-from jtok_kernels.row_optimizers import Now, RowOptimizer, State
+from jtok_kernels.row_optimizers import Now, RowOptimizer, State, mean_of_row
+
+
+class Shard(NamedTuple):
+    """Inside `shard_map`: the mesh axes that split the tables, of which this device has a part."""
+
+    columns: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
 
 def update_rows(
@@ -29,6 +41,7 @@ def update_rows(
     grad_scale: jax.Array | float = 1.0,
     apply: jax.Array | bool = True,
     rounding_key: jax.Array | None = None,
+    shard: Shard | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, State]:
     """`table` and `state` after one step; in place where both are donated.
@@ -44,8 +57,10 @@ def update_rows(
         apply: False leaves everything as it was.
         rounding_key: rounds a bfloat16 table up or down at random, right on average; None rounds
             to the nearest, where a change below 1/512 of an entry is lost. float32: no effect.
-        implementation: one of `IMPLEMENTATIONS`; None chooses by platform. A dense optimizer, and
-            TPUs, use XLA.
+        shard: for a part of the tables, as everything above is then: ids count from its first row.
+            What is one number a row is the same on all devices that share its columns.
+        implementation: one of `IMPLEMENTATIONS`; None chooses by platform. A dense optimizer, a
+            shard, and TPUs, use XLA.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation cannot run here.
@@ -57,17 +72,20 @@ def update_rows(
         total = state["log_decay"] + jnp.log1p(-learning_rate * optimizer.weight_decay)
     now = Now(step, learning_rate, total)
     seed = None if rounding_key is None else jax.random.key_data(rounding_key).reshape(-1)[:2]
-    step_of = unique_U, row_grads, now, jnp.float32(grad_scale), apply, seed
+    step_of = unique_U, row_grads, now, jnp.float32(grad_scale), apply
+    rounding = _rounding(table, seed, shard or Shard())
     if optimizer.dense:
-        return _update_all(optimizer, table, state, *step_of)
+        return _update_all(optimizer, table, state, *step_of, rounding)
     scalars = {}
     if "log_decay" in state:
         scalars = {"log_decay": jnp.where(apply, total, state["log_decay"])}
     arrays = {name: value for name, value in state.items() if name not in scalars}
-    update = _update_touched
-    if chosen.startswith("mosaic_gpu"):
+    if chosen.startswith("mosaic_gpu") and shard is None:
         update = mosaic_gpu_update.updater(interpret=is_simulated(chosen))
-    table, arrays = update(optimizer, table, arrays, *step_of)
+        table, arrays = update(optimizer, table, arrays, *step_of, seed)
+    else:
+        columns = shard.columns if shard else ()
+        table, arrays = _update_touched(optimizer, table, arrays, *step_of, rounding, columns)
     return table, arrays | scalars
 
 
@@ -97,18 +115,39 @@ def dense_gradient(row_grads: jax.Array, unique_U: jax.Array, *, num_rows: int) 
     return jnp.zeros(shape, jnp.float32).at[..., unique_U, :].set(row_grads, mode="drop")
 
 
-def _update_all(optimizer, table, state, unique_U, row_grads, now, grad_scale, apply, seed):
+Rounding = Callable[..., jax.Array]  # (float32 rows, number of the table, ids) -> as stored
+
+
+def _update_all(
+    optimizer, table, state, unique_U, row_grads, now, grad_scale, apply, rounding: Rounding
+):
     grads = grad_scale * dense_gradient(row_grads, unique_U, num_rows=table.shape[-2])
     rows, new = optimizer.update(as_float(table), state, grads, now)
     number = jnp.arange(rows.size // rows.shape[-1] // rows.shape[-2])
     number = number.reshape(rows.shape[:-2])[..., None]
-    rows = _round(rows, table.dtype, seed, number, jnp.arange(rows.shape[-2]))
+    rows = rounding(rows, number, jnp.arange(rows.shape[-2]))
     keep = lambda new, old: jnp.where(apply, new, old)
     return keep(rows, table), jax.tree.map(keep, new, state)
 
 
-def _update_touched(optimizer, table, arrays, unique_U, row_grads, now, grad_scale, apply, seed):
+def _update_touched(
+    optimizer,
+    table,
+    arrays,
+    unique_U,
+    row_grads,
+    now,
+    grad_scale,
+    apply,
+    rounding: Rounding,
+    columns: tuple[str, ...],
+):
     """In plain XLA; layers of a stack in turn: temporaries are those of one layer's rows."""
+    mean = lambda values: mean_of_row(values)
+    anywhere = lambda used: used
+    if columns:
+        mean = lambda values: jax.lax.pmean(mean_of_row(values), columns)
+        anywhere = lambda used: jax.lax.pmax(used.astype(jnp.int32), columns) > 0
     # Places without a row, and all where nothing is applied, get distinct rows outside the table.
     outside = table.shape[-2] + jnp.arange(unique_U.size, dtype=jnp.int32)
     target_U = jnp.where(apply & (unique_U < table.shape[-2]), unique_U, outside)
@@ -123,9 +162,9 @@ def _update_touched(optimizer, table, arrays, unique_U, row_grads, now, grad_sca
             lead = (index,)
         grads = row_grads if table.ndim == 2 else row_grads[index]
         rows, old = jax.tree.map(lambda value: _get(value, lead, target_U), (table, arrays))
-        new_rows, new = optimizer.update(as_float(rows), old, grad_scale * grads, now)
-        new_rows = _round(new_rows, table.dtype, seed, number, target_U)
-        used = jnp.any(grads != 0, axis=-1)
+        new_rows, new = optimizer.update(as_float(rows), old, grad_scale * grads, now, mean)
+        new_rows = rounding(new_rows, number, target_U)
+        used = anywhere(jnp.any(grads != 0, axis=-1))
         table = _set(table, lead, target_U, used, rows, new_rows)
         arrays = {
             name: _set(value, lead, target_U, used, old[name], new[name])
@@ -148,11 +187,23 @@ def _set(array, lead, target_U, used, old, new):
     )
 
 
-def _round(rows, dtype: jnp.dtype, seed: Seed | None, number, ids):
-    """float32 rows to `dtype`; `number` of the table and `ids` say which rows they are."""
-    if dtype == jnp.uint32:
-        return pack_rows(_round(rows, jnp.bfloat16, seed, number, ids))
-    if dtype != jnp.bfloat16 or seed is None:
-        return rows.astype(dtype)
-    entries = jnp.arange(rows.shape[-1], dtype=jnp.uint32)
-    return round_at_random(rows, row_seeds(seed, number, ids)[..., None], entries)
+def _rounding(table, seed: Seed | None, shard: Shard) -> Rounding:
+    """float32 rows as the table holds them; at random alike however the tables are split."""
+    if table.dtype == jnp.float32:
+        return lambda rows, number, ids: rows
+    stored = pack_rows if table.dtype == jnp.uint32 else lambda rows: rows
+    if seed is None:
+        return lambda rows, number, ids: stored(rows.astype(jnp.bfloat16))
+    first = lambda axes, size: jax.lax.axis_index(axes) * size if axes else 0
+    here = table.shape[-3] if table.ndim > 2 else 1
+    first_row, first_table = first(shard.rows, table.shape[-2]), first(shard.experts, here)
+    everywhere = here * math.prod(jax.lax.axis_size(axis) for axis in shard.experts)
+    dim = width(table)
+    entries = jnp.arange(dim, dtype=jnp.uint32) + jnp.uint32(first(shard.columns, dim))
+
+    def at_random(rows, number, ids):
+        number = number // here * everywhere + first_table + number % here
+        row_seed = row_seeds(seed, number, first_row + ids)[..., None]
+        return stored(round_at_random(rows, row_seed, entries))
+
+    return at_random
