@@ -23,7 +23,7 @@ from jtok_jax.config import Config
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.data.loader import open_source, train_batches
 from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_error
-from jtok_jax.mesh import check_batch, make_mesh, put_batch
+from jtok_jax.mesh import check_batch, describe, make_mesh, put_batch
 from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import StallWatch, StopSignal, WorkdirLock
@@ -55,7 +55,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
         check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
         source = open_source(config)
         claim_workdir(workdir, config)
-        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {describe(config, mesh)}")
         print(parameter_table(config), flush=True)
 
         # ---------------------------------------------------------------- model and optimizer
@@ -66,7 +66,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
             donate_argnums=0,
             out_shardings=(shardings, None),
         )
-        eval_step = jax.jit(make_eval_step(config.model, mesh))
+        eval_step = jax.jit(make_eval_step(config, mesh))
 
         # ---------------------------------------------------------------- resume or start
         checkpoints = Checkpoints(workdir, config, data=source.fingerprint)

@@ -333,13 +333,21 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; batches are split over both, parameters over `fsdp`."""
+    """Devices per mesh axis. All but `tensor` split the batch; docs/architecture.md has the rest.
+
+    Each of the `table_` fields names the axes that split the tables that way: "fsdp,tensor".
+    """
 
     data: int = -1  # -1: all devices that are left
-    fsdp: int = 1
+    fsdp: int = 1  # splits D of parameters
+    expert: int = 1  # splits the experts of a mixture
+    tensor: int = 1  # splits heads, the feed-forward's width and the vocabulary
+    table_columns: str = "auto"  # auto: as many axes as leave 128 columns on a device
+    table_experts: str = ""  # the n_e tables of JTok-M
+    table_rows: str = ""
 
     def __post_init__(self):
-        _at_least(self, "mesh", 1, "fsdp")
+        _at_least(self, "mesh", 1, "fsdp", "expert", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,10 +37,12 @@ def main(arguments: list[str] | None = None) -> None:
         if config.data.source == "prepared":
             folder = pathlib.Path(config.data.path)
             require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)
-        mesh = make_mesh(MeshConfig())  # the devices here need not be those of the run
+        # The devices here need not be those of the run: all of them hold all.
+        config = dataclasses.replace(config, mesh=MeshConfig(table_columns=""))
+        mesh = make_mesh(config.mesh)
         check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
         params = jax.device_put(saved.params, replicated(mesh))
-        eval_step = jax.jit(make_eval_step(config.model, mesh))
+        eval_step = jax.jit(make_eval_step(config, mesh))
         result = evaluate(eval_step, params, source, mesh)
         print(
             f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "

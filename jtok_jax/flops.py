@@ -40,7 +40,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "L": config.num_layers, "D": config.model_dim, "V": config.vocab_size,
         "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_size,
         "F": config.moe.expert_dim if config.moe.num_experts else config.ffn_dim,
-        "E": config.moe.num_experts, "S": config.moe.shared_dim, "G": shape[0], "M": shape[-3],
+        "E": config.moe.num_experts, "S": config.moe.shared_dim, "M": shape[-3],
+        "G": shape[0], "X": shape[-3], "R": config.vocab_size, "C": config.model_dim,
     }  # fmt: skip
 
 
@@ -69,7 +70,7 @@ def parameter_axes(config: ModelConfig) -> dict[str, str]:
         if config.jtok.router_norm == "own":
             jtok["router_norm"] = "LD"
     axes |= {f"blocks/jtok/{name}": letters for name, letters in jtok.items()}
-    tables = {"none": {}, "jtok": {"tables": "GVD"}, "jtok_m": {"tables": "GMVD"}}
+    tables = {"none": {}, "jtok": {"tables": "GRC"}, "jtok_m": {"tables": "GXRC"}}
     return axes | tables[config.jtok.kind]
 
 

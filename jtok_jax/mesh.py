@@ -2,61 +2,139 @@
 # Copyright 2026 The jtok_jax authors
 """The device mesh, and the one table that says which axis letter is split over which mesh axis."""
 
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jtok_jax.config import MeshConfig
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
 
-# Every matrix has one D. Splitting tables by column keeps lookups balanced whatever the ids are.
-MESH_AXES = {"B": ("data", "fsdp"), "D": "fsdp"}
+AXES = ("data", "fsdp", "expert", "tensor")
+BATCH = ("data", "fsdp", "expert")  # split the sequences of a batch
+MIN_COLUMNS = 128  # of a table on one device where "auto" splits: a TPU's lanes
+
+Rules = Mapping[str, tuple[str, ...]]  # axis letter -> mesh axes
+
+# Every matrix has one D. Letters of the tables (X, R, C) follow `TableLayout`.
+RULES: Rules = {
+    "D": ("fsdp",), "E": ("expert",),
+    "N": ("tensor",), "K": ("tensor",), "F": ("tensor",), "S": ("tensor",), "V": ("tensor",),
+}  # fmt: skip
+
+
+class TableLayout(NamedTuple):
+    """Mesh axes that split the tables; those it does not name hold copies."""
+
+    columns: tuple[str, ...]  # D: lookups are balanced whatever the ids are
+    experts: tuple[str, ...]  # the n_e tables of JTok-M
+    rows: tuple[str, ...]  # V
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return self.columns + self.experts + self.rows
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh (data, fsdp) over all devices; one device is a mesh of ones.
+    """Mesh of `AXES` over all devices; one device is a mesh of ones.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = jax.device_count()
-    data = devices // config.fsdp if config.data == -1 else config.data
-    if data * config.fsdp != devices:
+    others = config.fsdp * config.expert * config.tensor
+    data = devices // others if config.data == -1 else config.data
+    shape = (data, config.fsdp, config.expert, config.tensor)
+    if math.prod(shape) != devices:
         raise ConfigError(
-            f"mesh.data x mesh.fsdp is {data} x {config.fsdp} but there are {devices} devices; "
-            "set mesh.fsdp to a divisor of that number and mesh.data to -1."
+            f"mesh.data x fsdp x expert x tensor is {' x '.join(map(str, shape))} but there are "
+            f"{devices} devices; choose sizes whose product divides that and mesh.data -1."
         )
-    shape, names = (data, config.fsdp), ("data", "fsdp")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def sharding(mesh: Mesh, letters: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Sharding of an array with axis `letters`; an axis that does not divide stays whole.
+def table_layout(config: Config, mesh: Mesh) -> TableLayout:
+    """How the tables lie on `mesh`, as `mesh.table_columns`, `_experts` and `_rows` say.
 
     Raises:
+        ConfigError: an axis is unknown, named twice, or does not divide what it splits.
+    """
+    model, options = config.model, config.mesh
+    experts, rows = _names(options.table_experts), _names(options.table_rows)
+    if options.table_columns == "auto":
+        columns = _columns_that_fit(model.model_dim, mesh, taken=experts + rows)
+    else:
+        columns = _names(options.table_columns)
+    layout = TableLayout(columns, experts, rows)
+    for name in layout.axes:
+        if name not in AXES:
+            raise ConfigError(f"mesh.table_*: there is no axis {name!r}; axes: {', '.join(AXES)}.")
+        if layout.axes.count(name) > 1:
+            raise ConfigError(f"mesh.table_*: axis {name!r} is named twice; it splits one thing.")
+    if model.tables_shape is None:
+        return TableLayout((), (), ())
+    num_tables = model.jtok.num_tables if model.jtok.kind == "jtok_m" else 1
+    sizes = {
+        "columns": model.model_dim,
+        "experts": num_tables,
+        "rows": model.vocab_size,
+    }
+    for what, size in sizes.items():
+        count = num_shards(mesh, getattr(layout, what))
+        if size % count:
+            axes = ",".join(getattr(layout, what))
+            raise ConfigError(
+                f"mesh.table_{what} is {axes!r}, {count} devices, which do not divide the {size} "
+                f"{what} of the tables; name axes whose sizes do."
+            )
+    return layout
+
+
+def axis_rules(config: Config, mesh: Mesh) -> Rules:
+    """Mesh axes of every axis letter of a parameter."""
+    layout = table_layout(config, mesh)
+    return {**RULES, "C": layout.columns, "X": layout.experts, "R": layout.rows}
+
+
+def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Sharding of an array with axis `letters`.
+
+    Raises:
+        ConfigError: an axis does not divide among its devices.
         ValueError: two axes of the array ask for the same mesh axis.
     """
-    axes = [
-        MESH_AXES.get(letter) if _divides(mesh, letter, size) else None
-        for letter, size in zip(letters, shape, strict=True)
-    ]
-    used = [name for axis in axes if axis for name in ([axis] if isinstance(axis, str) else axis)]
+    axes = [rules.get(letter, ()) for letter in letters]
+    used = [name for names in axes for name in names]
     if len(used) != len(set(used)):
         raise ValueError(f"axes {letters} use a mesh axis twice: {axes}")
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    for letter, names, size in zip(letters, axes, shape, strict=True):
+        if size % num_shards(mesh, names):
+            raise ConfigError(
+                f"axis {letter} of an array {letters} is {size}, which mesh.{names[0]} = "
+                f"{num_shards(mesh, names)} devices do not divide; choose a divisor."
+            )
+    return NamedSharding(mesh, PartitionSpec(*(names or None for names in axes)))
+
+
+def num_shards(mesh: Mesh, names: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def check_batch(mesh: Mesh, name: str, size: int) -> None:
     """Refuse a batch that the devices cannot share evenly."""
-    if size % mesh.size:
+    count = num_shards(mesh, BATCH)
+    if size % count:
         raise ConfigError(
-            f"{name} is {size}; expected a multiple of the {mesh.size} devices that share it."
+            f"{name} is {size}; expected a multiple of the {count} devices that share it."
         )
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """First axis split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(MESH_AXES["B"]))
+    """First axis split over all devices but those of one tensor group."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def put_batch(mesh: Mesh, array: np.ndarray) -> jax.Array:
@@ -68,7 +146,30 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _divides(mesh: Mesh, letter: str, size: int) -> bool:
-    axis = MESH_AXES.get(letter, ())
-    names = (axis,) if isinstance(axis, str) else axis
-    return size % int(np.prod([mesh.shape[name] for name in names])) == 0
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _columns_that_fit(dim: int, mesh: Mesh, *, taken: tuple[str, ...]) -> tuple[str, ...]:
+    """As many axes as leave `MIN_COLUMNS` on a device, those of parameters first."""
+    chosen, left = (), dim
+    for name in ("fsdp", "tensor", "expert", "data"):
+        size = mesh.shape[name]
+        if name not in taken and size > 1 and left % size == 0 and left // size >= MIN_COLUMNS:
+            chosen, left = (*chosen, name), left // size
+    return chosen
+
+
+def describe(config: Config, mesh: Mesh) -> str:
+    """A line for the start of a run: the mesh, and how the tables lie on it."""
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    if config.model.tables_shape is None or mesh.size == 1:
+        return f"mesh: {sizes}"
+    layout = table_layout(config, mesh)
+    parts = [
+        f"{what} over {' x '.join(axes)} ({num_shards(mesh, axes)})"
+        for what, axes in layout._asdict().items()
+        if axes
+    ]
+    copies = mesh.size // num_shards(mesh, layout.axes)
+    return f"mesh: {sizes}; tables: {', '.join(parts) or 'whole'}, {copies} of each"

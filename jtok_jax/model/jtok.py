@@ -18,6 +18,7 @@ from jtok_kernels import RowPlan, reference
 
 from jtok_jax.config import ModelConfig
 from jtok_jax.errors import ConfigError
+from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.layers import normal, rms_norm
 
 HEALTH_TOKENS = 256  # at most so many tokens, spread over the batch, stand for all in `health`
@@ -69,6 +70,15 @@ class Lookup(NamedTuple):
     ids_BT: jax.Array
     plan: RowPlan | None  # of the flattened ids; for training
     row_grads: jax.Array | None  # JTok [U, D], JTok-M [M, U, D]
+    exchange: Exchange | None = None  # where the tables lie on several devices
+    ids_of_group: jax.Array | None = None  # of Exchange.gather_ids
+
+
+class Ahead(NamedTuple):
+    """What is known of a layer's rows before its feed-forward is done."""
+
+    routed: Route | None  # JTok-M
+    e_BTD: jax.Array | None  # rows or mixtures, where they come from other devices
 
 
 class Operations(NamedTuple):
@@ -79,19 +89,14 @@ class Operations(NamedTuple):
     packed: bool  # bfloat16 tables as 32-bit words, see jtok_kernels/packing.py
 
 
-def operations(config: ModelConfig) -> Operations:
-    """Which implementation of the operations on tables this model uses here, and why.
+def operations(config: ModelConfig, *, column_shards: int = 1) -> Operations:
+    """Which implementation of the operations on tables this model uses on a device, and why.
 
     Raises:
         ConfigError: the one asked for cannot run here.
     """
     jtok, name = config.jtok, config.jtok.implementation
-    if name.startswith("mosaic") and jax.device_count() > 1:
-        raise ConfigError(
-            f"model.jtok.implementation is {name!r}, whose kernels run on one device; there are "
-            f"{jax.device_count()}. Use 'auto' or 'xla'."
-        )
-    tables = {"dim": config.model_dim, "dtype": jnp.dtype(jtok.table_dtype)}
+    tables = {"dim": config.model_dim // column_shards, "dtype": jnp.dtype(jtok.table_dtype)}
     if jtok.kind == "jtok_m":
         tables |= {"num_tables": jtok.num_tables, "top_k": jtok.top_k}
     asked = None if name == "auto" else name
@@ -100,7 +105,7 @@ def operations(config: ModelConfig) -> Operations:
             words = jtok_kernels.choose(asked, **tables | {"dtype": jnp.dtype("uint32")})
             if words.name.startswith("mosaic_tpu"):
                 return Operations(words.name, f"{words.reason}; tables held as words", packed=True)
-        return Operations(*jtok_kernels.choose(asked, **tables), packed=False)
+        return Operations(*jtok_kernels.choose(asked, **tables, local=True), packed=False)
     except ValueError as error:
         raise ConfigError(f"model.jtok.implementation: {error}") from error
 
@@ -123,41 +128,60 @@ class TokenTables(nnx.Module):
                 self.router_norm = nnx.Param(jnp.ones(dim, jnp.float32))
         self.config = config
 
+    @property
+    def before_attention(self) -> bool:
+        """Whether a layer's input alone says which rows its tokens use."""
+        jtok = self.config.jtok
+        return jtok.kind == "jtok" or jtok.router_input == "pre_attention"
+
+    def ahead(self, stream_BTD: jax.Array, normed_BTD: jax.Array, lookup: Lookup) -> Ahead:
+        """Route by the stream `h` or `h~`, whose norm is shared with the backbone, and send for
+        rows that lie elsewhere: in time for what does not depend on them to hide the way.
+        """
+        routed = None if self.config.jtok.kind == "jtok" else self.route(stream_BTD, normed_BTD)
+        if lookup.exchange is None:
+            return Ahead(routed, None)
+        rows = lookup.tables, lookup.layer, lookup.ids_BT, lookup.ids_of_group
+        by = (routed.choice, routed.weights) if routed else (None, None)
+        return Ahead(routed, lookup.exchange.fetch(*rows, lookup.plan, lookup.row_grads, *by))
+
     def __call__(
-        self,
-        tilde_BTD: jax.Array,
-        dm_BTD: jax.Array,
-        routed_by: tuple[jax.Array, jax.Array],
-        lookup: Lookup,
+        self, tilde_BTD: jax.Array, dm_BTD: jax.Array, ahead: Ahead, lookup: Lookup
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """(h', balance loss, health) from h~, dm, and (stream, its norm) to route by."""
-        config, jtok = self.config, self.config.jtok
-        flat = lambda x: x.reshape(-1, x.shape[-1])
-        h, dm, ids, scale = (
-            flat(tilde_BTD),
-            flat(dm_BTD),
-            lookup.ids_BT.reshape(-1),
-            self.scale[...],
-        )
-        form = {"norm": jtok.norm, "eps": jtok.eps}
-        by = {"implementation": operations(config).name}
-        rows = {name: getattr(lookup, name) for name in ("layer", "plan", "row_grads")}
-        if jtok.kind == "jtok":
-            out = jtok_kernels.jtok(h, dm, lookup.tables, ids, scale, **form, **rows, **by)
-            balance, health = jnp.float32(0), _gate_health(scale, lookup, ids, form)
+        """(h', balance loss, health) from h~ and dm."""
+        config, jtok, scale, routed = self.config, self.config.jtok, self.scale[...], ahead.routed
+        form = {"norm": jtok.norm, "eps": jtok.eps, "depth_scale": None}
+        if routed:
+            form["depth_scale"] = (2 * config.num_layers) ** -0.5
+        if lookup.exchange:
+            out = lookup.exchange.add(tilde_BTD, dm_BTD, ahead.e_BTD, scale, **form)
         else:
-            routed = self.route(*routed_by)
-            choice, weights = flat(routed.choice), flat(routed.weights)
-            form |= {"depth_scale": (2 * config.num_layers) ** -0.5}
-            out = jtok_kernels.jtok_m(
-                h, dm, lookup.tables, ids, choice, weights, scale, **form, **rows, **by
-            )
+            out = self._modulate(tilde_BTD, dm_BTD, routed, lookup, form)
+        e = _some_rows(ahead, lookup)
+        gate_size = _rms(reference.gate(e, scale, norm=jtok.norm, eps=jtok.eps) - 1)
+        if routed is None:
+            balance, health = jnp.float32(0), {"gate_size": gate_size}
+        else:
+            dr = reference.injection(e, scale, **form)
+            health = {"gate_size": _rms(dr) / _rms(_some(_flat(dm_BTD)))} | _router_health(routed)
             balance = balance_loss(
                 routed.probabilities, routed.choice, probability=jtok.balance_probability
             )
-            health = _router_health(routed)
-            health |= _injection_health(scale, dm, lookup, ids, choice, weights, form)
-        return out.reshape(tilde_BTD.shape), balance, jax.lax.stop_gradient(health)
+        health["row_norm"] = jnp.mean(jnp.linalg.norm(e, axis=-1))
+        return out, balance, jax.lax.stop_gradient(health)
+
+    def _modulate(self, tilde_BTD, dm_BTD, routed: Route | None, lookup: Lookup, form):
+        """All of it on one device."""
+        stream = _flat(tilde_BTD), _flat(dm_BTD), lookup.tables, lookup.ids_BT.reshape(-1)
+        options = {name: getattr(lookup, name) for name in ("layer", "plan", "row_grads")}
+        options |= {"implementation": operations(self.config).name, **form}
+        if routed is None:
+            options.pop("depth_scale")
+            out = jtok_kernels.jtok(*stream, self.scale[...], **options)
+        else:
+            choice, weights = _flat(routed.choice), _flat(routed.weights)
+            out = jtok_kernels.jtok_m(*stream, choice, weights, self.scale[...], **options)
+        return out.reshape(tilde_BTD.shape)
 
     def route(self, stream_BTD: jax.Array, normed_BTD: jax.Array) -> Route:
         """Route by the stream `h` or `h~`; `normed` is its norm shared with the backbone."""
@@ -169,16 +193,15 @@ class TokenTables(nnx.Module):
         return route(x_BTD, self.router[...], bias, top_k=jtok.top_k)
 
 
-def _gate_health(scale, lookup: Lookup, ids, form) -> dict[str, jax.Array]:
-    rows = jtok_kernels.as_float(lookup.tables[lookup.layer, _some(ids)])
-    return {"row_norm": _row_norm(rows), "gate_size": _rms(reference.gate(rows, scale, **form) - 1)}
-
-
-def _injection_health(scale, dm, lookup: Lookup, ids, choice, weights, form):
-    rows = lookup.tables[lookup.layer, _some(choice), _some(ids)[:, None]]
-    rows = jtok_kernels.as_float(rows)
-    dr = reference.injection(reference.mix(rows, _some(weights)), scale, **form)
-    return {"row_norm": _row_norm(rows), "gate_size": _rms(dr) / _rms(_some(dm))}
+def _some_rows(ahead: Ahead, lookup: Lookup) -> jax.Array:
+    """Rows, or mixtures of them, of some tokens; float32 [N, D]."""
+    if ahead.e_BTD is not None:
+        return _some(_flat(ahead.e_BTD)).astype(jnp.float32)
+    ids, routed = _some(lookup.ids_BT.reshape(-1)), ahead.routed
+    if routed is None:
+        return jtok_kernels.as_float(lookup.tables[lookup.layer, ids])
+    rows = lookup.tables[lookup.layer, _some(_flat(routed.choice)), ids[:, None]]
+    return reference.mix(jtok_kernels.as_float(rows), _some(_flat(routed.weights)))
 
 
 def _router_health(routed: Route) -> dict[str, jax.Array]:
@@ -198,5 +221,5 @@ def _rms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
 
 
-def _row_norm(rows: jax.Array) -> jax.Array:
-    return jnp.mean(jnp.linalg.norm(rows, axis=-1))
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])

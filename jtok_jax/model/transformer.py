@@ -20,6 +20,7 @@ from jtok_kernels import RowPlan
 
 from jtok_jax.config import ModelConfig
 from jtok_jax.model.attention import Attend, Attended, Attention, causal
+from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.jtok import Lookup, TokenTables
 from jtok_jax.model.layers import FeedForward, Rotation, normal, rms_norm, rotation
 from jtok_jax.model.moe import Moe
@@ -65,10 +66,15 @@ class Block(nnx.Module):
         """(h', kept by attend, aux). `lookup` None means that this layer carries no tables."""
         eps = self.config.norm_eps
         pre_BTD = rms_norm(h_BTD, self.attention.norm[...], eps=eps)
+        ahead = None
+        if lookup and self.jtok.before_attention:
+            ahead = self.jtok.ahead(h_BTD, pre_BTD, lookup)
         out_BTD, kept = self.attention(pre_BTD, by=by, attend=attend)
         tilde_BTD = h_BTD + out_BTD
         feed = self.moe if self.config.moe.num_experts else self.ffn
         post_BTD = rms_norm(tilde_BTD, feed.norm[...], eps=eps)
+        if lookup and not ahead:
+            ahead = self.jtok.ahead(tilde_BTD, post_BTD, lookup)
         moe_balance = jnp.float32(0)
         if self.config.moe.num_experts:
             dm_BTD, moe_balance = self.moe(post_BTD)
@@ -77,9 +83,7 @@ class Block(nnx.Module):
         health = {"hidden_std": jnp.std(h_BTD.astype(jnp.float32))}
         if lookup is None:
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
-        pre = self.config.jtok.router_input == "pre_attention"
-        routed_by = (h_BTD, pre_BTD) if pre else (tilde_BTD, post_BTD)
-        h_BTD, balance, tables_health = self.jtok(tilde_BTD, dm_BTD, routed_by, lookup)
+        h_BTD, balance, tables_health = self.jtok(tilde_BTD, dm_BTD, ahead, lookup)
         return h_BTD, kept, BlockAux(moe_balance, balance, health | tables_health)
 
 
@@ -112,6 +116,7 @@ class Transformer(nnx.Module):
         *,
         plan: RowPlan | None = None,
         row_grads: jax.Array | None = None,
+        exchange: Exchange | None = None,
         positions_BT: jax.Array | None = None,
         attend: Callable[..., Attended] | None = None,
         cache: object = None,
@@ -123,6 +128,7 @@ class Transformer(nnx.Module):
             ids_BT: int32 in [0, V); not checked here.
             plan, row_grads: for training, see jtok_kernels.jtok; the plan is of the flattened ids,
                 `row_grads` has a leading layer axis.
+            exchange: where there are tables on several devices; plan and `row_grads` are its own.
             positions_BT: int32; default 0, 1, ... in every sequence.
             attend: (query, key, value, cache of the layer) -> Attended; default causal.
             cache: pytree with a leading layer axis, handed to `attend` layer by layer.
@@ -134,6 +140,7 @@ class Transformer(nnx.Module):
         by = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
         if attend is None:
             attend = lambda q, k, v, _: Attended(causal(q, k, v, kind=config.attention), None)
+        ids_of_group = exchange.gather_ids(ids_BT) if exchange else None
         stacks = config.jtok.table_of_layer(config.num_layers)
         graph, params = nnx.split(self.blocks)
 
@@ -142,7 +149,8 @@ class Transformer(nnx.Module):
             block = nnx.merge(graph, params)
             rows = None
             if max(stacks) >= 0:
-                rows = Lookup(self.tables[...], stack, ids_BT, plan, row_grads_layer)
+                tables = self.tables[...]
+                rows = Lookup(tables, stack, ids_BT, plan, row_grads_layer, exchange, ids_of_group)
             run = lambda lookup: block(
                 h_BTD,
                 by=by,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.mesh import replicated, sharding
+from jtok_jax.mesh import axis_rules, replicated, sharding
 from jtok_jax.model.params import Params, init_params, to_stored
 from jtok_jax.training.optimizer import Optimizer
 
@@ -48,16 +48,16 @@ def abstract_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSta
 def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """NamedSharding of every leaf; a moment is split as the parameter it belongs to.
 
-    The optimizer of the tables has leaves of their shape, and smaller ones, which every device has.
+    The optimizer of the tables has leaves of their shape, of one number a row, and scalars.
     """
-    axes = flops.parameter_axes(config.model)
+    axes, rules = flops.parameter_axes(config.model), axis_rules(config, mesh)
 
     def leaf_sharding(path, leaf):
         keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
         name = next((key for key in keys if key in axes), None)
-        if name and leaf.ndim == len(axes[name]):
-            return sharding(mesh, axes[name], leaf.shape)
-        return replicated(mesh)
+        if name is None or leaf.ndim == 0:
+            return replicated(mesh)
+        return sharding(mesh, rules, axes[name][: leaf.ndim], leaf.shape)
 
     shapes = jax.eval_shape(_builder(config, optimizer), jax.random.key(0))
     return jax.tree_util.tree_map_with_path(leaf_sharding, shapes)

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jtok_kernels import RowPlan, row_plan, update_rows
 
 from jtok_jax.config import Config, ModelConfig
-from jtok_jax.mesh import split_batch
+from jtok_jax.mesh import num_shards, split_batch, table_layout
+from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind
@@ -50,17 +51,19 @@ def make_train_step(
     all of them  4. update the backbone, and the rows of the step  5. keep the old values where
     anything was not finite.
     """
-    rate = schedule(config)
+    rate, exchange = schedule(config), exchange_on(config, mesh)
 
     def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array):
         microbatches = _split(config, ids_BT), _split(config, targets_BT)
-        plan = _plan(config, microbatches[0])
-        losses, *grads = _gradients(config, state.params, *microbatches, plan, mesh)
+        plan = _plan(config, microbatches[0], exchange)
+        losses, *grads = _gradients(config, state.params, *microbatches, plan, mesh, exchange)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
         accepted = state.step - state.bad_steps
         scale = _clip_scale(norm, config.optimizer.clip_norm)
-        params, opt_state = _update(config, optimizer, state, grads, scale, plan, accepted, finite)
+        params, opt_state = _update(
+            config, optimizer, state, grads, scale, plan, accepted, finite, exchange
+        )
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -88,6 +91,7 @@ def _update(
     plan: RowPlan | None,
     accepted: jax.Array,
     finite: jax.Array,
+    exchange: Exchange | None,
 ) -> tuple[Params, dict[str, object]]:
     """Parameters and optimizer state after one more accepted step, or as they were."""
     backbone, tables = split_tables(state.params)
@@ -101,7 +105,8 @@ def _update(
     if tables is not None:
         options = config.optimizer.tables
         key = jax.random.fold_in(jax.random.key(config.train.seed), accepted)
-        params["tables"], opt_state["tables"] = update_rows(
+        here = {"implementation": operations(config.model).name} if exchange is None else {}
+        params["tables"], opt_state["tables"] = (exchange.update if exchange else update_rows)(
             optimizer.tables,
             tables,
             state.opt_state["tables"],
@@ -112,18 +117,19 @@ def _update(
             grad_scale=scale,
             apply=finite,
             rounding_key=key if options.stochastic_rounding else None,
-            implementation=operations(config.model).name,
+            **here,
         )
     return params, opt_state
 
 
-def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[..., LossSums]:
+def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
     """step(params, ids_BT, targets_BT, weights_BT) -> sums over the weighted tokens."""
+    exchange = exchange_on(config, mesh)
 
     def step(params: Params, ids_BT, targets_BT, weights_BT) -> LossSums:
-        model = bind(config, params)
-        hidden = model(ids_BT, constrain=_constrain(mesh)).hidden_BTD
-        chunk = config.loss_chunk
+        model = bind(config.model, params)
+        hidden = model(ids_BT, exchange=exchange, constrain=_constrain(mesh)).hidden_BTD
+        chunk = config.model.loss_chunk
         return cross_entropy(hidden, model.head_DV, targets_BT, weights_BT, chunk=chunk)
 
     return step
@@ -138,10 +144,22 @@ def _split(config: Config, array_BT: jax.Array) -> jax.Array:
     return array_BT.reshape(-1, count, array_BT.shape[1]).swapaxes(0, 1)
 
 
-def _plan(config: Config, ids_NBT: jax.Array) -> RowPlan | None:
+def exchange_on(config: Config, mesh: Mesh) -> Exchange | None:
+    """How tables on the devices of `mesh` are read; None on one device, and without tables."""
+    if mesh.size == 1 or config.model.tables_shape is None:
+        return None
+    layout = table_layout(config, mesh)
+    columns = num_shards(mesh, layout.columns)
+    name = operations(config.model, column_shards=columns).name
+    return Exchange(config.model, mesh, layout, name)
+
+
+def _plan(config: Config, ids_NBT: jax.Array, exchange: Exchange | None) -> RowPlan | None:
     """One plan for all microbatches of a step; None without tables."""
     if config.model.tables_shape is None:
         return None
+    if exchange:
+        return exchange.plan(ids_NBT, max_unique=config.rows_per_step)
     ids = ids_NBT.reshape(ids_NBT.shape[0], -1)
     return row_plan(ids, num_rows=config.model.vocab_size, max_unique=config.rows_per_step)
 
@@ -153,18 +171,19 @@ def _gradients(
     targets_NBT: jax.Array,
     plan: RowPlan | None,
     mesh: Mesh,
+    exchange: Exchange | None,
 ) -> tuple[_Losses, Params, jax.Array | None]:
     """Losses, gradients of the backbone, and row gradients of the stacked tables.
 
     Averaged over the microbatches, float32. Row gradients: [G, (M,) U, D].
     """
     backbone, tables = split_tables(params)
-    zero_rows = _zero_row_grads(config.model, plan)
+    zero_rows = exchange.zero_row_grads(plan) if exchange else _zero_row_grads(config.model, plan)
     value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True, allow_int=True)
 
     def microbatch(ids, targets, order):
         of_microbatch = None if plan is None else plan._replace(order=order)
-        arguments = config, tables, ids, targets, of_microbatch, mesh
+        arguments = config, tables, ids, targets, of_microbatch, mesh, exchange
         (_, losses), grads = value_and_grad(backbone, zero_rows, *arguments)
         return losses, grads
 
@@ -201,10 +220,11 @@ def _of_stack(config: ModelConfig, row_grads: jax.Array | None) -> jax.Array | N
     return row_grads if len(carrying) == config.num_layers else row_grads[np.array(carrying)]
 
 
-def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan, mesh):
+def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan, mesh, exchange):
     params = backbone if tables is None else backbone | {"tables": tables}
     model = bind(config.model, params)
-    output = model(ids_BT, plan=plan, row_grads=row_grads, constrain=_constrain(mesh))
+    by = {"exchange": exchange, "constrain": _constrain(mesh)}
+    output = model(ids_BT, plan=plan, row_grads=row_grads, **by)
     ones = jnp.ones(targets_BT.shape, jnp.float32)
     sums = cross_entropy(
         output.hidden_BTD, model.head_DV, targets_BT, ones, chunk=config.model.loss_chunk

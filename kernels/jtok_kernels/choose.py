@@ -42,6 +42,7 @@ def choose(
     dtype: jnp.dtype,
     num_tables: int = 1,
     top_k: int = 1,
+    local: bool = False,
 ) -> Choice:
     """The implementation for tables with rows of `dim` entries of `dtype`, and why.
 
@@ -51,6 +52,7 @@ def choose(
 
     Args:
         num_tables, top_k: E and K of `jtok_m`.
+        local: for one device's part inside `shard_map`, however many devices there are.
 
     Raises:
         ValueError: the implementation asked for does not exist or cannot run there.
@@ -58,7 +60,8 @@ def choose(
     device, tables = _device(), _Tables(dim, jnp.dtype(dtype), num_tables, top_k)
     if implementation is None:
         name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(device.platform, "xla")
-        obstacle = _obstacle(name, tables) or _place(name, device) or _several(device)
+        obstacle = _obstacle(name, tables) or _place(name, device)
+        obstacle = obstacle or (None if local else _several(device))
         if name == "xla":
             return _logged(Choice("xla", f"{device.platform} has no kernel of ours"))
         return _logged(Choice("xla", obstacle) if obstacle else Choice(name, device.kind))

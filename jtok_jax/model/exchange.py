@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Token tables split over a mesh: every device reads its part for a group of devices.
+
+A group holds the tables once, each device a part: some columns, some of the n_e tables, or some
+rows (`TableLayout`). Per layer the devices of a group
+
+  gather    ids (once a step), choices and weights of all tokens of the group
+  mix       what this device holds of the rows of every token, weighted: [tokens, columns here]
+  exchange  columns for tokens by one all-to-all; parts of a sum, where tables or rows are split,
+            by a reduce-scatter before
+
+so that one mixed vector a token crosses the wire, in the compute dtype, and one back for its
+gradient. Shapes are static, whatever the ids are, and nothing is dropped. Row gradients and their
+update stay where the rows are. Between groups, which hold copies, row gradients are summed.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jtok_kernels
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jtok_kernels import RowPlan, Shard, row_plan
+
+from jtok_jax.config import ModelConfig
+from jtok_jax.mesh import AXES, BATCH, TableLayout, num_shards
+
+TOKENS = P(BATCH, "tensor")  # of [B, T]: every device has tokens of its own
+
+
+class Exchange(NamedTuple):
+    """Tables of `model` on `mesh`, laid out as `layout` says."""
+
+    model: ModelConfig
+    mesh: Mesh
+    layout: TableLayout
+    implementation: str
+
+    # ------------------------------------------------------------------ once a step
+
+    def gather_ids(self, ids_BT: jax.Array) -> jax.Array:
+        """int32 [copies, tokens of a group]."""
+        local = lambda ids: _gather(ids.reshape(-1), self.layout.axes)[None]
+        return self._map(local, TOKENS, P(self._copies), check=False)(ids_BT)
+
+    def plan(self, ids_NBT: jax.Array, *, max_unique: int | None) -> RowPlan:
+        """`row_plan` of N microbatches, for the rows that each device holds.
+
+        Unique ids, [row shards x U], are those of all groups; the order, [N, copies x row shards,
+        ...], is that of a group.
+        """
+        num_rows = self.model.vocab_size // num_shards(self.mesh, self.layout.rows)
+        if max_unique is not None and self.layout.rows:
+            max_unique += 2  # ids of other shards count as the first or the last row here
+
+        def local(ids_NBT):
+            ids = ids_NBT.reshape(ids_NBT.shape[0], -1)
+            ids = self._here(_gather(ids, self.layout.axes, axis=1))
+            also = _gather(ids, self._copies, axis=1) if self._copies else None
+            plan = row_plan(ids, num_rows=num_rows, max_unique=max_unique, also=also)
+            order = jax.tree.map(lambda x: x[:, None], plan.order)
+            overflow = None if plan.overflow is None else plan.overflow[None]
+            return plan._replace(order=order, overflow=overflow)
+
+        unique, order, overflow = self._plan_specs()
+        specs = RowPlan(unique, P(None, *order), overflow)
+        return self._map(local, P(None, *TOKENS), specs, check=False)(ids_NBT)
+
+    def zero_row_grads(self, plan: RowPlan) -> jax.Array:
+        """float32 [L, (M,) row shards x U, D]; see jtok_kernels.jtok."""
+        _, *several, _, dim = self.model.tables_shape
+        shape = (self.model.num_layers, *several, plan.unique_U.size, dim)
+        spec = NamedSharding(self.mesh, P(None, *self._row_grads_spec()))
+        return jax.lax.with_sharding_constraint(jnp.zeros(shape, jnp.float32), spec)
+
+    def update(self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, **scalars):
+        """`update_rows` on every device's part."""
+        layout = self.layout
+        shard = Shard(columns=layout.columns, rows=layout.rows, experts=layout.experts)
+        key = None if rounding_key is None else jax.random.key_data(rounding_key)
+
+        def local(tables, state, unique_U, row_grads, key, scalars):
+            key = None if key is None else jax.random.wrap_key_data(key)
+            return jtok_kernels.update_rows(
+                optimizer, tables, state, unique_U, row_grads, **scalars, rounding_key=key,
+                shard=shard, implementation=self.implementation,
+            )  # fmt: skip
+
+        spec = P(None, *self._tables_spec())
+        of_state = {name: P(*spec[: value.ndim]) for name, value in state.items()}
+        grads_spec = P(None, *self._row_grads_spec())
+        in_specs = spec, of_state, P(layout.rows or None), grads_spec, P(), P()
+        arguments = tables, state, unique_U, row_grads, key, scalars
+        return self._map(local, in_specs, (spec, of_state))(*arguments)
+
+    # ------------------------------------------------------------------ in every layer
+
+    def fetch(
+        self,
+        tables: jax.Array,
+        layer: jax.Array,
+        ids_BT: jax.Array,
+        ids_of_group: jax.Array,
+        plan: RowPlan | None,
+        row_grads: jax.Array | None,
+        choice_BTK: jax.Array | None,
+        weights_BTK: jax.Array | None,
+    ) -> jax.Array:
+        """Rows of JTok, or mixtures of JTok-M, [B, T, D] in the compute dtype.
+
+        Args:
+            ids_of_group: of `gather_ids`.
+        """
+        local = functools.partial(_fetch, self)
+        spec = P(None, *self._tables_spec())
+        plan_specs = None if plan is None else self._plan_specs()
+        in_specs = (
+            spec, P(), TOKENS, P(self._copies), plan_specs, self._row_grads_spec(), TOKENS, TOKENS,
+        )  # fmt: skip
+        tables = jax.lax.stop_gradient(tables)
+        arguments = tables, layer, ids_BT, ids_of_group, plan, row_grads, choice_BTK, weights_BTK
+        return self._map(local, in_specs, TOKENS)(*arguments)
+
+    def add(self, h_BTD, dm_BTD, e_BTD, scale_D, **form) -> jax.Array:
+        """`norm_add` on every device's tokens."""
+
+        def local(h, dm, e, scale):
+            flat = lambda x: x.reshape(-1, x.shape[-1])
+            e = flat(e).astype(jnp.float32)
+            out = jtok_kernels.norm_add(flat(h), flat(dm), e, scale, **form)
+            return out.reshape(h.shape)
+
+        return self._map(local, (TOKENS, TOKENS, TOKENS, P()), TOKENS)(
+            h_BTD, dm_BTD, e_BTD, scale_D
+        )
+
+    # ------------------------------------------------------------------ who holds what
+
+    @property
+    def _copies(self) -> tuple[str, ...]:
+        return tuple(name for name in AXES if name not in self.layout.axes)
+
+    def _tables_spec(self) -> P:
+        """Of one layer's tables, [(M,) V, D]."""
+        layout = self.layout
+        experts = [layout.experts or None] if self.model.jtok.kind == "jtok_m" else []
+        return P(*experts, layout.rows or None, layout.columns or None)
+
+    def _row_grads_spec(self) -> P:
+        return self._tables_spec()  # unique rows lie where the rows do
+
+    def _plan_specs(self) -> RowPlan:
+        rows = self.layout.rows
+        return RowPlan(P(rows or None), P(self._copies + rows), P(rows or None))
+
+    def _here(self, ids: jax.Array) -> jax.Array:
+        """Ids counted from the first row here; those of other devices are outside."""
+        if not self.layout.rows:
+            return ids
+        size = self.model.vocab_size // num_shards(self.mesh, self.layout.rows)
+        return ids - jax.lax.axis_index(self.layout.rows) * size
+
+    def _map(self, local, in_specs, out_specs, *, check: bool = True):
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check
+        )
+
+
+def _gather(x: jax.Array, axes: tuple[str, ...], *, axis: int = 0) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+
+
+def _fetch(exchange: Exchange, tables, layer, ids_BT, ids, plan, row_grads, choice, weights):
+    """This device's part of `Exchange.fetch`: [B, T, D] of its own tokens."""
+    layout, mesh = exchange.layout, exchange.mesh
+    ids = exchange._here(ids[0])
+    inside = (ids >= 0) & (ids < tables.shape[-2])
+    ids = jnp.clip(ids, 0, tables.shape[-2] - 1)
+    options = {"layer": layer, "row_grads": row_grads, "plan": plan}
+    if plan is not None:
+        overflow = None if plan.overflow is None else plan.overflow[0]
+        order = jax.tree.map(lambda x: x[0], plan.order)
+        options["plan"] = plan._replace(order=order, overflow=overflow)
+    mix = functools.partial(
+        jtok_kernels.mix_rows, implementation=exchange.implementation, **options
+    )
+    if choice is None:
+        e = mix(tables, ids)
+        e = jnp.where(inside[:, None], e, 0.0) if layout.rows else e
+    else:
+        flat = lambda x: _gather(x.reshape(-1, x.shape[-1]), layout.axes)
+        choice, weights = flat(choice), flat(weights)
+        own = inside[:, None] if layout.rows else True
+        if layout.experts:
+            choice = choice - jax.lax.axis_index(layout.experts) * tables.shape[1]
+            own = own & (choice >= 0) & (choice < tables.shape[1])
+            choice = jnp.clip(choice, 0, tables.shape[1] - 1)
+        weights = weights if own is True else jnp.where(own, weights, 0.0)
+        e = mix(tables, ids, choice, weights)
+    e = _to_owners_of_tokens(e.astype(exchange.model.compute_dtype), layout, mesh)
+    return e.reshape(*ids_BT.shape, -1)
+
+
+def _to_owners_of_tokens(e: jax.Array, layout: TableLayout, mesh: Mesh) -> jax.Array:
+    """[tokens of the group, columns here] -> [tokens here, columns]."""
+    summed = layout.experts + layout.rows
+    blocks = num_shards(mesh, layout.columns), num_shards(mesh, summed)
+    e = e.reshape(*blocks, -1, e.shape[-1])
+    if summed:
+        e = jax.lax.psum_scatter(e, summed, scatter_dimension=1, tiled=True)
+    if layout.columns:
+        e = jax.lax.all_to_all(e, layout.columns, split_axis=0, concat_axis=3, tiled=True)
+    return e.reshape(-1, e.shape[-1])
