@@ -44,7 +44,7 @@ class Exchange(NamedTuple):
     def gather_ids(self, ids_BT: jax.Array) -> jax.Array:
         """int32 [copies, tokens of a group]."""
         local = lambda ids: _gather(ids.reshape(-1), self.layout.axes)[None]
-        return self._map(local, TOKENS, P(self._copies), check=False)(ids_BT)
+        return self._map(local, TOKENS, P(self._copies))(ids_BT)
 
     def plan(self, ids_NBT: jax.Array, *, max_unique: int | None) -> RowPlan:
         """`row_plan` of N microbatches, for the rows that each device holds.
@@ -67,7 +67,7 @@ class Exchange(NamedTuple):
 
         unique, order, overflow = self._plan_specs()
         specs = RowPlan(unique, P(None, *order), overflow)
-        return self._map(local, P(None, *TOKENS), specs, check=False)(ids_NBT)
+        return self._map(local, P(None, *TOKENS), specs)(ids_NBT)
 
     def zero_row_grads(self, plan: RowPlan) -> jax.Array:
         """float32 [L, (M,) row shards x U, D]; see jtok_kernels.jtok."""
@@ -163,10 +163,11 @@ class Exchange(NamedTuple):
         size = self.model.vocab_size // num_shards(self.mesh, self.layout.rows)
         return ids - jax.lax.axis_index(self.layout.rows) * size
 
-    def _map(self, local, in_specs, out_specs, *, check: bool = True):
-        return jax.shard_map(
-            local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check
-        )
+    def _map(self, local, in_specs, out_specs):
+        # Mosaic GPU kernels cannot be traced with check_vma (JAX 0.12): loops over what they load
+        # would carry a type that varies over the mesh, and one that does not.
+        specs = {"in_specs": in_specs, "out_specs": out_specs}
+        return jax.shard_map(local, mesh=self.mesh, **specs, check_vma=False)
 
 
 def _gather(x: jax.Array, axes: tuple[str, ...], *, axis: int = 0) -> jax.Array:

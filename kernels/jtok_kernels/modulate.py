@@ -136,7 +136,8 @@ def mix_rows(
         raise ValueError("choice and weights go together: pass both, or neither.")
     _check_stack("tables", tables, "V, D" if choice is None else "E, V, D", layer)
     if choice is not None:
-        _check_choice(choice, weights, ids, tables.shape[-3])
+        # More choices than tables: of those that lie elsewhere the weight is 0.
+        _check_choice(choice, weights, ids, max(tables.shape[-3], choice.shape[1]))
         top_k = choice.shape[1]
     _check_rows(tables, ids, row_grads, plan, several=choice is not None)
     name = _implementation(implementation, tables, top_k)
