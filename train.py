@@ -24,6 +24,7 @@ from jtok_jax.config_dict import from_config_dict
 from jtok_jax.data.loader import open_source, train_batches
 from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_error
 from jtok_jax.mesh import check_batch, describe, make_mesh, put_batch
+from jtok_jax.model.exchange import COMPILER_OPTIONS
 from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import StallWatch, StopSignal, WorkdirLock
@@ -65,6 +66,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
             make_train_step(config, optimizer, mesh),
             donate_argnums=0,
             out_shardings=(shardings, None),
+            compiler_options=COMPILER_OPTIONS.get(jax.default_backend()),
         )
         eval_step = jax.jit(make_eval_step(config, mesh))
 

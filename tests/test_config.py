@@ -137,6 +137,11 @@ ELSEWHERE = {
     "data.verify": "test_data",
     "mesh.data": "test_mesh",
     "mesh.fsdp": "test_mesh",
+    "mesh.expert": "eight_devices",
+    "mesh.tensor": "eight_devices",
+    "mesh.table_columns": "eight_devices",
+    "mesh.table_experts": "eight_devices",
+    "mesh.table_rows": "eight_devices",
     "logging.tensorboard": "test_train_loop",
 }
 
@@ -188,8 +193,9 @@ def test_mosaic_gpu_is_obeyed_or_refused(monkeypatch):
         program(asked)
     assert program(changed(JTOK_M_MOE, {key: "xla"})) == program(JTOK_M_MOE)
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    with pytest.raises(ConfigError, match=r"run on one device; there are 8\. Use 'auto' or 'xla'"):
-        operations(asked.model)
+    words = {key: "mosaic_tpu", "model.jtok.table_dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match="the device is a cpu; 'xla' can"):
+        operations(changed(JTOK_M_MOE, words).model)
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,18 @@
 # Copyright 2026 The jtok_jax authors
 """Several devices, simulated in processes of their own, against one device."""
 
+import dataclasses
 import os
 
 import jax
 import numpy as np
 import pytest
-from small import one_device
+from small import KINDS, one_device
 from test_resume import final_state, records, start
 
-from jtok_jax import mesh
-from jtok_jax.config import MeshConfig
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
-from jtok_jax.mesh import check_batch, make_mesh, sharding
+from jtok_jax.mesh import AXES, axis_rules, check_batch, make_mesh, sharding, table_layout
 
 FEW = {"train.steps": 12, "checkpoint.every": 6, "evaluation.every": 6}
 
@@ -37,8 +37,9 @@ def test_eight_devices_train_as_one(kind, corpus, tmp_path, monkeypatch):
     settings = model[kind] | {"evaluation.batch_size": 8, "train.grad_accumulation": 1}
     run(tmp_path / "one", corpus, 1, settings, monkeypatch)
     half = settings | {"train.steps": 6, "schedule.steps": 12}
-    out = run(tmp_path / "eight", corpus, 8, half | {"mesh.fsdp": 4}, monkeypatch)
-    assert "mesh {'data': 2, 'fsdp': 4}" in out
+    mesh = {"mesh.fsdp": 4, "mesh.table_columns": "fsdp"}
+    out = run(tmp_path / "eight", corpus, 8, half | mesh, monkeypatch)
+    assert "mesh: data 2, fsdp 4, expert 1, tensor 1; tables: columns over fsdp (4), 2 of" in out
     out = run(tmp_path / "eight", corpus, 1, settings | {"schedule.steps": 12}, monkeypatch)
     assert "resumed at step 6" in out
     for left, right in zip(records(tmp_path / "one"), records(tmp_path / "eight"), strict=True):
@@ -50,21 +51,63 @@ def test_eight_devices_train_as_one(kind, corpus, tmp_path, monkeypatch):
     np.testing.assert_allclose(left["params/tables"], right["params/tables"], atol=2e-3)
 
 
-def test_axes_are_split_once_and_only_where_they_divide(monkeypatch):
+class Shape:
+    """A mesh of devices that need not exist."""
+
+    def __init__(self, **shape: int):
+        self.shape = dict.fromkeys(AXES, 1) | shape
+
+
+def table_config(**mesh) -> Config:
+    return Config(model=KINDS["dense-jtok_m"], mesh=MeshConfig(**mesh))
+
+
+def test_axes_are_split_once_and_only_where_they_divide():
     one = one_device()
-    spec = sharding(one, "GMVD", (2, 3, 5, 8)).spec
-    assert spec == jax.sharding.PartitionSpec(None, None, None, "fsdp")
-    monkeypatch.setitem(mesh.MESH_AXES, "V", "fsdp")
+    rules = axis_rules(table_config(table_columns="fsdp", table_experts="data"), one)
+    spec = sharding(one, rules, "GXRC", (2, 3, 5, 8)).spec
+    assert spec == jax.sharding.PartitionSpec(None, ("data",), None, ("fsdp",))
     with pytest.raises(ValueError, match="use a mesh axis twice"):
-        sharding(one, "VD", (5, 8))
+        sharding(one, rules | {"V": ("fsdp",)}, "VD", (5, 8))
+    with pytest.raises(ConfigError, match=r"axis D of an array VD is 12, which mesh\.fsdp = 8"):
+        sharding(Shape(fsdp=8), rules, "VD", (5, 12))
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape", "message"),
+    [
+        (
+            {"table_columns": "fdsp"},
+            {},
+            "there is no axis 'fdsp'; axes: data, fsdp, expert, tensor",
+        ),
+        ({"table_columns": "data", "table_rows": "data"}, {"data": 2}, "'data' is named twice"),
+        (
+            {"table_columns": "fsdp,data"},
+            {"fsdp": 4, "data": 2},
+            r"table_columns is 'fsdp,data', 8 devices, which do not divide the 12 columns",
+        ),
+        ({"table_columns": "fsdp"}, {"fsdp": 16}, "16 devices, which do not divide the 12 columns"),
+        ({"table_experts": "data"}, {"data": 2}, "2 devices, which do not divide the 5 experts"),
+        ({"table_rows": "fsdp"}, {"fsdp": 2}, "2 devices, which do not divide the 29 rows"),
+    ],
+)
+def test_layouts_that_do_not_fit_are_refused(fields, shape, message):
+    with pytest.raises(ConfigError, match=message):
+        table_layout(table_config(**fields), Shape(**shape))
+
+
+def test_columns_are_split_while_they_fill_the_lanes_of_a_tpu():
+    wide = dataclasses.replace(KINDS["dense-jtok"], model_dim=2048)
+    layout = lambda **shape: table_layout(Config(model=wide), Shape(**shape)).columns
+    assert layout(fsdp=8) == ("fsdp",)
+    assert layout(fsdp=8, data=2) == ("fsdp", "data")
+    assert layout(fsdp=8, data=4) == ("fsdp",)  # 64 columns would be left
+    assert layout(fsdp=32, tensor=4) == ("tensor",)
 
 
 def test_meshes_and_batches_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="1 x 3 but there are 1 devices"):
+    with pytest.raises(ConfigError, match="1 x 3 x 1 x 1 but there are 1 devices"):
         make_mesh(MeshConfig(data=1, fsdp=3))
-
-    class Three:
-        size = 3
-
     with pytest.raises(ConfigError, match=r"train\.batch_size is 4; expected a multiple of the 3"):
-        check_batch(Three(), "train.batch_size", 4)
+        check_batch(Shape(fsdp=3, tensor=2), "train.batch_size", 4)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jtok_kernels
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jtok_kernels import RowPlan, Shard, row_plan
@@ -29,6 +30,13 @@ from jtok_jax.config import ModelConfig
 from jtok_jax.mesh import AXES, BATCH, TableLayout, num_shards
 
 TOKENS = P(BATCH, "tensor")  # of [B, T]: every device has tokens of its own
+KEPT = "fetched rows"  # kept by remat "dots": to fetch again costs more than D entries a token
+
+# Without them an exchange waits for other collectives, or computation for it (LOG.md).
+COMPILER_OPTIONS = {
+    "tpu": {"xla_tpu_enable_async_all_to_all": True},
+    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 4},
+}
 
 
 class Exchange(NamedTuple):
@@ -122,7 +130,7 @@ class Exchange(NamedTuple):
         )  # fmt: skip
         tables = jax.lax.stop_gradient(tables)
         arguments = tables, layer, ids_BT, ids_of_group, plan, row_grads, choice_BTK, weights_BTK
-        return self._map(local, in_specs, TOKENS)(*arguments)
+        return checkpoint_name(self._map(local, in_specs, TOKENS)(*arguments), KEPT)
 
     def add(self, h_BTD, dm_BTD, e_BTD, scale_D, **form) -> jax.Array:
         """`norm_add` on every device's tokens."""

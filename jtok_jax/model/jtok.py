@@ -101,7 +101,8 @@ def operations(config: ModelConfig, *, column_shards: int = 1) -> Operations:
         tables |= {"num_tables": jtok.num_tables, "top_k": jtok.top_k}
     asked = None if name == "auto" else name
     try:
-        if tables["dtype"] == jnp.bfloat16 and name in ("auto", "mosaic_tpu"):
+        alone = jax.device_count() == 1  # words split by column would be no whole entries
+        if tables["dtype"] == jnp.bfloat16 and name in ("auto", "mosaic_tpu") and alone:
             words = jtok_kernels.choose(asked, **tables | {"dtype": jnp.dtype("uint32")})
             if words.name.startswith("mosaic_tpu"):
                 return Operations(words.name, f"{words.reason}; tables held as words", packed=True)

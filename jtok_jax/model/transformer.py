@@ -20,7 +20,7 @@ from jtok_kernels import RowPlan
 
 from jtok_jax.config import ModelConfig
 from jtok_jax.model.attention import Attend, Attended, Attention, causal
-from jtok_jax.model.exchange import Exchange
+from jtok_jax.model.exchange import KEPT, Exchange
 from jtok_jax.model.jtok import Lookup, TokenTables
 from jtok_jax.model.layers import FeedForward, Rotation, normal, rms_norm, rotation
 from jtok_jax.model.moe import Moe
@@ -195,8 +195,11 @@ def _either(condition: jax.Array, with_tables: Callable, without: Callable):
 def _remat(body: Callable, kind: str) -> Callable:
     if kind == "none":
         return body
+    known = jax.checkpoint_policies
     policies = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": known.save_from_both_policies(
+            known.dots_with_no_batch_dims_saveable, known.save_only_these_names(KEPT)
+        ),
+        "full": known.nothing_saveable,
     }
     return jax.checkpoint(body, policy=policies[kind], prevent_cse=False)

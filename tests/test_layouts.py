@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Everything in eight_devices.py, in a process that has so many."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+
+def test_eight_devices():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    file = pathlib.Path(__file__).with_name("eight_devices.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", str(file)],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert " passed" in done.stdout
