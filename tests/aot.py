@@ -15,6 +15,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jtok_jax.mesh import AXES
+
 # A GpuTargetConfigProto of one H100 SXM, from its data sheet and CUDA's device properties.
 H100 = """
 gpu_device_info {
@@ -32,8 +34,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @functools.cache
-def h100() -> Mesh:
-    """Mesh (data, fsdp) of one H100; skips the test where it cannot be compiled for."""
+def h100(count: int = 1) -> Mesh:
+    """Mesh of H100s of one host along fsdp; skips the test where they cannot be compiled for."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("jax-cuda13-plugin is not installed (make test-latest installs it)")
     if shutil.which("ptxas") is None:
@@ -42,33 +44,33 @@ def h100() -> Mesh:
 
     if "cuda" not in xla_bridge._topology_factories:
         xla_bridge.discover_pjrt_plugins()
-    options = {"target_config": H100, "topology": "1x1x1"}
-    return _mesh(topologies.get_topology_desc(platform="cuda", topology_name="", **options))
+    options = {"target_config": H100, "topology": f"1x1x{count}"}
+    return _mesh(topologies.get_topology_desc(platform="cuda", topology_name="", **options), count)
 
 
 @functools.cache
-def tpu(name: str) -> Mesh:
-    """Mesh (data, fsdp) of one device of a TPU topology such as v5e:2x2."""
+def tpu(name: str, count: int = 1) -> Mesh:
+    """Mesh of the first devices of a TPU topology such as v5e:2x2, along fsdp."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (make test-latest installs it)")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one process a test worker
-    return _mesh(topologies.get_topology_desc(platform="tpu", topology_name=name))
+    return _mesh(topologies.get_topology_desc(platform="tpu", topology_name=name), count)
 
 
-def _mesh(topology) -> Mesh:
-    devices = np.array(topology.devices[:1]).reshape(1, 1)
-    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def _mesh(topology, count: int) -> Mesh:
+    devices = np.array(topology.devices[:count]).reshape(1, count, 1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def compile_for(mesh: Mesh, function, *shapes, donate=(), only_lower=False):
+def compile_for(mesh: Mesh, function, *shapes, donate=(), only_lower=False, options=None):
     """`function` of ShapeDtypeStructs, compiled (or only lowered) for the devices of `mesh`."""
     whole = NamedSharding(mesh, PartitionSpec())
     place = lambda x: x.update(sharding=whole) if x.sharding is None else x
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _not_cached():
         jitted = jax.jit(function, donate_argnums=donate)
         lowered = jitted.lower(*jax.tree.map(place, shapes))
-        return lowered if only_lower else lowered.compile()
+        return lowered if only_lower else lowered.compile(compiler_options=options)
 
 
 @contextlib.contextmanager

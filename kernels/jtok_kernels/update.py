@@ -162,6 +162,8 @@ def _update_touched(
             lead = (index,)
         grads = row_grads if table.ndim == 2 else row_grads[index]
         rows, old = jax.tree.map(lambda value: _get(value, lead, target_U), (table, arrays))
+        # Else XLA may read old rows again for a later scatter, from a copy of the whole table.
+        rows, old = jax.lax.optimization_barrier((rows, old))
         new_rows, new = optimizer.update(as_float(rows), old, grad_scale * grads, now, mean)
         new_rows = rounding(new_rows, number, target_U)
         used = anywhere(jnp.any(grads != 0, axis=-1))

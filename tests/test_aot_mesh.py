@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What crosses the wire between eight H100s or TPUs: a training step compiled for them."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from aot import compile_for, h100, tpu
+
+from jtok_jax.config import Config, JtokConfig, MeshConfig, ModelConfig, TrainConfig
+from jtok_jax.mesh import split_batch
+from jtok_jax.model.exchange import COMPILER_OPTIONS
+from jtok_jax.training import step
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import abstract_state
+
+DEVICES, BATCH, LENGTH, DIM = 8, 16, 1024, 2048
+ROWS = 131072  # so many that a table does not fit the vector memory of a TPU
+UNIQUE = 4093  # rows of a step: a size that nothing else has
+TARGETS = ["h100", "v5e:2x4", "v5p:2x2x2"]
+BYTES = {"pred": 1, "s8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
+KINDS = r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)"
+COLLECTIVE = re.compile(rf" = (.*?) {KINDS}(-start)?\(")
+
+
+@functools.cache
+def compiled_text(target: str, kind: str) -> str:
+    mesh = h100(DEVICES) if target == "h100" else tpu(target, DEVICES)
+    model = ModelConfig(
+        vocab_size=ROWS, model_dim=DIM, num_layers=4, num_heads=16, num_kv_heads=8, ffn_dim=4096,
+        remat="dots", loss_chunk=4096, attention="xla",
+        jtok=JtokConfig(kind=kind, table_dtype="bfloat16"),
+    )  # fmt: skip
+    train = TrainConfig(batch_size=BATCH, seq_len=LENGTH, max_unique_ids=UNIQUE)
+    config = Config(model=model, mesh=MeshConfig(fsdp=DEVICES), train=train)
+    optimizer = make_optimizer(config)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = step.make_train_step(config, optimizer, mesh)
+        state = abstract_state(config, optimizer, mesh)
+    ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=split_batch(mesh))
+    options = COMPILER_OPTIONS["gpu" if target == "h100" else "tpu"]
+    return compile_for(mesh, run, state, ids, ids, donate=(0,), options=options).as_text()
+
+
+def results(text: str) -> list[tuple[str, str, list[tuple[str, tuple[int, ...]]], str]]:
+    """(kind, line, [(dtype, shape) it makes]) of every collective; of a start its result alone."""
+    found = []
+    for line in text.splitlines():
+        match = COLLECTIVE.search(line)
+        if match:
+            made, kind, start = match.groups()
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", made)
+            shapes = [(d, tuple(map(int, s.split(","))) if s else ()) for d, s in shapes]
+            shapes = [(dtype, shape) for dtype, shape in shapes if dtype in BYTES]
+            found.append((kind, line, shapes[len(shapes) // 2 :] if start else shapes))
+    return found
+
+
+def size(dtype: str, shape: tuple[int, ...]) -> int:
+    return BYTES[dtype] * math.prod(shape)
+
+
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_one_mixed_vector_a_token_crosses_the_wire_each_way(target, kind):
+    """D entries of the compute dtype there and back; ids, choices and weights are all the rest."""
+    text = compiled_text(target, kind)
+    tokens = BATCH * LENGTH // DEVICES
+    exchanges, rest = [], 0
+    for made_by, line, shapes in results(text):
+        if "shard_map" not in line:
+            continue
+        if made_by == "all-to-all":
+            exchanges.append(sum(size(*s) for s in shapes if len(s[1]) > 1))
+        else:
+            rest += sum(size(*s) for s in shapes if LENGTH in s[1] or BATCH * LENGTH in s[1])
+    assert len(exchanges) == 2, exchanges  # of a layer: its forward and its backward pass
+    assert all(one <= 1.1 * tokens * DIM * 2 for one in exchanges), exchanges
+    assert "ragged-all-to-all" not in text
+
+
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_as_large_as_a_table_or_its_gradient_is_sent_or_copied(target, kind):
+    text = compiled_text(target, kind)
+    several = (5,) if kind == "jtok_m" else ()
+    part = DIM // DEVICES
+    for _, line, shapes in results(text):
+        for dtype, shape in shapes:
+            # One flag for every unique row says whether any device has a gradient for it.
+            assert UNIQUE not in shape or shape[-1] == UNIQUE or 1 in shape[-1:], line
+            assert shape[-3:] != (*several, ROWS, part)[-3:] or not several, line
+            assert size(dtype, shape) <= 4 * ROWS * DIM, line  # the head's gradient
+    stack = (4, *several, ROWS, part)
+    for first in range(len(stack) - 1):
+        dims = ",".join(map(str, stack[first:]))
+        if first == len(stack) - 2:
+            continue  # the embedding has the shape of one table
+        made = re.compile(rf"= \w+\[{dims}\]\S* (copy|transpose|slice|dynamic-slice|all-gather)\(")
+        copies = [line.strip() for line in text.splitlines() if made.search(line)]
+        assert not copies, copies
+
+
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+@pytest.mark.parametrize("target", ["h100", "v5p:2x2x2"])
+def test_the_exchange_is_hidden_behind_matmuls(target, kind):
+    """Both are asynchronous; matmuls lie between start and end of that in the forward pass."""
+    lines = compiled_text(target, kind).splitlines()
+    hidden = {}
+    for index, line in enumerate(lines):
+        name = re.search(r"%?(\S+) = .* all-to-all-start\(.*shard_map", line)
+        if name:
+            rest = lines[index + 1 :]
+            end = next(i for i, x in enumerate(rest) if re.search(rf"-done\(%?{name[1]}\)", x))
+            hidden["transpose" in line] = any("dot_general" in x for x in rest[:end])
+    assert hidden.keys() == {False, True}, "an exchange is not asynchronous"
+    assert hidden[False], "the exchange of the forward pass is waited for at once"
