@@ -23,7 +23,14 @@ from jtok_jax.config import Config
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.data.loader import open_source, train_batches
 from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_error
-from jtok_jax.mesh import check_batch, describe, make_mesh, put_batch
+from jtok_jax.mesh import (
+    check_batch,
+    describe,
+    make_mesh,
+    num_shards,
+    put_batch,
+    table_layout,
+)
 from jtok_jax.model.exchange import COMPILER_OPTIONS
 from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
 from jtok_jax.training.evaluate import evaluate
@@ -57,7 +64,8 @@ def train(config: Config, workdir: pathlib.Path) -> None:
         source = open_source(config)
         claim_workdir(workdir, config)
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {describe(config, mesh)}")
-        print(parameter_table(config), flush=True)
+        shards = num_shards(mesh, table_layout(config, mesh).columns)
+        print(parameter_table(config, column_shards=shards), flush=True)
 
         # ---------------------------------------------------------------- model and optimizer
         optimizer = make_optimizer(config)

@@ -158,6 +158,21 @@ def check_equal(config: Config, mesh, batches) -> None:
         raise SystemExit("dense and plain do not compute the same step")
 
 
+def run_rounds(arms: dict[str, Arm], batches, rounds: int) -> None:
+    """One step of every arm a round, after two that are not counted."""
+    for arm in arms.values():
+        for batch in batches[:2]:
+            arm.run(*batch)
+        arm.seconds.clear()
+    names = list(arms)
+    for index in range(rounds):
+        shift = index % len(names)
+        order = names[shift:] + names[:shift]
+        backwards = index // len(names) % 2  # so that an arm follows each of its neighbours
+        for name in reversed(order) if backwards else order:
+            arms[name].run(*batches[index % len(batches)])
+
+
 def percentiles(ratios: np.ndarray) -> str:
     low, middle, high = np.percentile(ratios, [10, 50, 90])
     return f"{middle:5.3f} ({low:5.3f}-{high:5.3f})"
@@ -211,17 +226,7 @@ def main() -> None:
     arms = {name: our_arm(config, mesh, batches[0]) for name, config in configs.items()}
     if with_plain:
         arms = {"plain": plain_arm(dense, arms["dense"].state.params, batches[0])} | arms
-    for arm in arms.values():
-        for batch in batches[:2]:
-            arm.run(*batch)
-        arm.seconds.clear()
-    names = list(arms)
-    for index in range(arguments.rounds):
-        shift = index % len(names)
-        order = names[shift:] + names[:shift]
-        backwards = index // len(names) % 2  # so that an arm follows each of its neighbours
-        for name in reversed(order) if backwards else order:
-            arms[name].run(*batches[index % BATCHES])
+    run_rounds(arms, batches, arguments.rounds)
 
     print(f"\n{arguments.rounds} rounds; ratios: median (10th-90th percentile) of rounds")
     print(f"{'arm':8}{'median ms':>10}  {'/ plain':21}{'/ dense':21}{'temp MiB':>8}")

@@ -106,8 +106,11 @@ def console_line(record: dict[str, object], *, steps: int) -> str:
     return "  ".join(parts)
 
 
-def parameter_table(config: Config) -> str:
-    """Counts of the model and its tables, for the start of a run."""
+def parameter_table(config: Config, *, column_shards: int = 1) -> str:
+    """Counts of the model and its tables, for the start of a run.
+
+    column_shards: parts of a table's row, each on a device.
+    """
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     optimizer = make_optimizer(config)
     rows = [
@@ -128,7 +131,7 @@ def parameter_table(config: Config) -> str:
             f"{'rows':>10} {config.rows_per_step:>18,} of each table at most in a step "
             f"(train.max_unique_ids), gradients {size} MiB"
         )
-        choice = operations(config.model)
+        choice = operations(config.model, column_shards=column_shards)
         lines.append(f"{'operations':>10} {choice.name:>18} on tables: {choice.reason}")
     return "\n".join(lines)
 
