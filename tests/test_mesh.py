@@ -8,12 +8,23 @@ import os
 import jax
 import numpy as np
 import pytest
-from small import KINDS, one_device
+from operations import IMPLEMENTATIONS
+from small import KINDS, one_device, random_ids, random_params, small_config
 from test_resume import final_state, records, start
 
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
-from jtok_jax.mesh import AXES, axis_rules, check_batch, make_mesh, sharding, table_layout
+from jtok_jax.mesh import (
+    AXES,
+    TableLayout,
+    axis_rules,
+    check_batch,
+    make_mesh,
+    sharding,
+    table_layout,
+)
+from jtok_jax.model.exchange import Exchange
+from jtok_jax.training import step
 
 FEW = {"train.steps": 12, "checkpoint.every": 6, "evaluation.every": 6}
 
@@ -111,3 +122,23 @@ def test_meshes_and_batches_that_do_not_fit_are_refused():
         make_mesh(MeshConfig(data=1, fsdp=3))
     with pytest.raises(ConfigError, match=r"train\.batch_size is 4; expected a multiple of the 3"):
         check_batch(Shape(fsdp=3, tensor=2), "train.batch_size", 4)
+
+
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "xla"])
+@pytest.mark.parametrize("kind", ["dense-jtok", "dense-jtok_m"])
+def test_kernels_run_within_the_exchange(kind, name):
+    """Simulated on a group of one device: several of them at once block their simulator."""
+    model = dataclasses.replace(KINDS[kind], model_dim=128, num_layers=2)
+    config = small_config(model)
+    params, ids = random_params(model), random_ids(model, 4, 16)
+    exchange = Exchange(model, one_device(), TableLayout(("fsdp",), (), ()), name)
+    split = ids[None], ids[None]
+
+    def gradients(params, exchange):
+        plan = step._plan(config, split[0], exchange)
+        return step._gradients(config, params, *split, plan, one_device(), exchange)
+
+    expected, found = (jax.jit(gradients, static_argnums=1)(params, e) for e in (None, exchange))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, expected[1:], found[1:])
+    assert np.any(np.asarray(expected[2]) != 0)
