@@ -144,6 +144,7 @@ class ModelConfig:
     """The decoder: pre-norm, rotary, grouped-query attention, SwiGLU or experts, token tables."""
 
     vocab_size: int = 4096
+    vocab_multiple: int = 1  # embedding, head and tables have rows to a multiple; others are inert
     model_dim: int = 128
     num_layers: int = 4
     num_heads: int = 4
@@ -165,8 +166,8 @@ class ModelConfig:
 
     def __post_init__(self):
         _at_least(
-            self, "model", 1, "vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads",
-            "ffn_dim",
+            self, "model", 1, "vocab_size", "vocab_multiple", "model_dim", "num_layers",
+            "num_heads", "num_kv_heads", "ffn_dim",
         )  # fmt: skip
         _at_least(self, "model", 0, "head_dim", "loss_chunk", "init_std", "norm_eps")
         _one_of(self.head, "model.head", ("untied", "tied"))
@@ -194,13 +195,18 @@ class ModelConfig:
         return self.head_dim or self.model_dim // self.num_heads
 
     @property
+    def padded_vocab(self) -> int:
+        """Rows of embedding and tables: ids, and zeros that no id names and nothing changes."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
     def tables_shape(self) -> tuple[int, ...] | None:
         """Stacked tables: JTok [G, V, D], JTok-M [G, M, V, D]; None without tables."""
         stack = max(self.jtok.table_of_layer(self.num_layers), default=-1) + 1
         if stack == 0:
             return None
         several = (self.jtok.num_tables,) if self.jtok.kind == "jtok_m" else ()
-        return stack, *several, self.vocab_size, self.model_dim
+        return stack, *several, self.padded_vocab, self.model_dim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,11 +37,11 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Size of every axis letter of a parameter."""
     shape = config.tables_shape or (0, 0, 0)
     return {
-        "L": config.num_layers, "D": config.model_dim, "V": config.vocab_size,
+        "L": config.num_layers, "D": config.model_dim, "V": config.padded_vocab,
         "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_size,
         "F": config.moe.expert_dim if config.moe.num_experts else config.ffn_dim,
         "E": config.moe.num_experts, "S": config.moe.shared_dim, "M": shape[-3],
-        "G": shape[0], "X": shape[-3], "R": config.vocab_size, "C": config.model_dim,
+        "G": shape[0], "X": shape[-3], "R": config.padded_vocab, "C": config.model_dim,
     }  # fmt: skip
 
 

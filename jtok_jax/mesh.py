@@ -15,8 +15,10 @@ from jtok_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "expert", "tensor")
 BATCH = ("data", "fsdp", "expert")  # split the sequences of a batch
+TOKENS = PartitionSpec(BATCH, "tensor")  # of [B, T] in shard_map: every device has its own tokens
 MIN_COLUMNS = 128  # of a table on one device where "auto" splits: a TPU's lanes
 
+_PAD = ", or set model.vocab_multiple"
 Rules = Mapping[str, tuple[str, ...]]  # axis letter -> mesh axes
 
 # Every matrix has one D. Letters of the tables (X, R, C) follow `TableLayout`.
@@ -80,7 +82,7 @@ def table_layout(config: Config, mesh: Mesh) -> TableLayout:
     sizes = {
         "columns": model.model_dim,
         "experts": num_tables,
-        "rows": model.vocab_size,
+        "rows": model.padded_vocab,
     }
     for what, size in sizes.items():
         count = num_shards(mesh, getattr(layout, what))
@@ -88,7 +90,7 @@ def table_layout(config: Config, mesh: Mesh) -> TableLayout:
             axes = ",".join(getattr(layout, what))
             raise ConfigError(
                 f"mesh.table_{what} is {axes!r}, {count} devices, which do not divide the {size} "
-                f"{what} of the tables; name axes whose sizes do."
+                f"{what} of the tables; name axes whose sizes do{_PAD if what == 'rows' else ''}."
             )
     return layout
 
@@ -114,7 +116,8 @@ def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> 
         if size % num_shards(mesh, names):
             raise ConfigError(
                 f"axis {letter} of an array {letters} is {size}, which mesh.{names[0]} = "
-                f"{num_shards(mesh, names)} devices do not divide; choose a divisor."
+                f"{num_shards(mesh, names)} devices do not divide; choose a divisor"
+                f"{_PAD if letter == 'V' else ''}."
             )
     return NamedSharding(mesh, PartitionSpec(*(names or None for names in axes)))
 

@@ -20,11 +20,13 @@ from jtok_jax.config import (
     Config,
     MeshConfig,
     ModelConfig,
+    MoeConfig,
     OptimizerConfig,
     TableOptimizerConfig,
     TrainConfig,
 )
 from jtok_jax.mesh import AXES, make_mesh, put_batch
+from jtok_jax.model import moe
 from jtok_jax.training import step
 from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
 from jtok_jax.training.optimizer import make_optimizer
@@ -32,9 +34,10 @@ from jtok_jax.training.state import abstract_state, init_state, state_shardings
 
 replace = dataclasses.replace
 DENSE = ModelConfig(
-    vocab_size=32, model_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=6, ffn_dim=24,
-    init_std=0.3, compute_dtype="float32",
+    vocab_size=30, vocab_multiple=8, model_dim=16, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=6, ffn_dim=24, init_std=0.3, compute_dtype="float32",
 )  # fmt: skip
+EXPERTS = MoeConfig(num_experts=4, top_k=2, expert_dim=8, shared_dim=8, router_init_std=0.5)
 MODELS = {
     "jtok": replace(DENSE, jtok=JTOK),
     "jtok_m": replace(DENSE, jtok=replace(JTOK_M, num_tables=4)),
@@ -96,6 +99,33 @@ def test_every_layout_trains_as_one_device(kind, layout):
     np.testing.assert_allclose(norms, expected[1], rtol=1e-5)
     for name, value in expected[2].params.items():
         np.testing.assert_allclose(state.params[name], value, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"expert": 4}, {"expert": 2, "tensor": 2}], ids=str)
+def test_experts_on_several_devices_train_as_on_one(mesh):
+    """No token is dropped, also where all choose the same experts; with tables beside them."""
+    model = replace(MODELS["jtok"], moe=EXPERTS)
+    layout = MeshConfig(**mesh, table_columns=",".join(mesh))
+    config = replace(run_config("jtok", layout), model=model)
+    losses, norms, state = trajectory(config, make_mesh(config.mesh))
+    expected = alone(replace(config, mesh=MeshConfig()))
+    np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, expected[1], rtol=1e-5)
+    for name, value in expected[2].params.items():
+        np.testing.assert_allclose(state.params[name], value, atol=2e-4, err_msg=name)
+
+
+def test_no_token_is_dropped_where_all_choose_one_expert():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.float32(rng.standard_normal(shape))
+    x, matrices = draw(16, 8, 16), (draw(4, 16, 8), draw(4, 16, 8), draw(4, 8, 16))
+    choice = jnp.zeros((16, 8, 2), jnp.int32).at[..., 1].set(3)
+    weights = jnp.float32(rng.random((16, 8, 2)))
+    flat = lambda value: value.reshape(-1, value.shape[-1])
+    expected = moe.experts(flat(x), flat(choice), flat(weights), *matrices)
+    mesh = make_mesh(MeshConfig(expert=4))
+    found = jax.jit(functools.partial(moe.sharded_experts, mesh))(x, choice, weights, *matrices)
+    np.testing.assert_allclose(flat(found), expected, rtol=1e-5, atol=1e-5)
 
 
 def losses_of(kind: str, layout: MeshConfig):

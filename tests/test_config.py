@@ -88,7 +88,8 @@ JTOK_M_MOE = Config(
     evaluation=EvaluationConfig(batch_size=2),
 )
 PROGRAM_FIELDS = {
-    "model.vocab_size": 31, "model.model_dim": 16, "model.num_layers": 2, "model.num_heads": 2,
+    "model.vocab_size": 31, "model.vocab_multiple": 8, "model.model_dim": 16,
+    "model.num_layers": 2, "model.num_heads": 2,
     "model.num_kv_heads": 4, "model.head_dim": 4, "model.head": "tied", "model.qk_norm": "rms",
     "model.rope_base": 5e4, "model.norm_eps": 1e-3, "model.init_std": 0.1,
     "model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16", "model.remat": "full",

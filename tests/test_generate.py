@@ -93,3 +93,11 @@ def test_sampling_frequencies():
     only = [1, 0, 0, 0]
     np.testing.assert_array_equal(_frequencies(logits, Sampling(top_p=0.01)), only)
     np.testing.assert_array_equal(_frequencies(logits, Sampling(temperature=0.0)), only)
+
+
+def test_padding_of_the_vocabulary_has_no_logits():
+    model = dataclasses.replace(KINDS["dense-jtok"], vocab_multiple=16)
+    params = bind(model, random_params(model))
+    ids = random_ids(model, 2, 8)
+    logits, cache = prefill(params, ids, jnp.int32([8, 8]), capacity=16)
+    assert logits.shape == decode(params, ids[:, 0], cache).logits_BV.shape == (2, 29)

@@ -173,7 +173,8 @@ def test_chunked_loss_equals_the_whole(chunk):
     targets, weights = rng.integers(0, 13, (2, 11)), rng.integers(0, 2, (2, 11))
 
     def loss(hidden, head, chunk):
-        sums = cross_entropy(hidden, head, targets, jnp.float32(weights), chunk=chunk)
+        of = {"vocab_size": head.shape[1], "chunk": chunk}
+        sums = cross_entropy(hidden, head, targets, jnp.float32(weights), **of)
         return sums.nats + 0.1 * sums.z, sums
 
     arguments = jnp.float32(hidden), jnp.float32(head)
@@ -194,7 +195,8 @@ def test_chunked_loss_never_holds_all_logits():
     def temporaries(chunk):
         def loss(hidden, head, targets):
             ones = jnp.ones(targets.shape)
-            return cross_entropy(hidden, head, targets, ones, chunk=chunk).nats
+            of = {"vocab_size": head.shape[1], "chunk": chunk}
+            return cross_entropy(hidden, head, targets, ones, **of).nats
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes, targets).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -250,3 +252,28 @@ def test_a_tight_bound_on_ids_trains_alike_and_an_overflow_is_a_bad_step(accumul
     assert metrics.bad_steps == 1
     for name, value in before.params.items():
         np.testing.assert_array_equal(value, over.params[name], err_msg=name)
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_padding_of_the_vocabulary_is_inert(head):
+    """The same losses; rows that stand for no id are zero before and after steps with decay."""
+    plain = replace(JTOK_M, head=head)
+    padded = replace(plain, vocab_multiple=16)
+    assert (plain.padded_vocab, padded.padded_vocab) == (29, 32)
+    tables = TableOptimizerConfig(kind="adamw", weight_decay=0.1)
+    runs = []
+    for model in (plain, padded):
+        config = replace(small_config(model), optimizer=OptimizerConfig(tables=tables))
+        state, step, _ = training(config)
+        losses = []
+        for number in range(3):
+            ids = random_ids(plain, 4, 16, seed=number)
+            state, metrics = step(state, ids, ids)
+            losses.append(float(metrics.loss))
+        runs.append((losses, state.params))
+    np.testing.assert_allclose(runs[0][0], runs[1][0], rtol=1e-5)
+    axis = {"embed": 0, "head": 1, "tables": -2}
+    for name in axis.keys() & runs[1][1].keys():
+        first, other = (np.moveaxis(run[1][name], axis[name], 0) for run in runs)
+        np.testing.assert_allclose(first, other[:29], atol=1e-4)
+        np.testing.assert_array_equal(other[29:], 0)

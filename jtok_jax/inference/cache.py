@@ -75,4 +75,5 @@ def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
 
 def _logits(model: Transformer, hidden_BD: jax.Array) -> jax.Array:
     head_DV = model.head_DV.astype(hidden_BD.dtype)
-    return jnp.dot(hidden_BD, head_DV, preferred_element_type=jnp.float32)
+    logits_BV = jnp.dot(hidden_BD, head_DV, preferred_element_type=jnp.float32)
+    return logits_BV[:, : model.config.vocab_size]

@@ -27,9 +27,8 @@ from jax.sharding import PartitionSpec as P
 from jtok_kernels import RowPlan, Shard, row_plan
 
 from jtok_jax.config import ModelConfig
-from jtok_jax.mesh import AXES, BATCH, TableLayout, num_shards
+from jtok_jax.mesh import AXES, TOKENS, TableLayout, num_shards
 
-TOKENS = P(BATCH, "tensor")  # of [B, T]: every device has tokens of its own
 KEPT = "fetched rows"  # kept by remat "dots": to fetch again costs more than D entries a token
 
 # Without them an exchange waits for other collectives, or computation for it (LOG.md).
@@ -60,7 +59,7 @@ class Exchange(NamedTuple):
         Unique ids, [row shards x U], are those of all groups; the order, [N, copies x row shards,
         ...], is that of a group.
         """
-        num_rows = self.model.vocab_size // num_shards(self.mesh, self.layout.rows)
+        num_rows = self._rows_here
         if max_unique is not None and self.layout.rows:
             max_unique += 2  # ids of other shards count as the first or the last row here
 
@@ -151,6 +150,10 @@ class Exchange(NamedTuple):
     def _copies(self) -> tuple[str, ...]:
         return tuple(name for name in AXES if name not in self.layout.axes)
 
+    @property
+    def _rows_here(self) -> int:
+        return self.model.padded_vocab // num_shards(self.mesh, self.layout.rows)
+
     def _tables_spec(self) -> P:
         """Of one layer's tables, [(M,) V, D]."""
         layout = self.layout
@@ -168,8 +171,7 @@ class Exchange(NamedTuple):
         """Ids counted from the first row here; those of other devices are outside."""
         if not self.layout.rows:
             return ids
-        size = self.model.vocab_size // num_shards(self.mesh, self.layout.rows)
-        return ids - jax.lax.axis_index(self.layout.rows) * size
+        return ids - jax.lax.axis_index(self.layout.rows) * self._rows_here
 
     def _map(self, local, in_specs, out_specs):
         # Mosaic GPU kernels cannot be traced with check_vma (JAX 0.12): loops over what they load

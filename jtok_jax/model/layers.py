@@ -55,9 +55,19 @@ def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.
     return (jax.nn.silu(gate) * up) @ down_FD.astype(dtype)
 
 
-def normal(rngs: nnx.Rngs, *shape: int, std: float, dtype: str = "float32") -> nnx.Param[jax.Array]:
-    """A parameter drawn from normal(0, std)."""
-    return nnx.Param((std * jax.random.normal(rngs.params(), shape)).astype(dtype))
+def normal(
+    rngs: nnx.Rngs,
+    *shape: int,
+    std: float,
+    dtype: str = "float32",
+    pad: tuple[int, int] = (0, 0),
+) -> nnx.Param[jax.Array]:
+    """A parameter drawn from normal(0, std), with `pad` zeros after the last two axes."""
+    value = (std * jax.random.normal(rngs.params(), shape)).astype(dtype)
+    if any(pad):
+        widths = [(0, 0)] * (len(shape) - 2) + [(0, extra) for extra in pad]
+        value = jnp.pad(value, widths)
+    return nnx.Param(value)
 
 
 def residual_std(config: ModelConfig) -> float:

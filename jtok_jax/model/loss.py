@@ -22,11 +22,13 @@ def cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     *,
+    vocab_size: int,
     chunk: int,
 ) -> LossSums:
     """Cross-entropy and logsumexp^2, summed over tokens.
 
     Args:
+        vocab_size: columns of the head that take part, from the first.
         chunk: tokens whose float32 logits [chunk, V] exist at once, forward and backward (they are
             computed twice), at least one place of every sequence; 0 for all tokens at once.
     """
@@ -34,7 +36,7 @@ def cross_entropy(
     arrays = hidden_BTD, targets_BT, weights_BT
     batch, length = targets_BT.shape
     if chunk == 0 or batch * length <= chunk:
-        return _sums(head_DV, *arrays)
+        return _sums(head_DV, vocab_size, *arrays)
     # Chunks are cut along T: every device keeps its own sequences in each of them.
     places = max(1, chunk // batch)
     missing = -length % places
@@ -43,17 +45,19 @@ def cross_entropy(
 
     @jax.checkpoint
     def body(total, chunk_arrays):
-        return jax.tree.map(jnp.add, total, _sums(head_DV, *chunk_arrays)), None
+        return jax.tree.map(jnp.add, total, _sums(head_DV, vocab_size, *chunk_arrays)), None
 
     zeros = LossSums(*[jnp.zeros((), jnp.float32)] * 3)
     return jax.lax.scan(body, zeros, chunks)[0]
 
 
-def _sums(head_DV, hidden_BTD, targets_BT, weights_BT) -> LossSums:
+def _sums(head_DV, vocab_size: int, hidden_BTD, targets_BT, weights_BT) -> LossSums:
     # Two axes, not three: XLA on the CPU copies three-axis logits in the backward pass.
     hidden_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     targets_R, weights_R = targets_BT.reshape(-1), weights_BT.reshape(-1)
     logits_RV = jnp.dot(hidden_RD, head_DV, preferred_element_type=jnp.float32)
+    if vocab_size < head_DV.shape[1]:  # masked, not cut out: a cut would not divide over devices
+        logits_RV = jnp.where(jnp.arange(head_DV.shape[1]) < vocab_size, logits_RV, -jnp.inf)
     lse_R = jax.nn.logsumexp(logits_RV, axis=-1)
     # The target's logit from its column of the head: picking it out of the logits would scatter
     # into [R, V] in the backward pass.

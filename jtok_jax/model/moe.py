@@ -7,8 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from jtok_jax.config import ModelConfig
+from jtok_jax.mesh import TOKENS
 from jtok_jax.model.grouped_matmul import grouped_matmul
 from jtok_jax.model.layers import normal, residual_std, swiglu
 
@@ -40,15 +42,26 @@ def balance_loss(route: ExpertRoute) -> jax.Array:
 
 
 def experts(
-    x_RD: jax.Array, route: ExpertRoute, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
+    x_RD: jax.Array,
+    choice_Rk: jax.Array,
+    weights_Rk: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    some_elsewhere: bool = False,
 ) -> jax.Array:
     """Weighted sum of the chosen experts' SwiGLU of every token, [R, D].
 
     1. sort the (token, choice) pairs by expert  2. three grouped matmuls over the sorted rows
     3. put the rows back in order                4. weigh and add the k rows of a token.
+
+    Args:
+        choice_Rk: int32 in [0, E); E for one that counts nothing, where there may be such.
+        some_elsewhere: there may be.
     """
-    dtype, (num_rows, top_k) = x_RD.dtype, route.choice_Rk.shape
-    flat = route.choice_Rk.reshape(-1)
+    dtype, (num_rows, top_k) = x_RD.dtype, choice_Rk.shape
+    flat = choice_Rk.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     sizes_E = jnp.bincount(flat, length=gate_EDF.shape[0]).astype(jnp.int32)
     sorted_x = x_RD[order // top_k]
@@ -57,8 +70,33 @@ def experts(
     sorted_out = grouped_matmul(hidden, down_EFD.astype(dtype), sizes_E)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     out_RkD = sorted_out[place].reshape(num_rows, top_k, -1)
-    mixed = jnp.einsum("RkD,Rk->RD", out_RkD, route.weights_Rk, preferred_element_type=jnp.float32)
+    if some_elsewhere:  # rows past the last group hold anything
+        out_RkD = jnp.where((choice_Rk < gate_EDF.shape[0])[..., None], out_RkD, 0)
+    mixed = jnp.einsum("RkD,Rk->RD", out_RkD, weights_Rk, preferred_element_type=jnp.float32)
     return mixed.astype(dtype)
+
+
+def sharded_experts(mesh: Mesh, x_BTD, choice_BTk, weights_BTk, *matrices: jax.Array) -> jax.Array:
+    """`experts` of tokens on several devices, [B, T, D]; no token is dropped, whatever it chose.
+
+    Along the mesh axis "expert" every device holds some experts. It gathers the tokens of its
+    group, computes what they chose of its own, and the parts of a token's sum are added where the
+    token is: 2 D entries a token there and back for every further device of a group.
+    """
+
+    def local(x, choice, weights, *matrices):
+        flat = lambda value: value.reshape(-1, value.shape[-1])
+        everyone = lambda value: jax.lax.all_gather(flat(value), "expert", tiled=True)
+        count = matrices[0].shape[0]
+        choice = everyone(choice) - jax.lax.axis_index("expert") * count
+        own = (choice >= 0) & (choice < count)
+        choice, weights = jnp.where(own, choice, count), jnp.where(own, everyone(weights), 0.0)
+        out = experts(everyone(x), choice, weights, *matrices, some_elsewhere=True)
+        return jax.lax.psum_scatter(out, "expert", tiled=True).reshape(x.shape)
+
+    specs = (TOKENS,) * 3 + (PartitionSpec("expert"),) * 3
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=TOKENS, check_vma=False)
+    return run(x_BTD, choice_BTk, weights_BTk, *[w.astype(x_BTD.dtype) for w in matrices])
 
 
 class MoeResult(NamedTuple):
@@ -86,12 +124,17 @@ class Moe(nnx.Module):
             self.shared_down = normal(rngs, shared, dim, std=out_std, dtype=dtype)
         self.config = moe
 
-    def __call__(self, x_BTD: jax.Array) -> MoeResult:
-        config = self.config
+    def __call__(self, x_BTD: jax.Array, mesh: Mesh | None = None) -> MoeResult:
+        """`mesh`: of several devices; None on one."""
+        config, matrices = self.config, (self.gate[...], self.up[...], self.down[...])
         x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
         chosen = route(x_RD, self.router[...], top_k=config.top_k, renormalize=config.renormalize)
-        out_RD = experts(x_RD, chosen, self.gate[...], self.up[...], self.down[...])
-        out_BTD = out_RD.reshape(x_BTD.shape)
+        if mesh is None:
+            out_RD = experts(x_RD, chosen.choice_Rk, chosen.weights_Rk, *matrices)
+            out_BTD = out_RD.reshape(x_BTD.shape)
+        else:
+            by_token = [x.reshape(*x_BTD.shape[:2], -1) for x in chosen[:2]]
+            out_BTD = sharded_experts(mesh, x_BTD, *by_token, *matrices)
         if config.shared_dim:
             out_BTD = out_BTD + swiglu(
                 x_BTD, self.shared_gate[...], self.shared_up[...], self.shared_down[...]

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jtok_kernels import RowPlan
 
 from jtok_jax.config import ModelConfig
+from jtok_jax.mesh import split_batch
 from jtok_jax.model.attention import Attend, Attended, Attention, causal
 from jtok_jax.model.exchange import KEPT, Exchange
 from jtok_jax.model.jtok import Lookup, TokenTables
@@ -47,6 +49,13 @@ class Output(NamedTuple):
     health: dict[str, jax.Array]
 
 
+class Across(NamedTuple):
+    """Several devices, and how tables on them are read (None: there are none)."""
+
+    exchange: Exchange | None
+    mesh: Mesh
+
+
 class Block(nnx.Module):
     """Attention, feed-forward (dense or experts) and, where configured, the token tables."""
 
@@ -61,7 +70,13 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(
-        self, h_BTD: jax.Array, *, by: Rotation, attend: Attend, lookup: Lookup | None
+        self,
+        h_BTD: jax.Array,
+        *,
+        by: Rotation,
+        attend: Attend,
+        lookup: Lookup | None,
+        mesh: Mesh | None,
     ) -> tuple[jax.Array, object, BlockAux]:
         """(h', kept by attend, aux). `lookup` None means that this layer carries no tables."""
         eps = self.config.norm_eps
@@ -77,7 +92,7 @@ class Block(nnx.Module):
             ahead = self.jtok.ahead(tilde_BTD, post_BTD, lookup)
         moe_balance = jnp.float32(0)
         if self.config.moe.num_experts:
-            dm_BTD, moe_balance = self.moe(post_BTD)
+            dm_BTD, moe_balance = self.moe(post_BTD, mesh)
         else:
             dm_BTD = self.ffn(post_BTD)
         health = {"hidden_std": jnp.std(h_BTD.astype(jnp.float32))}
@@ -92,18 +107,16 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, vocab, dtype = config.model_dim, config.vocab_size, config.param_dtype
-        self.embed = normal(rngs, vocab, dim, std=config.init_std, dtype=dtype)
+        pad = config.padded_vocab - vocab
+        self.embed = normal(rngs, vocab, dim, std=config.init_std, dtype=dtype, pad=(pad, 0))
         self.blocks = _stacked_blocks(config, rngs)
         self.final_norm = nnx.Param(jnp.ones(dim, dtype))
         if config.head == "untied":
-            self.head = normal(rngs, dim, vocab, std=config.init_std, dtype=dtype)
+            self.head = normal(rngs, dim, vocab, std=config.init_std, dtype=dtype, pad=(0, pad))
         if config.tables_shape:
-            self.tables = normal(
-                rngs,
-                *config.tables_shape,
-                std=config.jtok.table_init_std,
-                dtype=config.jtok.table_dtype,
-            )
+            *stack, _, _ = config.tables_shape
+            jtok = {"std": config.jtok.table_init_std, "dtype": config.jtok.table_dtype}
+            self.tables = normal(rngs, *stack, vocab, dim, **jtok, pad=(pad, 0))
         self.config = config
 
     @property
@@ -116,11 +129,10 @@ class Transformer(nnx.Module):
         *,
         plan: RowPlan | None = None,
         row_grads: jax.Array | None = None,
-        exchange: Exchange | None = None,
         positions_BT: jax.Array | None = None,
         attend: Callable[..., Attended] | None = None,
         cache: object = None,
-        constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+        across: Across | None = None,
     ) -> Output:
         """Final-normed hidden states of `ids`.
 
@@ -128,11 +140,10 @@ class Transformer(nnx.Module):
             ids_BT: int32 in [0, V); not checked here.
             plan, row_grads: for training, see jtok_kernels.jtok; the plan is of the flattened ids,
                 `row_grads` has a leading layer axis.
-            exchange: where there are tables on several devices; plan and `row_grads` are its own.
             positions_BT: int32; default 0, 1, ... in every sequence.
             attend: (query, key, value, cache of the layer) -> Attended; default causal.
             cache: pytree with a leading layer axis, handed to `attend` layer by layer.
-            constrain: applied to the stream between blocks, to keep its batch split over devices.
+            across: several devices; plan and `row_grads` are those of its exchange.
         """
         config = self.config
         if positions_BT is None:
@@ -140,6 +151,8 @@ class Transformer(nnx.Module):
         by = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
         if attend is None:
             attend = lambda q, k, v, _: Attended(causal(q, k, v, kind=config.attention), None)
+        exchange, mesh = across or (None, None)
+        constrain = lambda x: x if mesh is None else _keep_batch_split(x, mesh)
         ids_of_group = exchange.gather_ids(ids_BT) if exchange else None
         stacks = config.jtok.table_of_layer(config.num_layers)
         graph, params = nnx.split(self.blocks)
@@ -156,6 +169,7 @@ class Transformer(nnx.Module):
                 by=by,
                 attend=lambda q, k, v: attend(q, k, v, cache),
                 lookup=lookup,
+                mesh=mesh,
             )
             if rows is None or min(stacks) >= 0:
                 h_BTD, kept, aux = run(rows)
@@ -178,6 +192,11 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         return Block(config, rngs=rngs)
 
     return build(rngs)
+
+
+def _keep_batch_split(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Left alone the partitioner may gather the batch to split D instead."""
+    return jax.lax.with_sharding_constraint(x, split_batch(mesh))
 
 
 def _either(condition: jax.Array, with_tables: Callable, without: Callable):

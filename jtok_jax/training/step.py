@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from jtok_kernels import RowPlan, row_plan, update_rows
 
 from jtok_jax.config import Config, ModelConfig
-from jtok_jax.mesh import num_shards, split_batch, table_layout
+from jtok_jax.mesh import num_shards, table_layout
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind
+from jtok_jax.model.transformer import Across
 from jtok_jax.training.optimizer import Optimizer, schedule, split_tables
 from jtok_jax.training.state import TrainState
 
@@ -128,9 +129,9 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
 
     def step(params: Params, ids_BT, targets_BT, weights_BT) -> LossSums:
         model = bind(config.model, params)
-        hidden = model(ids_BT, exchange=exchange, constrain=_constrain(mesh)).hidden_BTD
-        chunk = config.model.loss_chunk
-        return cross_entropy(hidden, model.head_DV, targets_BT, weights_BT, chunk=chunk)
+        hidden = model(ids_BT, across=_across(mesh, exchange)).hidden_BTD
+        of = {"vocab_size": config.model.vocab_size, "chunk": config.model.loss_chunk}
+        return cross_entropy(hidden, model.head_DV, targets_BT, weights_BT, **of)
 
     return step
 
@@ -161,7 +162,7 @@ def _plan(config: Config, ids_NBT: jax.Array, exchange: Exchange | None) -> RowP
     if exchange:
         return exchange.plan(ids_NBT, max_unique=config.rows_per_step)
     ids = ids_NBT.reshape(ids_NBT.shape[0], -1)
-    return row_plan(ids, num_rows=config.model.vocab_size, max_unique=config.rows_per_step)
+    return row_plan(ids, num_rows=config.model.padded_vocab, max_unique=config.rows_per_step)
 
 
 def _gradients(
@@ -223,12 +224,11 @@ def _of_stack(config: ModelConfig, row_grads: jax.Array | None) -> jax.Array | N
 def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan, mesh, exchange):
     params = backbone if tables is None else backbone | {"tables": tables}
     model = bind(config.model, params)
-    by = {"exchange": exchange, "constrain": _constrain(mesh)}
-    output = model(ids_BT, plan=plan, row_grads=row_grads, **by)
+    across = _across(mesh, exchange)
+    output = model(ids_BT, plan=plan, row_grads=row_grads, across=across)
     ones = jnp.ones(targets_BT.shape, jnp.float32)
-    sums = cross_entropy(
-        output.hidden_BTD, model.head_DV, targets_BT, ones, chunk=config.model.loss_chunk
-    )
+    of = {"vocab_size": config.model.vocab_size, "chunk": config.model.loss_chunk}
+    sums = cross_entropy(output.hidden_BTD, model.head_DV, targets_BT, ones, **of)
     loss = sums.nats / sums.weight
     total = (
         loss
@@ -239,9 +239,8 @@ def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan,
     return total, _Losses(loss, output.moe_balance, output.jtok_balance, output.health)
 
 
-def _constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Keep the batch split; left alone the partitioner may gather it to split D instead."""
-    return lambda x: jax.lax.with_sharding_constraint(x, split_batch(mesh))
+def _across(mesh: Mesh, exchange: Exchange | None) -> Across | None:
+    return Across(exchange, mesh) if mesh.size > 1 else None
 
 
 def _where(condition: jax.Array, new, old):
