@@ -240,7 +240,7 @@ def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan,
 
 
 def _across(mesh: Mesh, exchange: Exchange | None) -> Across | None:
-    return Across(exchange, mesh) if mesh.size > 1 else None
+    return Across(exchange, mesh) if exchange or mesh.size > 1 else None
 
 
 def _where(condition: jax.Array, new, old):
