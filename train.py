@@ -31,7 +31,7 @@ from jtok_jax.mesh import (
     put_batch,
     table_layout,
 )
-from jtok_jax.model.exchange import COMPILER_OPTIONS
+from jtok_jax.model.exchange import compiler_options
 from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import StallWatch, StopSignal, WorkdirLock
@@ -74,7 +74,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
             make_train_step(config, optimizer, mesh),
             donate_argnums=0,
             out_shardings=(shardings, None),
-            compiler_options=COMPILER_OPTIONS.get(jax.default_backend()),
+            compiler_options=compiler_options(mesh, jax.default_backend()),
         )
         eval_step = jax.jit(make_eval_step(config, mesh))
 

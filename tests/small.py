@@ -77,7 +77,7 @@ def gradients(config: Config, params: dict, ids: jax.Array, targets: jax.Array):
     """(losses, gradients by name) of a step, the tables' as dense arrays; to be jitted."""
     microbatches = [step._split(config, array) for array in (ids, targets)]
     plan = step._plan(config, microbatches[0], None)
-    losses, grads, rows = step._gradients(config, params, *microbatches, plan, one_device(), None)
+    losses, grads, rows = step._gradients(config, params, *microbatches, plan, None)
     if rows is not None:
         rows = dense_gradient(rows, plan.unique_U, num_rows=config.model.vocab_size)
         grads = grads | {"tables": rows}

@@ -24,6 +24,7 @@ from jtok_jax.mesh import (
     table_layout,
 )
 from jtok_jax.model.exchange import Exchange
+from jtok_jax.model.transformer import Across
 from jtok_jax.training import step
 
 FEW = {"train.steps": 12, "checkpoint.every": 6, "evaluation.every": 6}
@@ -134,11 +135,12 @@ def test_kernels_run_within_the_exchange(kind, name):
     exchange = Exchange(model, one_device(), TableLayout(("fsdp",), (), ()), name)
     split = ids[None], ids[None]
 
-    def gradients(params, exchange):
-        plan = step._plan(config, split[0], exchange)
-        return step._gradients(config, params, *split, plan, one_device(), exchange)
+    def gradients(params, across):
+        plan = step._plan(config, split[0], across)
+        return step._gradients(config, params, *split, plan, across)
 
-    expected, found = (jax.jit(gradients, static_argnums=1)(params, e) for e in (None, exchange))
+    across = Across(exchange, one_device())
+    expected, found = (jax.jit(gradients, static_argnums=1)(params, x) for x in (None, across))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, expected[1:], found[1:])
     assert np.any(np.asarray(expected[2]) != 0)

@@ -31,11 +31,17 @@ from jtok_jax.mesh import AXES, TOKENS, TableLayout, num_shards
 
 KEPT = "fetched rows"  # kept by remat "dots": to fetch again costs more than D entries a token
 
-# Without them an exchange waits for other collectives, or computation for it (LOG.md).
-COMPILER_OPTIONS = {
-    "tpu": {"xla_tpu_enable_async_all_to_all": True},
-    "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 4},
-}
+
+def compiler_options(mesh: Mesh, platform: str) -> dict[str, object] | None:
+    """For a step on several devices; else an exchange waits for other collectives, or all for it.
+
+    LOG.md tells what was seen with and without them.
+    """
+    options = {
+        "tpu": {"xla_tpu_enable_async_all_to_all": True},
+        "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 4},
+    }
+    return options.get(platform) if mesh.size > 1 else None
 
 
 class Exchange(NamedTuple):
@@ -80,17 +86,15 @@ class Exchange(NamedTuple):
         """float32 [L, (M,) row shards x U, D]; see jtok_kernels.jtok."""
         _, *several, _, dim = self.model.tables_shape
         shape = (self.model.num_layers, *several, plan.unique_U.size, dim)
-        spec = NamedSharding(self.mesh, P(None, *self._row_grads_spec()))
+        spec = NamedSharding(self.mesh, P(None, *self._tables_spec()))  # rows lie where tables do
         return jax.lax.with_sharding_constraint(jnp.zeros(shape, jnp.float32), spec)
 
     def update(self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, **scalars):
         """`update_rows` on every device's part."""
         layout = self.layout
         shard = Shard(columns=layout.columns, rows=layout.rows, experts=layout.experts)
-        key = None if rounding_key is None else jax.random.key_data(rounding_key)
 
         def local(tables, state, unique_U, row_grads, key, scalars):
-            key = None if key is None else jax.random.wrap_key_data(key)
             return jtok_kernels.update_rows(
                 optimizer, tables, state, unique_U, row_grads, **scalars, rounding_key=key,
                 shard=shard, implementation=self.implementation,
@@ -98,9 +102,8 @@ class Exchange(NamedTuple):
 
         spec = P(None, *self._tables_spec())
         of_state = {name: P(*spec[: value.ndim]) for name, value in state.items()}
-        grads_spec = P(None, *self._row_grads_spec())
-        in_specs = spec, of_state, P(layout.rows or None), grads_spec, P(), P()
-        arguments = tables, state, unique_U, row_grads, key, scalars
+        in_specs = spec, of_state, P(layout.rows or None), spec, P(), P()
+        arguments = tables, state, unique_U, row_grads, rounding_key, scalars
         return self._map(local, in_specs, (spec, of_state))(*arguments)
 
     # ------------------------------------------------------------------ in every layer
@@ -125,7 +128,7 @@ class Exchange(NamedTuple):
         spec = P(None, *self._tables_spec())
         plan_specs = None if plan is None else self._plan_specs()
         in_specs = (
-            spec, P(), TOKENS, P(self._copies), plan_specs, self._row_grads_spec(), TOKENS, TOKENS,
+            spec, P(), TOKENS, P(self._copies), plan_specs, self._tables_spec(), TOKENS, TOKENS,
         )  # fmt: skip
         tables = jax.lax.stop_gradient(tables)
         arguments = tables, layer, ids_BT, ids_of_group, plan, row_grads, choice_BTK, weights_BTK
@@ -155,13 +158,10 @@ class Exchange(NamedTuple):
         return self.model.padded_vocab // num_shards(self.mesh, self.layout.rows)
 
     def _tables_spec(self) -> P:
-        """Of one layer's tables, [(M,) V, D]."""
+        """Of one layer's tables, [(M,) V, D], and of gradients of their unique rows."""
         layout = self.layout
         experts = [layout.experts or None] if self.model.jtok.kind == "jtok_m" else []
         return P(*experts, layout.rows or None, layout.columns or None)
-
-    def _row_grads_spec(self) -> P:
-        return self._tables_spec()  # unique rows lie where the rows do
 
     def _plan_specs(self) -> RowPlan:
         rows = self.layout.rows
@@ -189,7 +189,7 @@ def _fetch(exchange: Exchange, tables, layer, ids_BT, ids, plan, row_grads, choi
     layout, mesh = exchange.layout, exchange.mesh
     ids = exchange._here(ids[0])
     inside = (ids >= 0) & (ids < tables.shape[-2])
-    ids = jnp.clip(ids, 0, tables.shape[-2] - 1)
+    ids = jnp.clip(ids, 0, tables.shape[-2] - 1)  # those of other devices are no error
     options = {"layer": layer, "row_grads": row_grads, "plan": plan}
     if plan is not None:
         overflow = None if plan.overflow is None else plan.overflow[0]
@@ -203,14 +203,11 @@ def _fetch(exchange: Exchange, tables, layer, ids_BT, ids, plan, row_grads, choi
         e = jnp.where(inside[:, None], e, 0.0) if layout.rows else e
     else:
         flat = lambda x: _gather(x.reshape(-1, x.shape[-1]), layout.axes)
-        choice, weights = flat(choice), flat(weights)
-        own = inside[:, None] if layout.rows else True
+        choice, count = flat(choice), tables.shape[1]
         if layout.experts:
-            choice = choice - jax.lax.axis_index(layout.experts) * tables.shape[1]
-            own = own & (choice >= 0) & (choice < tables.shape[1])
-            choice = jnp.clip(choice, 0, tables.shape[1] - 1)
-        weights = weights if own is True else jnp.where(own, weights, 0.0)
-        e = mix(tables, ids, choice, weights)
+            choice = choice - jax.lax.axis_index(layout.experts) * count
+        own = inside[:, None] & (choice >= 0) & (choice < count)
+        e = mix(tables, ids, choice, jnp.where(own, flat(weights), 0.0))
     e = _to_owners_of_tokens(e.astype(exchange.model.compute_dtype), layout, mesh)
     return e.reshape(*ids_BT.shape, -1)
 

@@ -159,9 +159,9 @@ class TokenTables(nnx.Module):
         else:
             out = self._modulate(tilde_BTD, dm_BTD, routed, lookup, form)
         e = _some_rows(ahead, lookup)
-        gate_size = _rms(reference.gate(e, scale, norm=jtok.norm, eps=jtok.eps) - 1)
         if routed is None:
-            balance, health = jnp.float32(0), {"gate_size": gate_size}
+            gate = reference.gate(e, scale, norm=jtok.norm, eps=jtok.eps)
+            balance, health = jnp.float32(0), {"gate_size": _rms(gate - 1)}
         else:
             dr = reference.injection(e, scale, **form)
             health = {"gate_size": _rms(dr) / _rms(_some(_flat(dm_BTD)))} | _router_health(routed)

@@ -91,7 +91,8 @@ def sharded_experts(mesh: Mesh, x_BTD, choice_BTk, weights_BTk, *matrices: jax.A
         choice = everyone(choice) - jax.lax.axis_index("expert") * count
         own = (choice >= 0) & (choice < count)
         choice, weights = jnp.where(own, choice, count), jnp.where(own, everyone(weights), 0.0)
-        out = experts(everyone(x), choice, weights, *matrices, some_elsewhere=True)
+        several = {"some_elsewhere": mesh.shape["expert"] > 1}
+        out = experts(everyone(x), choice, weights, *matrices, **several)
         return jax.lax.psum_scatter(out, "expert", tiled=True).reshape(x.shape)
 
     specs = (TOKENS,) * 3 + (PartitionSpec("expert"),) * 3

@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """One training step and one evaluation step, as pure functions."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,18 +53,18 @@ def make_train_step(
     all of them  4. update the backbone, and the rows of the step  5. keep the old values where
     anything was not finite.
     """
-    rate, exchange = schedule(config), exchange_on(config, mesh)
+    rate, across = schedule(config), across_devices(config, mesh)
 
     def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array):
         microbatches = _split(config, ids_BT), _split(config, targets_BT)
-        plan = _plan(config, microbatches[0], exchange)
-        losses, *grads = _gradients(config, state.params, *microbatches, plan, mesh, exchange)
+        plan = _plan(config, microbatches[0], across)
+        losses, *grads = _gradients(config, state.params, *microbatches, plan, across)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
         accepted = state.step - state.bad_steps
         scale = _clip_scale(norm, config.optimizer.clip_norm)
         params, opt_state = _update(
-            config, optimizer, state, grads, scale, plan, accepted, finite, exchange
+            config, optimizer, state, grads, scale, plan, accepted, finite, across
         )
         new = TrainState(
             step=state.step + 1,
@@ -92,7 +93,7 @@ def _update(
     plan: RowPlan | None,
     accepted: jax.Array,
     finite: jax.Array,
-    exchange: Exchange | None,
+    across: Across | None,
 ) -> tuple[Params, dict[str, object]]:
     """Parameters and optimizer state after one more accepted step, or as they were."""
     backbone, tables = split_tables(state.params)
@@ -106,8 +107,10 @@ def _update(
     if tables is not None:
         options = config.optimizer.tables
         key = jax.random.fold_in(jax.random.key(config.train.seed), accepted)
-        here = {"implementation": operations(config.model).name} if exchange is None else {}
-        params["tables"], opt_state["tables"] = (exchange.update if exchange else update_rows)(
+        update = functools.partial(update_rows, implementation=operations(config.model).name)
+        if across and across.exchange:
+            update = across.exchange.update
+        params["tables"], opt_state["tables"] = update(
             optimizer.tables,
             tables,
             state.opt_state["tables"],
@@ -118,18 +121,17 @@ def _update(
             grad_scale=scale,
             apply=finite,
             rounding_key=key if options.stochastic_rounding else None,
-            **here,
         )
     return params, opt_state
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
     """step(params, ids_BT, targets_BT, weights_BT) -> sums over the weighted tokens."""
-    exchange = exchange_on(config, mesh)
+    across = across_devices(config, mesh)
 
     def step(params: Params, ids_BT, targets_BT, weights_BT) -> LossSums:
         model = bind(config.model, params)
-        hidden = model(ids_BT, across=_across(mesh, exchange)).hidden_BTD
+        hidden = model(ids_BT, across=across).hidden_BTD
         of = {"vocab_size": config.model.vocab_size, "chunk": config.model.loss_chunk}
         return cross_entropy(hidden, model.head_DV, targets_BT, weights_BT, **of)
 
@@ -145,22 +147,24 @@ def _split(config: Config, array_BT: jax.Array) -> jax.Array:
     return array_BT.reshape(-1, count, array_BT.shape[1]).swapaxes(0, 1)
 
 
-def exchange_on(config: Config, mesh: Mesh) -> Exchange | None:
-    """How tables on the devices of `mesh` are read; None on one device, and without tables."""
-    if mesh.size == 1 or config.model.tables_shape is None:
+def across_devices(config: Config, mesh: Mesh) -> Across | None:
+    """What the step needs to know of several devices; None on one."""
+    if mesh.size == 1:
         return None
+    if config.model.tables_shape is None:
+        return Across(None, mesh)
     layout = table_layout(config, mesh)
     columns = num_shards(mesh, layout.columns)
     name = operations(config.model, column_shards=columns).name
-    return Exchange(config.model, mesh, layout, name)
+    return Across(Exchange(config.model, mesh, layout, name), mesh)
 
 
-def _plan(config: Config, ids_NBT: jax.Array, exchange: Exchange | None) -> RowPlan | None:
+def _plan(config: Config, ids_NBT: jax.Array, across: Across | None) -> RowPlan | None:
     """One plan for all microbatches of a step; None without tables."""
     if config.model.tables_shape is None:
         return None
-    if exchange:
-        return exchange.plan(ids_NBT, max_unique=config.rows_per_step)
+    if across and across.exchange:
+        return across.exchange.plan(ids_NBT, max_unique=config.rows_per_step)
     ids = ids_NBT.reshape(ids_NBT.shape[0], -1)
     return row_plan(ids, num_rows=config.model.padded_vocab, max_unique=config.rows_per_step)
 
@@ -171,20 +175,19 @@ def _gradients(
     ids_NBT: jax.Array,
     targets_NBT: jax.Array,
     plan: RowPlan | None,
-    mesh: Mesh,
-    exchange: Exchange | None,
+    across: Across | None,
 ) -> tuple[_Losses, Params, jax.Array | None]:
     """Losses, gradients of the backbone, and row gradients of the stacked tables.
 
     Averaged over the microbatches, float32. Row gradients: [G, (M,) U, D].
     """
     backbone, tables = split_tables(params)
-    zero_rows = exchange.zero_row_grads(plan) if exchange else _zero_row_grads(config.model, plan)
+    zero_rows = _zero_row_grads(config.model, plan, across)
     value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True, allow_int=True)
 
     def microbatch(ids, targets, order):
         of_microbatch = None if plan is None else plan._replace(order=order)
-        arguments = config, tables, ids, targets, of_microbatch, mesh, exchange
+        arguments = config, tables, ids, targets, of_microbatch, across
         (_, losses), grads = value_and_grad(backbone, zero_rows, *arguments)
         return losses, grads
 
@@ -203,10 +206,14 @@ def _gradients(
     return losses, backbone_grads, _of_stack(config.model, row_grads)
 
 
-def _zero_row_grads(config: ModelConfig, plan: RowPlan | None) -> jax.Array | None:
+def _zero_row_grads(
+    config: ModelConfig, plan: RowPlan | None, across: Across | None
+) -> jax.Array | None:
     """[L, (M,) U, D]: one for every layer, with tables or without."""
     if plan is None:
         return None
+    if across and across.exchange:
+        return across.exchange.zero_row_grads(plan)
     _, *several, _, dim = config.tables_shape
     return jnp.zeros((config.num_layers, *several, plan.unique_U.size, dim), jnp.float32)
 
@@ -221,10 +228,9 @@ def _of_stack(config: ModelConfig, row_grads: jax.Array | None) -> jax.Array | N
     return row_grads if len(carrying) == config.num_layers else row_grads[np.array(carrying)]
 
 
-def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan, mesh, exchange):
+def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan, across):
     params = backbone if tables is None else backbone | {"tables": tables}
     model = bind(config.model, params)
-    across = _across(mesh, exchange)
     output = model(ids_BT, plan=plan, row_grads=row_grads, across=across)
     ones = jnp.ones(targets_BT.shape, jnp.float32)
     of = {"vocab_size": config.model.vocab_size, "chunk": config.model.loss_chunk}
@@ -237,10 +243,6 @@ def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan,
         + config.model.jtok.balance_weight * output.jtok_balance
     )
     return total, _Losses(loss, output.moe_balance, output.jtok_balance, output.health)
-
-
-def _across(mesh: Mesh, exchange: Exchange | None) -> Across | None:
-    return Across(exchange, mesh) if exchange or mesh.size > 1 else None
 
 
 def _where(condition: jax.Array, new, old):

@@ -143,8 +143,7 @@ def _update_touched(
     columns: tuple[str, ...],
 ):
     """In plain XLA; layers of a stack in turn: temporaries are those of one layer's rows."""
-    mean = lambda values: mean_of_row(values)
-    anywhere = lambda used: used
+    mean, anywhere = mean_of_row, lambda used: used
     if columns:
         mean = lambda values: jax.lax.pmean(mean_of_row(values), columns)
         anywhere = lambda used: jax.lax.pmax(used.astype(jnp.int32), columns) > 0
