@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from jtok_jax.config import Config
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.data.loader import open_source, train_batches
-from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_error
+from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_error, parse_flags
 from jtok_jax.mesh import (
     check_batch,
     describe,
@@ -173,16 +173,5 @@ def main(arguments: list[str]) -> None:
         train(from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value))
 
 
-def parse(arguments: list[str]) -> list[str]:
-    """Parse flags; a misspelt or mistyped override ends with its reason and exit code 2."""
-    with exit_on_error():
-        try:
-            return flags.FLAGS(arguments)
-        except Exception as error:  # also whatever a config file raises: it is Python
-            raise ConfigError(
-                f"{' '.join(map(str, error.args))} ({type(error).__name__})"
-            ) from error
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parse_flags)

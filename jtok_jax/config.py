@@ -158,7 +158,7 @@ class ModelConfig:
     init_std: float = 0.02  # every projection; output projections divide by sqrt(2 num_layers)
     param_dtype: str = "float32"
     compute_dtype: str = "bfloat16"  # norms, softmax, routers and loss stay in float32
-    attention: str = "auto"  # auto (cudnn on a GPU that can, else xla) | xla | cudnn
+    attention: str = "auto"  # auto (cudnn on a GPU that can, else xla) | xla | chunked | cudnn
     remat: str = "none"  # none | dots (keep matmul results) | full (keep layer inputs only)
     loss_chunk: int = 0  # tokens whose logits exist at once; 0: all of a microbatch
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
@@ -172,7 +172,7 @@ class ModelConfig:
         _at_least(self, "model", 0, "head_dim", "loss_chunk", "init_std", "norm_eps")
         _one_of(self.head, "model.head", ("untied", "tied"))
         _one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
-        _one_of(self.attention, "model.attention", ("auto", "xla", "cudnn"))
+        _one_of(self.attention, "model.attention", ("auto", "xla", "chunked", "cudnn"))
         _one_of(self.remat, "model.remat", ("none", "dots", "full"))
         _one_of(self.param_dtype, "model.param_dtype", ("float32", "bfloat16"))
         _one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
@@ -348,7 +348,7 @@ class MeshConfig:
     fsdp: int = 1  # splits D of parameters
     expert: int = 1  # splits the experts of a mixture
     tensor: int = 1  # splits heads, the feed-forward's width and the vocabulary
-    table_columns: str = "auto"  # auto: as many axes as leave 128 columns on a device
+    table_columns: str = "auto"  # auto: axes that leave a multiple of 128 on a device
     table_experts: str = ""  # the n_e tables of JTok-M
     table_rows: str = ""
 

@@ -8,6 +8,8 @@ Every message says what failed, where, what was expected and found, and what to 
 import contextlib
 import sys
 
+from absl import flags
+
 
 class JtokError(Exception):
     """A failure with a message for the user; `exit_code` is what the command returns."""
@@ -62,3 +64,14 @@ def exit_on_error():
     except JtokError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+
+
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parse flags; a misspelt or mistyped override ends with its reason and exit code 2."""
+    with exit_on_error():
+        try:
+            return flags.FLAGS(arguments)
+        except Exception as error:  # also whatever a config file raises: it is Python
+            raise ConfigError(
+                f"{' '.join(map(str, error.args))} ({type(error).__name__})"
+            ) from error

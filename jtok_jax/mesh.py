@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
 
 AXES = ("data", "fsdp", "expert", "tensor")
+AUTO = (AxisType.Auto,) * len(AXES)
 BATCH = ("data", "fsdp", "expert")  # split the sequences of a batch
 TOKENS = PartitionSpec(BATCH, "tensor")  # of [B, T] in shard_map: every device has its own tokens
-MIN_COLUMNS = 128  # of a table on one device where "auto" splits: a TPU's lanes
+COLUMNS = 128  # "auto" leaves a multiple on a device: a TPU's lanes, what kernels take
 
 _PAD = ", or set model.vocab_multiple"
 Rules = Mapping[str, tuple[str, ...]]  # axis letter -> mesh axes
@@ -40,13 +41,12 @@ class TableLayout(NamedTuple):
         return self.columns + self.experts + self.rows
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh of `AXES` over all devices; one device is a mesh of ones.
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
+    """Devices along each of `AXES`; mesh.data -1 takes what is left.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
     others = config.fsdp * config.expert * config.tensor
     data = devices // others if config.data == -1 else config.data
     shape = (data, config.fsdp, config.expert, config.tensor)
@@ -55,7 +55,22 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh.data x fsdp x expert x tensor is {' x '.join(map(str, shape))} but there are "
             f"{devices} devices; choose sizes whose product divides that and mesh.data -1."
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return shape
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """Mesh of `AXES` over all devices; one device is a mesh of ones.
+
+    Raises:
+        ConfigError: see `mesh_shape`.
+    """
+    shape = mesh_shape(config, jax.device_count())
+    return jax.make_mesh(shape, AXES, axis_types=AUTO)
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of as many devices that are not here: for shapes and shardings alone."""
+    return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=AUTO)
 
 
 def table_layout(config: Config, mesh: Mesh) -> TableLayout:
@@ -154,11 +169,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _columns_that_fit(dim: int, mesh: Mesh, *, taken: tuple[str, ...]) -> tuple[str, ...]:
-    """As many axes as leave `MIN_COLUMNS` on a device, those of parameters first."""
+    """As many axes as leave a multiple of `COLUMNS` on a device, those of parameters first."""
     chosen, left = (), dim
     for name in ("fsdp", "tensor", "expert", "data"):
         size = mesh.shape[name]
-        if name not in taken and size > 1 and left % size == 0 and left // size >= MIN_COLUMNS:
+        if name not in taken and size > 1 and left % (size * COLUMNS) == 0:
             chosen, left = (*chosen, name), left // size
     return chosen
 

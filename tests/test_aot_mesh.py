@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What crosses the wire between eight H100s or TPUs: a training step compiled for them."""
+"""A training step compiled for eight H100s or TPUs: what crosses the wire, what it needs."""
 
 import math
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
-from aot import compile_for, copies_of, h100, tpu
+from aot import copies_of
 
 from jtok_jax.config import Config, JtokConfig, MeshConfig, ModelConfig, TrainConfig
-from jtok_jax.mesh import split_batch
-from jtok_jax.model.exchange import compiler_options
-from jtok_jax.training import step
-from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.state import abstract_state
+from jtok_jax.mesh import abstract_mesh
+from jtok_jax.planning.compiled import Compiled, compile_step, lacks
+from jtok_jax.planning.memory import memory
+from jtok_jax.planning.topology import parse_topology
 
 DEVICES, BATCH, LENGTH, DIM = 8, 16, 1024, 2048
 ROWS = 131072  # so many that a table does not fit the vector memory of a TPU
@@ -25,22 +22,17 @@ KINDS = r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)"
 COLLECTIVE = re.compile(rf" = (.*?) {KINDS}(-start)?\(")
 
 
-def compiled_text(target: str, kind: str) -> str:
-    mesh = h100(DEVICES) if target == "h100" else tpu(target, DEVICES)
+def compiled(target: str, kind: str) -> Compiled:
+    topology = parse_topology(target)
+    if missing := lacks(topology.chip.platform):
+        pytest.skip(missing)
     model = ModelConfig(
         vocab_size=ROWS, model_dim=DIM, num_layers=4, num_heads=16, num_kv_heads=8, ffn_dim=4096,
         remat="dots", loss_chunk=4096, attention="xla",
         jtok=JtokConfig(kind=kind, table_dtype="bfloat16"),
     )  # fmt: skip
     train = TrainConfig(batch_size=BATCH, seq_len=LENGTH, max_unique_ids=UNIQUE)
-    config = Config(model=model, mesh=MeshConfig(fsdp=DEVICES), train=train)
-    optimizer = make_optimizer(config)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        run = step.make_train_step(config, optimizer, mesh)
-        state = abstract_state(config, optimizer, mesh)
-    ids = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=split_batch(mesh))
-    options = compiler_options(mesh, "gpu" if target == "h100" else "tpu")
-    return compile_for(mesh, run, state, ids, ids, donate=(0,), options=options).as_text()
+    return compile_step(Config(model=model, mesh=MeshConfig(fsdp=DEVICES), train=train), topology)
 
 
 def results(text: str) -> list[tuple[str, str, list[tuple[str, tuple[int, ...]]], str]]:
@@ -65,14 +57,18 @@ def size(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize(("target", "kind"), [
-    ("h100", "jtok"), ("h100", "jtok_m"), ("v5e:2x4", "jtok_m"), ("v5p:2x2x2", "jtok"),
+    ("h100:1x8", "jtok"), ("h100:1x8", "jtok_m"), ("v5e:2x4", "jtok_m"), ("v5p:2x2x2", "jtok"),
 ])  # fmt: skip
-def test_what_crosses_the_wire(target, kind):
-    text = compiled_text(target, kind)
+def test_a_step_across_eight_devices(target, kind):
+    result = compiled(target, kind)
+    predicted = memory(result.config, abstract_mesh(result.config.mesh, DEVICES))
+    assert predicted.state == pytest.approx(result.state, rel=0.01)
+    assert predicted.total == pytest.approx(result.total, rel=0.15)
+    text = result.text
     check_one_vector_a_token_each_way(text)
     check_nothing_as_large_as_a_table(text, kind)
     kernels = text.count('custom_call_target="mosaic_gpu')
-    assert kernels == (3 if target == "h100" else 0)  # forward, pieces and merge, on columns
+    assert kernels == (3 if target == "h100:1x8" else 0)  # forward, pieces and merge, on columns
     if not target.startswith("v5e"):  # whose scheduler starts no all-to-all early
         check_hidden_behind_matmuls(text)
 

@@ -184,6 +184,7 @@ def test_cudnn_is_obeyed_or_refused():
     with pytest.raises(ConfigError, match="cpu is not an NVIDIA GPU"):
         program(changed(JTOK_M_MOE, {"model.attention": "cudnn"}))
     assert program(changed(JTOK_M_MOE, {"model.attention": "xla"})) == program(JTOK_M_MOE)
+    assert program(changed(JTOK_M_MOE, {"model.attention": "chunked"})) != program(JTOK_M_MOE)
 
 
 def test_mosaic_gpu_is_obeyed_or_refused(monkeypatch):

@@ -22,6 +22,8 @@ class Attended(NamedTuple):
     kept: object
 
 
+QUERIES = 512  # of a chunk, kind "chunked"
+
 # (query_BTNH, key_BTKH, value_BTKH) -> Attended
 Attend = Callable[[jax.Array, jax.Array, jax.Array], Attended]
 
@@ -32,23 +34,47 @@ def causal(
     """Mixed values [B, T, N, H] of every token attending to itself and those before it.
 
     Args:
-        kind: "xla", "cudnn", or "auto": cudnn where it can run, else xla. JAX refuses to trace
-            cudnn attention where the library is missing, so "auto" goes by the devices present.
+        kind: "xla", "chunked" (the same for `QUERIES` queries at a time: that part of the memory),
+            "cudnn", or "auto": cudnn where it can run, else xla. JAX refuses to trace cudnn
+            attention where the library is missing, so "auto" goes by the devices present.
 
     Raises:
         ConfigError: "cudnn" is asked for where it cannot run.
     """
     if kind == "auto":
-        fits = query_BTNH.dtype == jnp.bfloat16 and query_BTNH.shape[-1] in range(8, 129, 8)
+        fits = fits_cudnn(query_BTNH.dtype, query_BTNH.shape[-1])
         kind = "cudnn" if fits and cudnn_lacks(jax.devices()[0]) is None else "xla"
     elif kind == "cudnn" and cudnn_lacks(jax.devices()[0]):
         raise ConfigError(
-            f"model.attention is cudnn, but {cudnn_lacks(jax.devices()[0])}; use auto or xla."
+            f"model.attention is cudnn, but {cudnn_lacks(jax.devices()[0])}; use auto or chunked."
         )
+    elif kind == "chunked":
+        return _chunked(query_BTNH, key_BTKH, value_BTKH)
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=kind)
     if kind == "xla":  # recompute [B, N, T, T] probabilities rather than keep those of every layer
         attend = jax.checkpoint(attend, prevent_cse=False)
     return attend(query_BTNH, key_BTKH, value_BTKH)
+
+
+def _chunked(query_BTNH, key_BTKH, value_BTKH) -> jax.Array:
+    batch, length, *heads = query_BTNH.shape
+    queries = min(QUERIES, length)
+    padded = jnp.pad(query_BTNH, ((0, 0), (0, -length % queries), (0, 0), (0, 0)))
+    chunks = padded.reshape(batch, -1, queries, *heads).swapaxes(0, 1)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(chunk):
+        first, query = chunk
+        seen = (first + jnp.arange(queries))[:, None] >= jnp.arange(length)
+        return jax.nn.dot_product_attention(query, key_BTKH, value_BTKH, mask=seen[None, None])
+
+    firsts = jnp.arange(0, padded.shape[1], queries)
+    mixed = jax.lax.map(attend, (firsts, chunks)).swapaxes(0, 1)
+    return mixed.reshape(padded.shape)[:, :length]
+
+
+def fits_cudnn(dtype, head_size: int) -> bool:
+    return jnp.dtype(dtype) == jnp.bfloat16 and head_size in range(8, 129, 8)
 
 
 def cudnn_lacks(device: jax.Device) -> str | None:

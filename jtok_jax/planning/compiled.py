@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The training step compiled for devices that are not here: pip install -e '.[aot]'."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import shutil
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
+from jtok_jax.mesh import AUTO, AXES, mesh_shape, split_batch
+from jtok_jax.model.exchange import compiler_options
+from jtok_jax.planning.topology import Topology
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import abstract_state
+from jtok_jax.training.step import make_train_step
+
+# A GpuTargetConfigProto of one H100 SXM, from its data sheet and CUDA's device properties.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84978434048
+}
+platform_name: "CUDA"  dnn_version_info { major: 9 minor: 8 }  runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a step: bytes on one device, collectives by kind."""
+
+    state: int
+    step: int
+    text: str  # the program
+    config: Config  # what was compiled
+
+    @property
+    def total(self) -> int:
+        return self.state + self.step
+
+    @property
+    def collectives(self) -> dict[str, int]:
+        """Places in the text by kind; those in a loop run once a turn."""
+        return dict(collections.Counter(match[2] for match in COLLECTIVE.finditer(self.text)))
+
+
+def lacks(platform: str) -> str | None:
+    """Why nothing can be compiled here for "tpu" or "gpu", or None."""
+    package = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}[platform]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed; pip install -e '.[aot]' on Python 3.12 or newer"
+    if platform == "gpu" and shutil.which("ptxas") is None:
+        return "ptxas of CUDA 13 is not on the PATH"
+    return None
+
+
+@functools.cache
+def absent_devices(name: str, count: int, hosts: int = 1) -> np.ndarray:
+    """Devices of "h100" on as many hosts, or of a TPU topology such as "v5e:2x2"."""
+    if name != "h100":
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one a process
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    else:
+        from jax._src import xla_bridge
+
+        if "cuda" not in xla_bridge._topology_factories:
+            xla_bridge.discover_pjrt_plugins()
+        options = {"target_config": H100, "topology": f"1x{hosts}x{count // hosts}"}
+        topology = topologies.get_topology_desc(platform="cuda", topology_name="", **options)
+    return np.array(topology.devices[:count])
+
+
+def stand_in(config: Config, platform: str) -> Config:
+    """`config` with attention that compiles without a GPU: cuDNN asks for the library."""
+    if platform != "gpu" or config.model.attention == "xla":
+        return config
+    model = dataclasses.replace(config.model, attention="chunked")
+    return dataclasses.replace(config, model=model)
+
+
+def compile_step(config: Config, topology: Topology) -> Compiled:
+    """The step of train.py, compiled for `topology`.
+
+    Raises:
+        ConfigError: a compiler is missing, or says that the step does not fit.
+    """
+    missing = lacks(topology.chip.platform)
+    if missing or topology.chip.kind.startswith("NVIDIA H200"):
+        raise ConfigError(f"--compile: {missing or 'only H100s and TPUs can be compiled for'}.")
+    config = stand_in(config, topology.chip.platform)
+    shape = mesh_shape(config.mesh, topology.devices)
+    name = "h100" if topology.chip.platform == "gpu" else topology.name
+    devices = absent_devices(name, topology.devices, topology.hosts).reshape(shape)
+    mesh = Mesh(devices, AXES, axis_types=AUTO)
+    optimizer = make_optimizer(config)
+    size = config.train.batch_size, config.train.seq_len
+    batch = jax.ShapeDtypeStruct(size, jnp.int32, sharding=split_batch(mesh))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), not_cached():
+        step = jax.jit(make_train_step(config, optimizer, mesh), donate_argnums=0)
+        lowered = step.lower(abstract_state(config, optimizer, mesh), batch, batch)
+        options = compiler_options(mesh, topology.chip.platform)
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(f"--compile: the compiler refused. {_reason(str(error))}") from error
+    sizes = compiled.memory_analysis()
+    state, step = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
+    return Compiled(state, step, compiled.as_text(), config)
+
+
+@contextlib.contextmanager
+def not_cached():
+    """Programs for absent devices can be written to the compilation cache but never read."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 1e9)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _reason(message: str) -> str:
+    """The line of a compiler's error that says how much memory was missing, or the first one."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return next((line for line in lines if re.search(r"exceed|Ran out of memory", line)), lines[0])

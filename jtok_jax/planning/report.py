@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""A plan as plain values, as text and as a picture."""
+
+import dataclasses
+import pathlib
+
+from jax.sharding import AbstractMesh
+
+from jtok_jax import flops
+from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
+from jtok_jax.mesh import abstract_mesh, check_batch, describe
+from jtok_jax.model.attention import fits_cudnn
+from jtok_jax.planning import advice, compiled, traffic
+from jtok_jax.planning.memory import Memory, memory
+from jtok_jax.planning.topology import GIB, Topology
+
+# XLA takes this share of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+GPU_SHARE = 0.75
+
+
+def resolved(config: Config, topology: Topology) -> Config:
+    """`config` with the attention that "auto" comes to on the chips of `topology`."""
+    if config.model.attention != "auto":
+        return config
+    on_gpu = topology.chip.platform == "gpu"
+    cudnn = on_gpu and fits_cudnn(config.model.compute_dtype, config.model.head_size)
+    model = dataclasses.replace(config.model, attention="cudnn" if cudnn else "xla")
+    return dataclasses.replace(config, model=model)
+
+
+def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) -> dict:
+    """Everything the plan says, in bytes, seconds and FLOPs.
+
+    Raises:
+        ConfigError: the configuration cannot be cut for the topology; the message has the numbers.
+    """
+    config = resolved(config, topology)
+    mesh = abstract_mesh(config.mesh, topology.devices)
+    microbatch = config.train.batch_size // config.train.grad_accumulation
+    check_batch(mesh, "train.batch_size / grad_accumulation", microbatch)
+    found = memory(config, mesh)
+    time = traffic.step_time(config, mesh, topology)
+    counts = flops.count(config.model, seq_len=config.train.seq_len)
+    tokens = config.train.batch_size * config.train.seq_len
+    plan = {
+        "topology": topology.name,
+        "chip": topology.chip.kind,
+        "devices": topology.devices,
+        "hosts": topology.hosts,
+        "mesh": describe(config, mesh),
+        "memory": _memory(found, topology) | _checkpoint(found, config, mesh, topology),
+        "flops": {"token": counts.train_flops, "step": counts.train_flops * tokens},
+        "tokens_per_step": tokens,
+        "collectives": [one._asdict() for one in traffic.collectives(config, mesh)],
+        "estimate": {
+            "matmul_seconds": time.matmuls,
+            "memory_seconds": time.memory,
+            "collective_seconds": time.collectives,
+            "step_seconds": [time.least, time.most],
+            "mfu": [traffic.mfu(config, topology, t) for t in (time.most, time.least)],
+            "assumed": {
+                "matmuls": traffic.MATMUL_SHARE,
+                "memory": traffic.MEMORY_SHARE,
+                "links": traffic.LINK_SHARE,
+            },
+        },
+    }
+    if not plan["memory"]["fits"]:
+        plan["changes_that_fit"] = _changes(config, topology)
+    if compile_too:
+        plan["compiler"] = _compiled(config, topology)
+    return plan
+
+
+def _memory(found: Memory, topology: Topology) -> dict:
+    chip = topology.chip
+    share = GPU_SHARE if chip.platform == "gpu" else 1
+    return {
+        "parts": [part._asdict() for part in found.parts],
+        "state": found.state,
+        "step": found.step,
+        "total": found.total,
+        "device": chip.memory,
+        "fits": found.total <= chip.memory * 0.95,
+        "share_needed": found.total / chip.memory,
+        "default_share": share,
+    }
+
+
+def _checkpoint(found: Memory, config: Config, mesh: AbstractMesh, topology: Topology) -> dict:
+    """A save holds a copy of a host's part in its memory until it is written."""
+    whole = found.state * topology.devices
+    return {"checkpoint_host": found.state * topology.devices_per_host, "checkpoint_most": whole}
+
+
+def _changes(config: Config, topology: Topology) -> list[advice.Change]:
+    def fits(candidate: Config) -> bool:
+        mesh = abstract_mesh(candidate.mesh, topology.devices)
+        microbatch = candidate.train.batch_size // candidate.train.grad_accumulation
+        check_batch(mesh, "train.batch_size", microbatch)
+        return memory(candidate, mesh).total <= topology.chip.memory * 0.95
+
+    return advice.that_fit(config, fits, devices=topology.devices)
+
+
+def _compiled(config: Config, topology: Topology) -> dict:
+    result = compiled.compile_step(config, topology)
+    mesh = abstract_mesh(config.mesh, topology.devices)
+    predicted = memory(result.config, mesh)
+    return {
+        "attention": result.config.model.attention,
+        "state": result.state,
+        "step": result.step,
+        "total": result.total,
+        "predicted": predicted.total,
+        "predicted_over_compiler": predicted.total / result.total,
+        "collectives": result.collectives,
+    }
+
+
+def as_text(plan: dict) -> str:
+    """The plan as a table for people."""
+    found, hosts = plan["memory"], plan["devices"] // plan["hosts"]
+    lines = [
+        f"{plan['topology']}: {plan['devices']} x {plan['chip']} on {plan['hosts']} hosts",
+        plan["mesh"],
+        "",
+        f"{'GiB':<36}{'a device':>12}{'a host':>12}",
+    ]
+    row = lambda name, size: f"{name:<36}{size / GIB:>12.2f}{size * hosts / GIB:>12.1f}"
+    titles = {
+        "state": "state (exact)",
+        "gradients": "gradients (estimate, as all below)",
+        "kept": "kept from forward to backward",
+        "backward": "backward pass, the largest of",
+        "update": "or, when it is over, the update of",
+    }
+    for when, title in titles.items():
+        lines.append(title)
+        lines += [row(f"  {p['name']}", p["size"]) for p in found["parts"] if p["when"] == when]
+    lines += [row("total", found["total"]), _verdict(plan)]
+    lines.append(f"a save copies {found['checkpoint_host'] / GIB:.1f} GiB into a host's memory")
+    if "compiler" in plan:
+        lines += ["", *_compiler_lines(plan["compiler"])]
+    lines += ["", *_change_lines(plan), *_time_lines(plan)]
+    return "\n".join(lines)
+
+
+def _verdict(plan: dict) -> str:
+    found = plan["memory"]
+    share, have = found["share_needed"], found["device"] / GIB
+    if not found["fits"]:
+        largest = sorted(found["parts"], key=lambda part: -part["size"])[:3]
+        names = ", ".join(f"{part['name']} {part['size'] / GIB:.1f}" for part in largest)
+        return f"DOES NOT FIT: {100 * share:.0f}% of {have:.2f} GiB. Largest, in GiB: {names}"
+    text = f"fits: {100 * share:.0f}% of {have:.2f} GiB"
+    if share > found["default_share"] * 0.95:
+        text += f"; set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, the default is {GPU_SHARE}"
+    return text
+
+
+def _compiler_lines(found: dict) -> list[str]:
+    sizes = [found[name] / GIB for name in ("state", "step", "total", "predicted")]
+    lines = [
+        "compiler: state {:.2f} + step {:.2f} = {:.2f} GiB; predicted {:.2f}".format(*sizes)
+        + f", {found['predicted_over_compiler']:.2f} of it",
+        "collectives in its text: "
+        + ", ".join(f"{count} {kind}" for kind, count in sorted(found["collectives"].items())),
+    ]
+    if found["attention"] == "chunked":
+        lines.append("  with model.attention=chunked, in both, where cuDNN is absent")
+    return lines
+
+
+def _change_lines(plan: dict) -> list[str]:
+    if "changes_that_fit" not in plan:
+        return []
+    changes = plan["changes_that_fit"]
+    if not changes:
+        return ["No change of up to three fields fits; take more or larger chips.", ""]
+    lines = ["Any of these would fit:"]
+    for change in changes:
+        lines.append("  " + " ".join(f"--config.{k}={v}" for k, v in change.items()))
+    return [*lines, ""]
+
+
+def _time_lines(plan: dict) -> list[str]:
+    estimate = plan["estimate"]
+    low, high = estimate["step_seconds"]
+    lines = [f"{'a device sends in a step':<36}{'GiB':>12}"]
+    for one in plan["collectives"]:
+        name = f"  {one['name']}, {one['kind']} over {' x '.join(one['axes'])}"
+        lines.append(f"{name:<60} {one['size'] / GIB:>10.3f}")
+    shares = ", ".join(f"{name} {100 * v:.0f}%" for name, v in estimate["assumed"].items())
+    lines += [
+        "",
+        f"{plan['flops']['step']:.3e} FLOPs a step of {plan['tokens_per_step']:,} tokens",
+        f"ESTIMATE at assumed shares of stated rates ({shares}):",
+        f"  matmuls {estimate['matmul_seconds']:.3f} s, rows and optimizer "
+        f"{estimate['memory_seconds']:.3f} s, collectives {estimate['collective_seconds']:.3f} s",
+        f"  step {low:.3f} s with collectives hidden to {high:.3f} s with none; "
+        f"MFU {100 * estimate['mfu'][1]:.0f}% to {100 * estimate['mfu'][0]:.0f}%",
+    ]
+    return lines
+
+
+def draw(plan: dict, path: pathlib.Path) -> None:
+    """Bars of what a device holds; needs matplotlib."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib; pip install -e '.[plot]'.") from error
+    parts = plan["memory"]["parts"]
+    colours = {
+        "state": "#33608c", "gradients": "#5a9a6f", "kept": "#c98b2b", "backward": "#a8a8a8",
+        "update": "#d9d9d9",
+    }  # fmt: skip
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(parts) + 1.6))
+    for when, colour in colours.items():
+        mine = [(i, p["size"] / GIB) for i, p in enumerate(parts) if p["when"] == when]
+        axes.barh([i for i, _ in mine], [size for _, size in mine], color=colour, label=when)
+    axes.set_yticks(range(len(parts)), [part["name"] for part in parts])
+    axes.invert_yaxis()
+    total, have = plan["memory"]["total"] / GIB, plan["memory"]["device"] / GIB
+    axes.set_xlabel("GiB a device")
+    axes.set_title(f"{plan['topology']}: {total:.1f} of {have:.1f} GiB", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What a step sends and how long it takes at stated rates: an estimate, never a measurement."""
+
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh
+
+from jtok_jax import flops
+from jtok_jax.config import Config
+from jtok_jax.mesh import BATCH, axis_rules, num_shards, table_layout
+from jtok_jax.planning.topology import Topology
+
+MATMUL_SHARE = 0.6  # of a chip's peak that matmuls of this size reach; assumed
+MEMORY_SHARE = 0.75  # of its memory rate that row operations reach; assumed
+LINK_SHARE = 0.7  # of the rate of its links that collectives reach; assumed
+
+
+class Collective(NamedTuple):
+    """Bytes that one device sends in a step, all layers together."""
+
+    name: str
+    kind: str
+    axes: tuple[str, ...]
+    size: int
+
+
+class Time(NamedTuple):
+    """Seconds of a step: matmuls, row operations and optimizer, collectives."""
+
+    matmuls: float
+    memory: float
+    collectives: float
+
+    @property
+    def least(self) -> float:
+        """Every collective runs behind computation."""
+        return max(self.matmuls + self.memory, self.collectives)
+
+    @property
+    def most(self) -> float:
+        """None does."""
+        return self.matmuls + self.memory + self.collectives
+
+
+def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
+    """Of one step, those that send most first."""
+    model, jtok, shape = config.model, config.model.jtok, mesh.shape
+    wire, dim, layers = flops.BYTES[model.compute_dtype], model.model_dim, model.num_layers
+    tokens = config.train.batch_size * config.train.seq_len // num_shards(mesh, BATCH)
+    rules, sizes = axis_rules(config, mesh), flops.axis_sizes(model)
+    passes = config.train.grad_accumulation
+    found = []
+
+    def add(name, kind, axes, whole, times=1):
+        """`whole`: bytes of the gathered or unreduced array; a device sends all but its part."""
+        count = num_shards(mesh, axes)
+        factor = 2 if kind == "all-reduce" else 1
+        if count > 1 and whole:
+            found.append(
+                Collective(name, kind, axes, int(times * factor * whole * (1 - 1 / count)))
+            )
+
+    of_fsdp, copies = 0, 0  # entries gathered along D, and of gradients that copies of it sum
+    for name, letters in flops.parameter_axes(model).items():
+        if name == "tables":
+            continue
+        local = 1
+        for letter in letters:
+            local *= sizes[letter] // num_shards(mesh, rules.get(letter, ()))
+        of_fsdp += local * shape["fsdp"] * ("D" in letters)
+        copies += local
+    add("weights", "all-gather", ("fsdp",), of_fsdp * wire, times=2 * passes)
+    add("gradients", "reduce-scatter", ("fsdp",), of_fsdp * wire, times=passes)
+    add("gradients", "all-reduce", ("data",), copies * wire, times=passes)
+    activations = tokens * dim * wire * layers
+    add("activations", "all-reduce", ("tensor",), activations, times=4)
+    if model.moe.num_experts:
+        gathered = activations * shape["expert"]
+        add("tokens to experts", "all-gather", ("expert",), gathered, times=2)
+        add("tokens from experts", "reduce-scatter", ("expert",), gathered, times=2)
+    if model.tables_shape:
+        layout = table_layout(config, mesh)
+        carrying = len(jtok.table_layers(layers))
+        group = num_shards(mesh, layout.axes)
+        rows = tokens / shape["tensor"] * dim * wire * carrying
+        add("ids", "all-gather", layout.axes, 4 * tokens / shape["tensor"] * group)
+        if jtok.kind == "jtok_m":
+            routed = 8 * jtok.top_k * tokens / shape["tensor"] * carrying
+            add("router weights", "all-gather", layout.axes, routed * group, times=1.5)
+        add("rows, columns of them", "all-to-all", layout.columns, rows, times=2)
+        summed = layout.experts + layout.rows
+        partial = rows * num_shards(mesh, summed)
+        add("rows, sums of them", "reduce-scatter", summed, partial, times=2)
+    return sorted(found, key=lambda one: -one.size)
+
+
+def step_time(config: Config, mesh: AbstractMesh, topology: Topology) -> Time:
+    """At stated rates; collectives one after another, at the rate of the slowest link they use."""
+    chip, model = topology.chip, config.model
+    counts = flops.count(model, seq_len=config.train.seq_len)
+    tokens = config.train.batch_size * config.train.seq_len / mesh.size
+    forward = {"none": 0, "dots": 0, "full": 1}[model.remat]  # computed once more
+    work = tokens * (counts.train_flops + forward * counts.forward_flops)
+    moved = _row_bytes(config, tokens) + 7 * 4 * counts.backbone / mesh.size  # AdamW: 4 in, 3 out
+    sent = sum(
+        one.size / (LINK_SHARE * _rate(one, mesh, topology)) for one in collectives(config, mesh)
+    )
+    return Time(
+        matmuls=work / (MATMUL_SHARE * chip.peak_flops),
+        memory=moved / (MEMORY_SHARE * chip.memory_rate),
+        collectives=sent,
+    )
+
+
+def mfu(config: Config, topology: Topology, seconds: float) -> float:
+    """Useful FLOPs of a step over what the chips could do in `seconds`."""
+    counts = flops.count(config.model, seq_len=config.train.seq_len)
+    tokens = config.train.batch_size * config.train.seq_len
+    return tokens * counts.train_flops / (seconds * topology.devices * topology.chip.peak_flops)
+
+
+def _row_bytes(config: Config, tokens: float) -> float:
+    """Read and written by the row operations: rows, increments, outputs, there and back."""
+    jtok, model = config.model.jtok, config.model
+    if jtok.kind == "none":
+        return 0
+    used = jtok.top_k if jtok.kind == "jtok_m" else 1
+    row, wide = flops.BYTES[jtok.table_dtype], flops.BYTES[model.compute_dtype]
+    entry = 2 * used * row + 6 * wide + 4 * used
+    return tokens * model.model_dim * entry * len(jtok.table_layers(model.num_layers))
+
+
+def _rate(one: Collective, mesh: AbstractMesh, topology: Topology) -> float:
+    """Bytes a second out of a device: over the network where a group spans hosts of GPUs.
+
+    Devices of the last mesh axes lie next to each other; a group stays on a host where it and all
+    axes after it fit there.
+    """
+    chip = topology.chip
+    inner, names = 1, list(mesh.shape)
+    first = min(names.index(name) for name in one.axes)
+    for name in names[first:]:
+        inner *= mesh.shape[name]
+    on_a_host = inner <= topology.devices_per_host
+    return chip.link if not chip.network or on_a_host else chip.network

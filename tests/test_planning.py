@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The plan: exact where it says so, refusals with numbers, changes that do fit; as a user runs it.
+
+test_aot_mesh.py has its figures beside the compiler's.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from small import KINDS, one_device, small_config
+from test_configs import load
+
+from jtok_jax.errors import ConfigError
+from jtok_jax.mesh import abstract_mesh
+from jtok_jax.planning import traffic
+from jtok_jax.planning.advice import changed
+from jtok_jax.planning.memory import memory
+from jtok_jax.planning.report import as_text, draw, make_plan
+from jtok_jax.planning.topology import parse_topology
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import init_state
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_the_state_are_exact(kind):
+    config = small_config(KINDS[kind])
+    state = init_state(config, make_optimizer(config), one_device())
+    found = memory(config, abstract_mesh(config.mesh, 1))
+    assert found.state == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    tables = [part.size for part in found.parts if part.name == "tables"]
+    assert tables == ([state.params["tables"].nbytes] if "tables" in state.params else [])
+
+
+def test_every_device_more_holds_less():
+    config = changed(load("dense_m"), {"mesh.fsdp": 4})
+    more = changed(config, {"mesh.fsdp": 8})
+    of = lambda c, n: {p.name: p.size for p in memory(c, abstract_mesh(c.mesh, n)).parts}
+    four, eight = of(config, 4), of(more, 8)
+    for name in ("backbone", "tables", "row optimizer", "AdamW moments"):
+        assert eight[name] == pytest.approx(four[name] / 2, rel=0.01)  # but vectors, clocks
+    assert eight["activations of all layers"] == four["activations of all layers"] / 2
+
+
+def test_the_exchange_sends_one_vector_a_token_each_way():
+    config = changed(load("moe_17b_a2b"), {"mesh.fsdp": 16, "mesh.data": 4})
+    sent = {one.name: one for one in traffic.collectives(config, abstract_mesh(config.mesh, 64))}
+    tokens = config.train.batch_size * config.train.seq_len / 64
+    each_way = tokens * config.model.model_dim * 2 * config.model.num_layers
+    assert sent["rows, columns of them"].size == int(2 * each_way * 15 / 16)
+    assert sent["rows, columns of them"].axes == ("fsdp",)
+
+
+def test_rates_follow_the_slowest_link():
+    """GPUs of several hosts talk over the network, those of one over NVLink."""
+    config = changed(load("dense_l"), {"mesh.fsdp": 8})
+    one = make_plan(config, parse_topology("h100:1x8"))["estimate"]
+    wide = changed(config, {"mesh.fsdp": 32})
+    several = make_plan(wide, parse_topology("h100:4x8"))["estimate"]
+    assert several["matmul_seconds"] == pytest.approx(one["matmul_seconds"] / 4)
+    assert several["collective_seconds"] > one["collective_seconds"]
+    assert one["mfu"][0] < one["mfu"][1] < 1
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("v5p", "expected CHIP:GRID"), ("v9:2x2", "v5e, v5p, v6e, h100"), ("v5p:4x4", "3 sizes"),
+    ("v5e:0x4", "at least 1"), ("h100:1x16", "h100:1x8"), ("v6e:32x32", "a pod has 256"),
+])  # fmt: skip
+def test_topologies_that_are_none(text, says):
+    with pytest.raises(ConfigError, match=says):
+        parse_topology(text)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"mesh.fsdp": 3}, "1 x 3 x 1 x 1|but there are 8 devices"),
+    ({"mesh.fsdp": 8, "train.batch_size": 12}, "multiple of the 8 devices"),
+    ({"mesh.fsdp": 8, "mesh.table_experts": "fsdp"}, "do not divide the 1 experts"),
+])  # fmt: skip
+def test_what_cannot_be_cut_is_refused_with_numbers(change, says):
+    with pytest.raises(ConfigError, match=says):
+        make_plan(changed(load("dense_l"), change), parse_topology("v5e:2x4"))
+
+
+def test_changes_that_would_fit_do():
+    config, topology = load("dense_l"), parse_topology("v5e:2x4")
+    plan = make_plan(config, topology)
+    assert not plan["memory"]["fits"]
+    assert "DOES NOT FIT" in as_text(plan)
+    assert len(plan["changes_that_fit"]) == 3
+    for change in plan["changes_that_fit"]:
+        assert make_plan(changed(config, change), topology)["memory"]["fits"], change
+
+
+def test_nothing_fits_where_nothing_can():
+    plan = make_plan(load("moe_17b_a2b"), parse_topology("v5e:1x1"))
+    assert plan["changes_that_fit"] == []
+    assert "take more or larger chips" in as_text(plan)
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (pip install '.[plot]')")
+    plan = make_plan(changed(load("dense_s"), {"mesh.fsdp": 8}), parse_topology("v6e:2x4"))
+    draw(plan, tmp_path / "plan.svg")
+    assert "<!-- AdamW moments -->" in (tmp_path / "plan.svg").read_text()
+
+
+def run(*arguments: str):
+    command = [sys.executable, "-m", "jtok_jax.plan", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_command():
+    quickstart = "--config=configs/quickstart.py"
+    done = run(quickstart, "--topology=v5e:1x1", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["memory"]["fits"]
+    assert plan["memory"]["total"] == plan["memory"]["state"] + plan["memory"]["step"]
+    missing, misspelt = run(quickstart), run(quickstart, "--topologie=v5e:1x1")
+    assert (missing.returncode, misspelt.returncode) == (2, 2)
+    assert "--topology is missing" in missing.stderr
+    assert "topologie" in misspelt.stderr
