@@ -8,12 +8,13 @@ FIND_LATEST = for p in python3.12 python3.13 python3.14 $$HOME/.pyenv/versions/3
 constraints = constraints/$$($(1) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 WORKDIR ?= runs/quickstart
 
-.PHONY: help quickstart test test-latest lint clean
+.PHONY: help quickstart test test-latest nightly lint clean
 
 help:
 	@echo "make quickstart   train, checkpoint and sample a small JTok-M model (about 4 minutes on 2 cores)"
 	@echo "make test         the whole test suite, and make lint"
 	@echo "make test-latest  the test suite on Python 3.12 or newer with the newest pins"
+	@echo "make nightly      the largest model compiled for TPUs and H100s, every table layout (about an hour)"
 	@echo "make clean        remove the virtual environments (runs/ and data/ stay)"
 
 $(VENV)/run: pyproject.toml constraints/py311.txt constraints/py312.txt
@@ -46,6 +47,9 @@ test-latest:
 	set -e; $$python -m venv $(LATEST); \
 	$(LATEST)/bin/python -m pip install --quiet -c constraints/py312.txt -e '.[dev,aot]'; \
 	$(LATEST)/bin/python -m pytest -n 2
+
+nightly: test-latest
+	NIGHTLY=1 $(LATEST)/bin/python -m pytest tests/nightly.py tests/test_layouts.py
 
 clean:
 	rm -rf $(VENV) $(LATEST)

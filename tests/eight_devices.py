@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Tables on eight simulated devices against one; run by test_layouts.py, or by hand:
+"""Tables on two to eight simulated devices against one; run by test_layouts.py, or by hand:
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/eight_devices.py
+
+With NIGHTLY=1 (make nightly) every layout on every number of devices.
 """
 
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jtok_kernels import lazy_adam, update_rows
 from small import JTOK, JTOK_M, random_ids
 
@@ -25,7 +28,7 @@ from jtok_jax.config import (
     TableOptimizerConfig,
     TrainConfig,
 )
-from jtok_jax.mesh import AXES, make_mesh, num_shards, put_batch, table_layout
+from jtok_jax.mesh import AUTO, AXES, make_mesh, mesh_shape, num_shards, put_batch, table_layout
 from jtok_jax.model import moe
 from jtok_jax.model.params import bind
 from jtok_jax.training import step
@@ -53,6 +56,19 @@ LAYOUTS = {
     "columns over a tensor axis": MeshConfig(fsdp=2, tensor=2, table_columns="tensor,fsdp"),
     "tables": MeshConfig(fsdp=4, table_columns="data", table_experts="fsdp"),
 }
+FEWER = {
+    "columns": MeshConfig(fsdp=2, table_columns="fsdp"),
+    "tables": MeshConfig(fsdp=2, table_columns="", table_experts="fsdp"),
+    "rows": MeshConfig(data=2, fsdp=1, table_columns="", table_rows="data"),
+    "columns of four": MeshConfig(fsdp=2, tensor=2, table_columns="tensor,fsdp"),
+    "rows and tables of four": MeshConfig(
+        fsdp=2, table_columns="", table_experts="fsdp", table_rows="data"
+    ),
+    "rows and columns of four": MeshConfig(fsdp=2, table_columns="fsdp", table_rows="data"),
+    "copies on four": MeshConfig(fsdp=2, table_columns=""),
+}
+IN_CI = ("columns", "rows and tables of four", "columns of four")
+NIGHTLY = bool(os.environ.get("NIGHTLY"))
 BATCH = (16, 8)
 
 
@@ -61,15 +77,15 @@ def run_config(kind: str, layout: MeshConfig, **train) -> Config:
     return Config(model=MODELS[kind], mesh=layout, train=TrainConfig(**train))
 
 
-def first_device() -> Mesh:
-    devices = np.array(jax.devices()[:1]).reshape(1, 1, 1, 1)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 4)
+def first_devices(config: MeshConfig, count: int) -> Mesh:
+    shape = mesh_shape(config, count)
+    return Mesh(np.array(jax.devices()[:count]).reshape(shape), AXES, axis_types=AUTO)
 
 
 @functools.cache
 def alone(config: Config):
     """`trajectory` of the run on one device."""
-    return trajectory(config, first_device())
+    return trajectory(config, first_devices(config.mesh, 1))
 
 
 def trajectory(config: Config, mesh: Mesh, steps: int = 3):
@@ -88,8 +104,8 @@ def trajectory(config: Config, mesh: Mesh, steps: int = 3):
     return losses, norms, jax.device_get(state)
 
 
-def check_trains_as_alone(config: Config) -> None:
-    losses, norms, state = trajectory(config, make_mesh(config.mesh))
+def check_trains_as_alone(config: Config, devices: int = 8) -> None:
+    losses, norms, state = trajectory(config, first_devices(config.mesh, devices))
     expected = alone(replace(config, mesh=MeshConfig()))
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
     np.testing.assert_allclose(norms, expected[1], rtol=1e-5)
@@ -104,6 +120,14 @@ def check_trains_as_alone(config: Config) -> None:
 def test_every_layout_trains_as_one_device(kind, layout):
     """JTok has one table a layer: none to split."""
     check_trains_as_alone(run_config(kind, LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize(("kind", "layout"), [
+    (kind, name) for kind in MODELS for name, layout in FEWER.items()
+    if (NIGHTLY or name in IN_CI) and (kind == "jtok_m" or (NIGHTLY and not layout.table_experts))
+])  # fmt: skip
+def test_fewer_devices_train_as_one(kind, layout):
+    check_trains_as_alone(run_config(kind, FEWER[layout]), devices=4 if "four" in layout else 2)
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"expert": 4}, {"expert": 2, "tensor": 2}], ids=str)

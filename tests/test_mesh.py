@@ -4,12 +4,14 @@
 
 import dataclasses
 import os
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 from operations import IMPLEMENTATIONS
 from small import KINDS, one_device, random_ids, random_params, small_config
+from test_configs import load
 from test_resume import final_state, records, start
 
 from jtok_jax.config import Config, MeshConfig
@@ -17,16 +19,22 @@ from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import (
     AXES,
     TableLayout,
+    abstract_mesh,
     axis_rules,
     check_batch,
+    describe,
     make_mesh,
     sharding,
     table_layout,
 )
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.transformer import Across
+from jtok_jax.planning.advice import changed
 from jtok_jax.training import step
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import abstract_state
 
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "shardings.txt"
 FEW = {"train.steps": 12, "checkpoint.every": 6, "evaluation.every": 6}
 
 
@@ -144,3 +152,26 @@ def test_kernels_run_within_the_exchange(kind, name):
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, expected[1:], found[1:])
     assert np.any(np.asarray(expected[2]) != 0)
+
+
+def test_shardings_equal_the_golden_file():
+    """Of every parameter, and of what the row optimizer keeps, on meshes of every kind."""
+    lines = []
+    for name, devices, mesh in (
+        ("dense_l", 8, {"fsdp": 4}),
+        ("dense_l", 8, {"fsdp": 2, "tensor": 4}),
+        ("moe_17b_a2b", 64, {"fsdp": 16, "expert": 4, "table_rows": "expert"}),
+        ("moe_17b_a2b", 40, {"data": 5, "fsdp": 8, "table_experts": "data"}),
+    ):
+        config = changed(load(name), {f"mesh.{key}": mesh[key] for key in mesh})
+        abstract = abstract_mesh(config.mesh, devices)
+        lines.append(f"{name}, {describe(config, abstract)}")
+        state = abstract_state(config, make_optimizer(config), abstract)
+        rows = {f"row optimizer {k}": leaf for k, leaf in state.opt_state["tables"].items()}
+        for key, leaf in (state.params | rows).items():
+            spec, local = tuple(leaf.sharding.spec), leaf.sharding.shard_shape(leaf.shape)
+            lines.append(f"  {key}: {leaf.dtype} {leaf.shape} split {spec}, {local} a device")
+    text = "\n".join(lines) + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text(), "shardings changed; if meant: UPDATE_GOLDEN=1 make test"

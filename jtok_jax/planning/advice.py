@@ -28,7 +28,7 @@ def changed(config: Config, change: Change) -> Config:
 def that_fit(
     config: Config, fits: Callable[[Config], bool], *, devices: int, wanted: int = 3
 ) -> list[Change]:
-    """Up to `wanted` ways to make it fit, of as few fields as possible; none where none helps.
+    """Up to `wanted` ways to make it fit, of as few fields as possible, no two of the same fields.
 
     Args:
         fits: may raise ConfigError for a configuration that cannot be.
@@ -39,9 +39,9 @@ def that_fit(
         for parts in itertools.combinations(single, count):
             change = {name: value for part in parts for name, value in part.items()}
             if len(change) != sum(map(len, parts)) or any(
-                one.items() <= change.items() for one in found
+                one.keys() <= change.keys() for one in found
             ):
-                continue  # sets a field twice, or more than what fits already
+                continue  # sets a field twice, or more fields than what fits already
             try:
                 if fits(changed(config, change)):
                     found.append(change)

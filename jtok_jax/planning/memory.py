@@ -71,8 +71,8 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     shapes = _Shapes(config, mesh)
     parts = [
         *_state(_what_state_depends_on(config), mesh),
-        Part("of the backbone", shapes.backbone_entries * 4, "gradients"),
-        Part("of rows", _row_grads(shapes), "gradients"),
+        Part("of the backbone", shapes.sums * shapes.backbone_entries * 4, "gradients"),
+        Part("of rows", shapes.sums * _row_grads(shapes), "gradients"),
         Part("backbone in the compute dtype", _cast_weights(shapes), "kept"),
         Part("activations of all layers", shapes.model.num_layers * _saved(shapes), "kept"),
         Part("a layer", _layer(shapes), "backward"),
@@ -96,6 +96,7 @@ class _Shapes:
         self.length = config.train.seq_len
         self.tokens = self.sequences * self.length
         self.tensor = mesh.shape["tensor"]
+        self.sums = 2 if config.train.grad_accumulation > 1 else 1  # of a microbatch, and of all
 
     def entries(self, name: str, *, gathered: bool = False, layer: bool = False) -> int:
         """Entries of a parameter here; whole along D, or of one layer."""
@@ -156,11 +157,11 @@ def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
 
 
 def _row_grads(shapes: _Shapes) -> int:
-    """float32 [L, M, U, columns]; with several microbatches those of one and the sum of all."""
+    """float32 [L, M, U, columns]."""
     if shapes.model.tables_shape is None:
         return 0
     rows = shapes.model.num_layers * shapes.num_tables * shapes.unique_rows
-    return rows * shapes.columns * 4 * (2 if shapes.config.train.grad_accumulation > 1 else 1)
+    return rows * shapes.columns * 4
 
 
 def _cast_weights(shapes: _Shapes) -> int:
