@@ -28,28 +28,36 @@ def changed(config: Config, change: Change) -> Config:
 def that_fit(
     config: Config, fits: Callable[[Config], bool], *, devices: int, wanted: int = 3
 ) -> list[Change]:
-    """Up to `wanted` ways to make it fit, of as few fields as possible, no two of the same fields.
+    """Up to `wanted` ways to make it fit, of as few fields as possible, by different ones where
+    possible.
 
     Args:
         fits: may raise ConfigError for a configuration that cannot be.
     """
     single = list(_candidates(config, devices))
     found: list[Change] = []
+    alike: list[Change] = []  # that set the fields of one found, to other values
     for count in (1, 2, 3):
         for parts in itertools.combinations(single, count):
             change = {name: value for part in parts for name, value in part.items()}
-            if len(change) != sum(map(len, parts)) or any(
-                one.keys() <= change.keys() for one in found
-            ):
-                continue  # sets a field twice, or more fields than what fits already
-            try:
-                if fits(changed(config, change)):
-                    found.append(change)
-            except ConfigError:
+            if len(change) != sum(map(len, parts)):
+                continue  # a field set twice
+            if any(one.items() <= change.items() for one in found):
                 continue
+            kin = any(one.keys() == change.keys() for one in found)
+            if (kin and len(alike) == wanted) or not _fits(config, change, fits):
+                continue
+            (alike if kin else found).append(change)
             if len(found) == wanted:
                 return found
-    return found
+    return (found + alike)[:wanted]
+
+
+def _fits(config: Config, change: Change, fits: Callable[[Config], bool]) -> bool:
+    try:
+        return fits(changed(config, change))
+    except ConfigError:
+        return False
 
 
 def _candidates(config: Config, devices: int) -> Iterator[Change]:

@@ -47,16 +47,16 @@ COLLECTIVE = re.compile(
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a step: bytes on one device, collectives by kind."""
+    """What the compiler says of a step on one device.
 
-    state: int
-    step: int
+    `total` is the most that lives at one time, arguments included: what an out-of-memory error of
+    a TPU compares with the memory there is. (Sizes of temporaries also count what holes take.)
+    """
+
+    state: int  # bytes
+    total: int  # bytes
     text: str  # the program
     config: Config  # what was compiled
-
-    @property
-    def total(self) -> int:
-        return self.state + self.step
 
     @property
     def collectives(self) -> dict[str, int]:
@@ -125,8 +125,8 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(f"--compile: the compiler refused. {_reason(str(error))}") from error
     sizes = compiled.memory_analysis()
-    state, step = sizes.argument_size_in_bytes, sizes.temp_size_in_bytes
-    return Compiled(state, step, compiled.as_text(), config)
+    state, total = sizes.argument_size_in_bytes, sizes.peak_memory_in_bytes
+    return Compiled(state, total, compiled.as_text(), config)
 
 
 @contextlib.contextmanager

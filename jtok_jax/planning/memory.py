@@ -4,7 +4,7 @@
 
 What lives between steps is exact: the shapes and shardings of the state. What a step adds is a
 model of what XLA keeps and makes: which arrays live together at the widest point of the backward
-pass. LOG.md has it beside the compiler's own figures.
+pass. Its whole numbers were chosen by figures of XLA's compilers for TPUs and H100s (LOG.md).
 """
 
 import dataclasses
@@ -21,8 +21,6 @@ from jtok_jax.mesh import BATCH, axis_rules, num_shards, table_layout
 from jtok_jax.model.attention import QUERIES
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import abstract_state
-
-CHUNK_ARRAYS = 3  # logits of a chunk, their exponentials, their gradient
 
 
 class Part(NamedTuple):
@@ -80,6 +78,11 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
         Part("rows of a layer, moments", _row_update(shapes), "update"),
     ]
     return Memory(tuple(part for part in parts if part.size))
+
+
+def row_gradient_bytes(config: Config, mesh: AbstractMesh) -> int:
+    """Of one microbatch on one device: float32 [L, M, U, columns]."""
+    return _row_grads(_Shapes(config, mesh))
 
 
 class _Shapes:
@@ -181,8 +184,8 @@ def _saved(shapes: _Shapes, remat: str | None = None) -> int:
     kept = dim  # the input of the layer
     if remat != "full":
         kept += heads + dim + 2 * width  # results of matmuls that a gradient needs
-        kept += dim * (jtok.kind != "none" and shapes.mesh.size > 1)  # fetched rows
-        kept += dim * (jtok.kind == "jtok")  # the increment that is gated
+        fetched, gated = jtok.kind != "none" and shapes.mesh.size > 1, jtok.kind == "jtok"
+        kept += (fetched + gated) * dim / shapes.tensor  # rows, and the increment a gate needs
     if remat == "none":
         kept += 10 * dim + heads + 4 * width  # norms, partly float32; rotations; activations
         if moe.num_experts:
@@ -191,31 +194,32 @@ def _saved(shapes: _Shapes, remat: str | None = None) -> int:
 
 
 def _layer(shapes: _Shapes) -> int:
-    """Matrices of a layer as gathered, their gradients, and what the backward pass makes."""
+    """Matrices of a layer as gathered, their gradients, and the widest the backward pass gets."""
     weights = sum(shapes.entries(name, gathered=True, layer=True) for name in shapes.matrices)
-    made = _saved(shapes, "dots") + _attention(shapes) + _feed_forward(shapes) + _mixture(shapes)
-    return int(4 * weights * shapes.compute + made)
+    widest = max(_attention(shapes), _feed_forward(shapes))
+    made = _saved(shapes, "dots") + widest + _mixture(shapes)
+    return int(2 * weights * shapes.compute + made)
 
 
 def _attention(shapes: _Shapes) -> float:
-    """Scores, probabilities and the gradients of both in float32; "chunked": of some queries."""
+    """Probabilities and their gradients in float32; "chunked": of some queries."""
     model = shapes.model
     heads = model.num_heads / shapes.tensor
     flat = 4 * shapes.tokens * heads * model.head_size * shapes.compute
     if model.attention == "cudnn":
         return flat
     queries = QUERIES if model.attention == "chunked" else shapes.length
-    return flat + 4 * 4 * shapes.sequences * heads * min(queries, shapes.length) * shapes.length
+    return flat + 2 * 4 * shapes.sequences * heads * min(queries, shapes.length) * shapes.length
 
 
 def _feed_forward(shapes: _Shapes) -> float:
-    """Of experts: rows sorted, put back, and their gradients, some in float32."""
+    """Of experts: rows sorted, put back, and the gradients of both."""
     model, moe = shapes.model, shapes.model.moe
     if not moe.num_experts:
         return 4 * shapes.tokens * model.ffn_dim / shapes.tensor * shapes.compute
     rows = shapes.tokens * shapes.mesh.shape["expert"] * moe.top_k
     width = moe.expert_dim / shapes.tensor
-    return rows * shapes.compute * (6 * width + 12 * model.model_dim)
+    return rows * shapes.compute * 4 * (width + model.model_dim)
 
 
 def _mixture(shapes: _Shapes) -> float:
@@ -232,12 +236,12 @@ def _head(shapes: _Shapes) -> int:
     model = shapes.model
     vocab = model.padded_vocab / shapes.tensor
     chunk = min(model.loss_chunk or math.inf, shapes.tokens * num_shards(shapes.mesh, BATCH))
-    logits = chunk / num_shards(shapes.mesh, BATCH) * vocab * 4 * CHUNK_ARRAYS
+    logits = chunk / num_shards(shapes.mesh, BATCH) * vocab * 4
     return int(logits + vocab * model.model_dim * (shapes.compute + 4))
 
 
 def _row_update(shapes: _Shapes) -> int:
-    """Rows of one layer with two moments, before and after, float32, and what is between."""
+    """Rows of one layer with two moments, before and after, float32."""
     if shapes.model.tables_shape is None:
         return 0
-    return shapes.num_tables * shapes.unique_rows * shapes.columns * 4 * 11
+    return shapes.num_tables * shapes.unique_rows * shapes.columns * 4 * 6

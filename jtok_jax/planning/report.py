@@ -112,7 +112,6 @@ def _compiled(config: Config, topology: Topology) -> dict:
     return {
         "attention": result.config.model.attention,
         "state": result.state,
-        "step": result.step,
         "total": result.total,
         "predicted": predicted.total,
         "predicted_over_compiler": predicted.total / result.total,
@@ -123,13 +122,14 @@ def _compiled(config: Config, topology: Topology) -> dict:
 def as_text(plan: dict) -> str:
     """The plan as a table for people."""
     found, hosts = plan["memory"], plan["devices"] // plan["hosts"]
+    of, unit = (GIB, "GiB") if found["total"] >= GIB else (GIB / 1024, "MiB")
     lines = [
-        f"{plan['topology']}: {plan['devices']} x {plan['chip']} on {plan['hosts']} hosts",
+        f"{plan['topology']}: {plan['devices']} x {plan['chip']}, {hosts} on each host",
         plan["mesh"],
         "",
-        f"{'GiB':<36}{'a device':>12}{'a host':>12}",
+        f"{unit:<36}{'a device':>12}{'a host':>12}",
     ]
-    row = lambda name, size: f"{name:<36}{size / GIB:>12.2f}{size * hosts / GIB:>12.1f}"
+    row = lambda name, size: f"{name:<36}{size / of:>12.2f}{size * hosts / of:>12.1f}"
     titles = {
         "state": "state (exact)",
         "gradients": "gradients (estimate, as all below)",
@@ -141,7 +141,7 @@ def as_text(plan: dict) -> str:
         lines.append(title)
         lines += [row(f"  {p['name']}", p["size"]) for p in found["parts"] if p["when"] == when]
     lines += [row("total", found["total"]), _verdict(plan)]
-    lines.append(f"a save copies {found['checkpoint_host'] / GIB:.1f} GiB into a host's memory")
+    lines.append(f"a save copies {found['checkpoint_host'] / of:.1f} {unit} into a host's memory")
     if "compiler" in plan:
         lines += ["", *_compiler_lines(plan["compiler"])]
     lines += ["", *_change_lines(plan), *_time_lines(plan)]
@@ -162,9 +162,9 @@ def _verdict(plan: dict) -> str:
 
 
 def _compiler_lines(found: dict) -> list[str]:
-    sizes = [found[name] / GIB for name in ("state", "step", "total", "predicted")]
+    sizes = [found[name] / GIB for name in ("total", "state", "predicted")]
     lines = [
-        "compiler: state {:.2f} + step {:.2f} = {:.2f} GiB; predicted {:.2f}".format(*sizes)
+        "compiler: {:.2f} GiB, {:.2f} of them state; predicted {:.2f}".format(*sizes)
         + f", {found['predicted_over_compiler']:.2f} of it",
         "collectives in its text: "
         + ", ".join(f"{count} {kind}" for kind, count in sorted(found["collectives"].items())),
@@ -189,7 +189,7 @@ def _change_lines(plan: dict) -> list[str]:
 def _time_lines(plan: dict) -> list[str]:
     estimate = plan["estimate"]
     low, high = estimate["step_seconds"]
-    lines = [f"{'a device sends in a step':<36}{'GiB':>12}"]
+    lines = ["a device sends in a step, GiB"] if plan["collectives"] else []
     for one in plan["collectives"]:
         name = f"  {one['name']}, {one['kind']} over {' x '.join(one['axes'])}"
         lines.append(f"{name:<60} {one['size'] / GIB:>10.3f}")
@@ -198,12 +198,16 @@ def _time_lines(plan: dict) -> list[str]:
         "",
         f"{plan['flops']['step']:.3e} FLOPs a step of {plan['tokens_per_step']:,} tokens",
         f"ESTIMATE at assumed shares of stated rates ({shares}):",
-        f"  matmuls {estimate['matmul_seconds']:.3f} s, rows and optimizer "
-        f"{estimate['memory_seconds']:.3f} s, collectives {estimate['collective_seconds']:.3f} s",
-        f"  step {low:.3f} s with collectives hidden to {high:.3f} s with none; "
+        f"  matmuls {_time(estimate['matmul_seconds'])}, rows and optimizer "
+        f"{_time(estimate['memory_seconds'])}, collectives {_time(estimate['collective_seconds'])}",
+        f"  a step {_time(low)} with all collectives hidden to {_time(high)} with none; "
         f"MFU {100 * estimate['mfu'][1]:.0f}% to {100 * estimate['mfu'][0]:.0f}%",
     ]
     return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
 
 
 def draw(plan: dict, path: pathlib.Path) -> None:

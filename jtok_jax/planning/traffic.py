@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.mesh import BATCH, axis_rules, num_shards, table_layout
+from jtok_jax.planning.memory import row_gradient_bytes
 from jtok_jax.planning.topology import Topology
 
 MATMUL_SHARE = 0.6  # of a chip's peak that matmuls of this size reach; assumed
@@ -54,6 +55,7 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
 
     def add(name, kind, axes, whole, times=1):
         """`whole`: bytes of the gathered or unreduced array; a device sends all but its part."""
+        axes = tuple(name for name in axes if shape[name] > 1)
         count = num_shards(mesh, axes)
         factor = 2 if kind == "all-reduce" else 1
         if count > 1 and whole:
@@ -61,7 +63,7 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
                 Collective(name, kind, axes, int(times * factor * whole * (1 - 1 / count)))
             )
 
-    of_fsdp, copies = 0, 0  # entries gathered along D, and of gradients that copies of it sum
+    of_fsdp, parts = 0, 0  # entries gathered along D, and of gradients that copies of it sum
     for name, letters in flops.parameter_axes(model).items():
         if name == "tables":
             continue
@@ -69,10 +71,10 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
         for letter in letters:
             local *= sizes[letter] // num_shards(mesh, rules.get(letter, ()))
         of_fsdp += local * shape["fsdp"] * ("D" in letters)
-        copies += local
+        parts += local
     add("weights", "all-gather", ("fsdp",), of_fsdp * wire, times=2 * passes)
     add("gradients", "reduce-scatter", ("fsdp",), of_fsdp * wire, times=passes)
-    add("gradients", "all-reduce", ("data",), copies * wire, times=passes)
+    add("gradients", "all-reduce", ("data",), parts * wire, times=passes)
     activations = tokens * dim * wire * layers
     add("activations", "all-reduce", ("tensor",), activations, times=4)
     if model.moe.num_experts:
@@ -89,6 +91,8 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
             routed = 8 * jtok.top_k * tokens / shape["tensor"] * carrying
             add("router weights", "all-gather", layout.axes, routed * group, times=1.5)
         add("rows, columns of them", "all-to-all", layout.columns, rows, times=2)
+        copies = tuple(name for name in shape if name not in layout.axes)
+        add("gradients of rows", "all-reduce", copies, row_gradient_bytes(config, mesh), passes)
         summed = layout.experts + layout.rows
         partial = rows * num_shards(mesh, summed)
         add("rows, sums of them", "reduce-scatter", summed, partial, times=2)
