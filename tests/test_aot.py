@@ -80,7 +80,7 @@ def check_memory(compiled, kind: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("dim", [768, 1024, 2048, 4096])
+@pytest.mark.parametrize("dim", [384, 768, 1024, 2048, 4096])
 @pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
 def test_h100_kernels_spill_nothing_and_hold_no_table(kind, dim, dtype, monkeypatch, capfd):
     mesh = h100()

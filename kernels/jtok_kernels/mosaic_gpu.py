@@ -104,7 +104,7 @@ class MosaicGpu(NamedTuple):
 
                 return d_scale + total * normed
 
-            _each_piece(run.shape[0], blocks, piece, d_scale)
+            _each_piece(run.shape[0], blocks, piece, d_scale, self.zeros(g_TD, table))
 
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         outs = (
@@ -191,7 +191,7 @@ class MosaicGpu(NamedTuple):
                 u = jnp.minimum(run[p], num_unique - 1)
                 row, begin = unique[u], start[p]
                 for e in range(num_tables):
-                    sums[e] = jnp.zeros(dim, jnp.float32)
+                    sums[e] = self.zeros(g_TD, tables)
 
                 def add(i, d_scale):
                     t = token[begin + i]
@@ -204,7 +204,8 @@ class MosaicGpu(NamedTuple):
                         d_scale = d_scale + cotangent * (mixed * inverse)
                     for k in range(top_k):
                         d_weights[t, k] = _sum(q * each[k])
-                        sums[choice[t, k]] = sums[choice[t, k]] + weights[t, k] * q
+                        own = sums.at[choice[t, k]]
+                        own[...] = load(own) + weights[t, k] * q
                     return d_scale
 
                 d_scale = lax.fori_loop(0, size[p], add, d_scale)
@@ -212,16 +213,16 @@ class MosaicGpu(NamedTuple):
                 @pl.when((run[p] < num_unique) & (slot[p] < 0))
                 def _whole_run():
                     for e in range(num_tables):
-                        rows[e, u] = sums[e]
+                        rows[e, u] = load(sums.at[e])
 
                 @pl.when(slot[p] >= 0)
                 def _part_of_a_run():
                     for e in range(num_tables):
-                        partial[e, slot[p]] = sums[e]
+                        partial[e, slot[p]] = load(sums.at[e])
 
                 return d_scale
 
-            _each_piece(run.shape[0], blocks, piece, d_scale)
+            _each_piece(run.shape[0], blocks, piece, d_scale, self.zeros(g_TD, tables))
 
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         outs = (
@@ -294,6 +295,11 @@ class MosaicGpu(NamedTuple):
 
         return load
 
+    def zeros(self, *arrays: jax.Array):
+        """float32 [D], spread as by `loader`: shared memory takes no other of some widths."""
+        zeros = jnp.zeros(arrays[0].shape[-1], jnp.float32)
+        return zeros if self.interpret else plgpu.layout_cast(zeros, _layout(*arrays))
+
     def iota(self, *arrays: jax.Array):
         """uint32 [0, 1, ..., D - 1], spread as by `loader` of the same arrays."""
         dim = arrays[0].shape[-1]
@@ -319,11 +325,10 @@ def _pieces(order: Order):
     return order.piece_run, order.piece_start, order.piece_size, order.piece_slot
 
 
-def _each_piece(count: int, blocks: int, piece, d_scale) -> None:
+def _each_piece(count: int, blocks: int, piece, d_scale, zeros) -> None:
     """d_scale[n] = what piece(p, sum) makes of zeros for p = n, n + blocks, ... in turn."""
     n = lax.axis_index("n")
     steps = (count - n + blocks - 1) // blocks
-    zeros = jnp.zeros(d_scale.shape[1], jnp.float32)
     d_scale[n] = lax.fori_loop(0, steps, lambda i, total: piece(n + i * blocks, total), zeros)
 
 
