@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> None:
                 )
         topology = parse_topology(TOPOLOGY.value)
         plan = make_plan(from_config_dict(CONFIG.value), topology, compile_too=COMPILE.value)
+        print(json.dumps(plan) if JSON.value else as_text(plan), flush=True)
         if PLOT.value:
             draw(plan, pathlib.Path(PLOT.value))
-        print(json.dumps(plan) if JSON.value else as_text(plan))
         sys.exit(0 if plan["memory"]["fits"] else 1)
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from jtok_jax.config import Config
 from jtok_jax.config_dict import from_config_dict, to_dict
 from jtok_jax.errors import ConfigError
-from jtok_jax.mesh import AXES
 
 Change = dict[str, object]  # field -> value, as --config.FIELD=VALUE
+# Fields that change what is trained, not only how.
+OTHER_RUN = ("model.jtok.table_dtype", "optimizer.tables.kind")
 
 
 def changed(config: Config, change: Change) -> Config:
@@ -28,29 +29,31 @@ def changed(config: Config, change: Change) -> Config:
 def that_fit(
     config: Config, fits: Callable[[Config], bool], *, devices: int, wanted: int = 3
 ) -> list[Change]:
-    """Up to `wanted` ways to make it fit, of as few fields as possible, by different ones where
-    possible.
+    """Up to `wanted` ways to make it fit, by different fields and as few as possible.
 
     Args:
         fits: may raise ConfigError for a configuration that cannot be.
     """
     single = list(_candidates(config, devices))
     found: list[Change] = []
-    alike: list[Change] = []  # that set the fields of one found, to other values
     for count in (1, 2, 3):
         for parts in itertools.combinations(single, count):
-            change = {name: value for part in parts for name, value in part.items()}
-            if len(change) != sum(map(len, parts)):
-                continue  # a field set twice
-            if any(one.items() <= change.items() for one in found):
-                continue
-            kin = any(one.keys() == change.keys() for one in found)
-            if (kin and len(alike) == wanted) or not _fits(config, change, fits):
-                continue
-            (alike if kin else found).append(change)
+            change = _all_of(parts)
+            if len(change) != sum(map(len, parts)) or not _fits(config, change, fits):
+                continue  # a field set twice, or not enough
+            fewer = itertools.combinations(parts, count - 1)
+            if any(one.keys() == change.keys() for one in found) or (
+                count > 1 and any(_fits(config, _all_of(rest), fits) for rest in fewer)
+            ):
+                continue  # known, or one part more than it takes
+            found.append(change)
             if len(found) == wanted:
                 return found
-    return (found + alike)[:wanted]
+    return found
+
+
+def _all_of(parts: tuple[Change, ...]) -> Change:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def _fits(config: Config, change: Change, fits: Callable[[Config], bool]) -> bool:
@@ -65,13 +68,7 @@ def _candidates(config: Config, devices: int) -> Iterator[Change]:
     model, train, tables = config.model, config.train, config.optimizer.tables
     if model.attention == "xla":
         yield {"model.attention": "chunked"}
-    fsdp = config.mesh.fsdp
-    while fsdp * 2 * config.mesh.expert * config.mesh.tensor <= devices:
-        fsdp *= 2
-        yield {"mesh.fsdp": fsdp, "mesh.data": -1}
-    if model.jtok.kind != "none" and not config.mesh.table_rows:
-        for name in AXES:
-            yield {"mesh.table_rows": name}
+    yield from _meshes(config, devices)
     passes = train.grad_accumulation
     while passes * 2 <= train.batch_size and passes < 64:
         passes *= 2
@@ -86,3 +83,18 @@ def _candidates(config: Config, devices: int) -> Iterator[Change]:
             yield {"optimizer.tables.kind": kind}
     if not model.loss_chunk:
         yield {"model.loss_chunk": 8192}
+
+
+def _meshes(config: Config, devices: int) -> Iterator[Change]:
+    """More fsdp, and rows of the tables over an axis that has devices."""
+    fsdp, fixed = config.mesh.fsdp, config.mesh.expert * config.mesh.tensor
+    while fsdp * fixed <= devices:
+        grown = {} if fsdp == config.mesh.fsdp else {"mesh.fsdp": fsdp, "mesh.data": -1}
+        if grown:
+            yield grown
+        sizes = {"data": devices // (fsdp * fixed), "fsdp": fsdp, "expert": config.mesh.expert}
+        if config.model.jtok.kind != "none" and not config.mesh.table_rows:
+            for name, size in sizes.items():
+                if size > 1:
+                    yield grown | {"mesh.table_rows": name}
+        fsdp *= 2

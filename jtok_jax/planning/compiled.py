@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config
-from jtok_jax.errors import ConfigError
+from jtok_jax.errors import ConfigError, JtokError
 from jtok_jax.mesh import AUTO, AXES, mesh_shape, split_batch
 from jtok_jax.model.exchange import compiler_options
 from jtok_jax.planning.topology import Topology
@@ -44,6 +44,10 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 COLLECTIVE = re.compile(
     r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
+
+
+class RefusedError(JtokError):
+    """The compiler says that the step does not fit."""
 
 
 class Compiled(NamedTuple):
@@ -103,7 +107,8 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     """The step of train.py, compiled for `topology`.
 
     Raises:
-        ConfigError: a compiler is missing, or says that the step does not fit.
+        ConfigError: a compiler is missing.
+        RefusedError: the compiler says that the step does not fit.
     """
     missing = lacks(topology.chip.platform)
     if missing or topology.chip.kind.startswith("NVIDIA H200"):
@@ -123,7 +128,7 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            raise ConfigError(f"--compile: the compiler refused. {_reason(str(error))}") from error
+            raise RefusedError(_reason(str(error))) from error
     sizes = compiled.memory_analysis()
     state, total = sizes.argument_size_in_bytes, sizes.peak_memory_in_bytes
     return Compiled(state, total, compiled.as_text(), config)

@@ -69,13 +69,14 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     shapes = _Shapes(config, mesh)
     parts = [
         *_state(_what_state_depends_on(config), mesh),
-        Part("of the backbone", shapes.sums * shapes.backbone_entries * 4, "gradients"),
-        Part("of rows", shapes.sums * _row_grads(shapes), "gradients"),
+        Part("gradients of the backbone", shapes.sums * shapes.backbone_entries * 4, "gradients"),
+        Part("gradients of rows", shapes.sums * _row_grads(shapes), "gradients"),
         Part("backbone in the compute dtype", _cast_weights(shapes), "kept"),
+        Part("plan of rows", _plan(shapes), "kept"),
         Part("activations of all layers", shapes.model.num_layers * _saved(shapes), "kept"),
-        Part("a layer", _layer(shapes), "backward"),
+        Part("backward of a layer", _layer(shapes), "backward"),
         Part("loss and head", _head(shapes), "backward"),
-        Part("rows of a layer, moments", _row_update(shapes), "update"),
+        Part("update of the rows of a layer", _row_update(shapes), "update"),
     ]
     return Memory(tuple(part for part in parts if part.size))
 
@@ -83,6 +84,15 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
 def row_gradient_bytes(config: Config, mesh: AbstractMesh) -> int:
     """Of one microbatch on one device: float32 [L, M, U, columns]."""
     return _row_grads(_Shapes(config, mesh))
+
+
+def update_bytes(config: Config, mesh: AbstractMesh) -> int:
+    """Read and written by the update on one device: value, gradient and two moments, float32."""
+    shapes = _Shapes(config, mesh)
+    entries = shapes.backbone_entries
+    if config.optimizer.tables.kind == "adamw" and "tables" in shapes.axes:
+        return 28 * (entries + shapes.entries("tables"))
+    return 28 * entries + 7 * _row_grads(shapes)
 
 
 class _Shapes:
@@ -157,6 +167,12 @@ def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
         kind = "AdamW moments" if moment and not of_tables else kind
         sizes[kind] += math.prod(local) * leaf.dtype.itemsize
     return tuple(Part(name, size, "state") for name, size in sizes.items())
+
+
+def _plan(shapes: _Shapes) -> int:
+    """Ids of all devices, sorted with their places: 4 arrays of int32."""
+    train = shapes.config.train
+    return 16 * train.batch_size * train.seq_len if shapes.model.tables_shape else 0
 
 
 def _row_grads(shapes: _Shapes) -> int:
@@ -244,4 +260,6 @@ def _row_update(shapes: _Shapes) -> int:
     """Rows of one layer with two moments, before and after, float32."""
     if shapes.model.tables_shape is None:
         return 0
+    if shapes.config.optimizer.tables.kind == "adamw":
+        return shapes.entries("tables") * 4  # a dense gradient of all tables
     return shapes.num_tables * shapes.unique_rows * shapes.columns * 4 * 6

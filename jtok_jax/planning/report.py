@@ -3,9 +3,8 @@
 """A plan as plain values, as text and as a picture."""
 
 import dataclasses
+import math
 import pathlib
-
-from jax.sharding import AbstractMesh
 
 from jtok_jax import flops
 from jtok_jax.config import Config
@@ -18,6 +17,7 @@ from jtok_jax.planning.topology import GIB, Topology
 
 # XLA takes this share of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_SHARE = 0.75
+ROOM = 0.95  # of a device's memory; the rest is the runtime's
 
 
 def resolved(config: Config, topology: Topology) -> Config:
@@ -50,7 +50,7 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
         "devices": topology.devices,
         "hosts": topology.hosts,
         "mesh": describe(config, mesh),
-        "memory": _memory(found, topology) | _checkpoint(found, config, mesh, topology),
+        "memory": _memory(found, topology),
         "flops": {"token": counts.train_flops, "step": counts.train_flops * tokens},
         "tokens_per_step": tokens,
         "collectives": [one._asdict() for one in traffic.collectives(config, mesh)],
@@ -71,6 +71,7 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
         plan["changes_that_fit"] = _changes(config, topology)
     if compile_too:
         plan["compiler"] = _compiled(config, topology)
+        plan["memory"]["fits"] &= plan["compiler"]["total"] <= ROOM * topology.chip.memory
     return plan
 
 
@@ -83,30 +84,28 @@ def _memory(found: Memory, topology: Topology) -> dict:
         "step": found.step,
         "total": found.total,
         "device": chip.memory,
-        "fits": found.total <= chip.memory * 0.95,
+        "fits": found.total <= chip.memory * ROOM,
         "share_needed": found.total / chip.memory,
         "default_share": share,
+        "checkpoint_host": found.state * topology.devices_per_host,
     }
-
-
-def _checkpoint(found: Memory, config: Config, mesh: AbstractMesh, topology: Topology) -> dict:
-    """A save holds a copy of a host's part in its memory until it is written."""
-    whole = found.state * topology.devices
-    return {"checkpoint_host": found.state * topology.devices_per_host, "checkpoint_most": whole}
 
 
 def _changes(config: Config, topology: Topology) -> list[advice.Change]:
     def fits(candidate: Config) -> bool:
         mesh = abstract_mesh(candidate.mesh, topology.devices)
         microbatch = candidate.train.batch_size // candidate.train.grad_accumulation
-        check_batch(mesh, "train.batch_size", microbatch)
-        return memory(candidate, mesh).total <= topology.chip.memory * 0.95
+        check_batch(mesh, "train.batch_size / grad_accumulation", microbatch)
+        return memory(candidate, mesh).total <= topology.chip.memory * ROOM
 
     return advice.that_fit(config, fits, devices=topology.devices)
 
 
 def _compiled(config: Config, topology: Topology) -> dict:
-    result = compiled.compile_step(config, topology)
+    try:
+        result = compiled.compile_step(config, topology)
+    except compiled.RefusedError as error:
+        return {"refused": str(error), "total": math.inf}
     mesh = abstract_mesh(config.mesh, topology.devices)
     predicted = memory(result.config, mesh)
     return {
@@ -132,16 +131,18 @@ def as_text(plan: dict) -> str:
     row = lambda name, size: f"{name:<36}{size / of:>12.2f}{size * hosts / of:>12.1f}"
     titles = {
         "state": "state (exact)",
-        "gradients": "gradients (estimate, as all below)",
-        "kept": "kept from forward to backward",
-        "backward": "backward pass, the largest of",
-        "update": "or, when it is over, the update of",
+        "gradients": "a step (estimate)",
+        "kept": "forward to backward (estimate)",
+        "backward": "then the largest of",
+        "update": "or, when all that was kept is gone",
     }
     for when, title in titles.items():
         lines.append(title)
         lines += [row(f"  {p['name']}", p["size"]) for p in found["parts"] if p["when"] == when]
     lines += [row("total", found["total"]), _verdict(plan)]
-    lines.append(f"a save copies {found['checkpoint_host'] / of:.1f} {unit} into a host's memory")
+    lines.append(
+        f"a save copies at most {found['checkpoint_host'] / of:.1f} {unit} into a host's memory"
+    )
     if "compiler" in plan:
         lines += ["", *_compiler_lines(plan["compiler"])]
     lines += ["", *_change_lines(plan), *_time_lines(plan)]
@@ -162,6 +163,8 @@ def _verdict(plan: dict) -> str:
 
 
 def _compiler_lines(found: dict) -> list[str]:
+    if "refused" in found:
+        return [f"compiler: DOES NOT FIT. {found['refused']}"]
     sizes = [found[name] / GIB for name in ("total", "state", "predicted")]
     lines = [
         "compiler: {:.2f} GiB, {:.2f} of them state; predicted {:.2f}".format(*sizes)
@@ -170,7 +173,7 @@ def _compiler_lines(found: dict) -> list[str]:
         + ", ".join(f"{count} {kind}" for kind, count in sorted(found["collectives"].items())),
     ]
     if found["attention"] == "chunked":
-        lines.append("  with model.attention=chunked, in both, where cuDNN is absent")
+        lines.append("  both with model.attention=chunked")
     return lines
 
 
@@ -179,10 +182,11 @@ def _change_lines(plan: dict) -> list[str]:
         return []
     changes = plan["changes_that_fit"]
     if not changes:
-        return ["No change of up to three fields fits; take more or larger chips.", ""]
+        return ["None of the changes tried fits; take more or larger chips.", ""]
     lines = ["Any of these would fit:"]
     for change in changes:
-        lines.append("  " + " ".join(f"--config.{k}={v}" for k, v in change.items()))
+        other = "  (another training)" if {*advice.OTHER_RUN} & change.keys() else ""
+        lines.append("  " + " ".join(f"--config.{k}={v}" for k, v in change.items()) + other)
     return [*lines, ""]
 
 
@@ -201,7 +205,7 @@ def _time_lines(plan: dict) -> list[str]:
         f"  matmuls {_time(estimate['matmul_seconds'])}, rows and optimizer "
         f"{_time(estimate['memory_seconds'])}, collectives {_time(estimate['collective_seconds'])}",
         f"  a step {_time(low)} with all collectives hidden to {_time(high)} with none; "
-        f"MFU {100 * estimate['mfu'][1]:.0f}% to {100 * estimate['mfu'][0]:.0f}%",
+        f"MFU (of bfloat16) {100 * estimate['mfu'][1]:.0f}% to {100 * estimate['mfu'][0]:.0f}%",
     ]
     return lines
 
@@ -232,5 +236,9 @@ def draw(plan: dict, path: pathlib.Path) -> None:
     axes.set_title(f"{plan['topology']}: {total:.1f} of {have:.1f} GiB", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, bbox_inches="tight")
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--plot={path} cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)

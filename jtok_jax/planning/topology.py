@@ -39,9 +39,9 @@ class Chip(NamedTuple):
 # TPUs: cloud.google.com/tpu/docs (chip pages), memory as libtpu's out-of-memory errors state it.
 # GPUs: NVIDIA's data sheets; a host has one 400 Gbit/s adapter a GPU.
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 819e9, 100e9, 0, 4, 256),
-    "v5p": Chip("TPU v5", "tpu", int(95.73 * GIB), 2765e9, 300e9, 0, 4, 8960),
-    "v6e": Chip("TPU v6 lite", "tpu", int(31.24 * GIB), 1640e9, 224e9, 0, 4, 256),
+    "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 819e9, 200e9, 0, 4, 256),
+    "v5p": Chip("TPU v5", "tpu", int(95.73 * GIB), 2765e9, 600e9, 0, 4, 8960),
+    "v6e": Chip("TPU v6 lite", "tpu", int(31.24 * GIB), 1640e9, 448e9, 0, 4, 256),
     "h100": Chip("NVIDIA H100 80GB HBM3", "gpu", 84978434048, 3352e9, 450e9, 50e9, 8, 1 << 20),
     "h200": Chip("NVIDIA H200", "gpu", 150754820096, 4800e9, 450e9, 50e9, 8, 1 << 20),
 }

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.mesh import BATCH, axis_rules, num_shards, table_layout
-from jtok_jax.planning.memory import row_gradient_bytes
+from jtok_jax.planning.memory import row_gradient_bytes, update_bytes
 from jtok_jax.planning.topology import Topology
 
 MATMUL_SHARE = 0.6  # of a chip's peak that matmuls of this size reach; assumed
@@ -63,7 +63,7 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
                 Collective(name, kind, axes, int(times * factor * whole * (1 - 1 / count)))
             )
 
-    of_fsdp, parts = 0, 0  # entries gathered along D, and of gradients that copies of it sum
+    of_fsdp, experts, others = 0, 0, 0  # entries gathered along D; here, of experts and others
     for name, letters in flops.parameter_axes(model).items():
         if name == "tables":
             continue
@@ -71,10 +71,12 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
         for letter in letters:
             local *= sizes[letter] // num_shards(mesh, rules.get(letter, ()))
         of_fsdp += local * shape["fsdp"] * ("D" in letters)
-        parts += local
+        experts += local * ("E" in letters)
+        others += local * ("E" not in letters)
     add("weights", "all-gather", ("fsdp",), of_fsdp * wire, times=2 * passes)
     add("gradients", "reduce-scatter", ("fsdp",), of_fsdp * wire, times=passes)
-    add("gradients", "all-reduce", ("data",), parts * wire, times=passes)
+    add("gradients", "all-reduce", ("data", "expert"), others * wire, times=passes)
+    add("gradients of experts", "all-reduce", ("data",), experts * wire, times=passes)
     activations = tokens * dim * wire * layers
     add("activations", "all-reduce", ("tensor",), activations, times=4)
     if model.moe.num_experts:
@@ -85,8 +87,9 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
         layout = table_layout(config, mesh)
         carrying = len(jtok.table_layers(layers))
         group = num_shards(mesh, layout.axes)
+        every = tuple(shape)
         rows = tokens / shape["tensor"] * dim * wire * carrying
-        add("ids", "all-gather", layout.axes, 4 * tokens / shape["tensor"] * group)
+        add("ids", "all-gather", every, 4 * config.train.batch_size * config.train.seq_len)
         if jtok.kind == "jtok_m":
             routed = 8 * jtok.top_k * tokens / shape["tensor"] * carrying
             add("router weights", "all-gather", layout.axes, routed * group, times=1.5)
@@ -106,7 +109,7 @@ def step_time(config: Config, mesh: AbstractMesh, topology: Topology) -> Time:
     tokens = config.train.batch_size * config.train.seq_len / mesh.size
     forward = {"none": 0, "dots": 0, "full": 1}[model.remat]  # computed once more
     work = tokens * (counts.train_flops + forward * counts.forward_flops)
-    moved = _row_bytes(config, tokens) + 7 * 4 * counts.backbone / mesh.size  # AdamW: 4 in, 3 out
+    moved = _row_bytes(config, tokens) + update_bytes(config, mesh)
     sent = sum(
         one.size / (LINK_SHARE * _rate(one, mesh, topology)) for one in collectives(config, mesh)
     )
@@ -136,15 +139,18 @@ def _row_bytes(config: Config, tokens: float) -> float:
 
 
 def _rate(one: Collective, mesh: AbstractMesh, topology: Topology) -> float:
-    """Bytes a second out of a device: over the network where a group spans hosts of GPUs.
+    """Bytes a second out of a device: those that leave a host of GPUs share its adapters.
 
-    Devices of the last mesh axes lie next to each other; a group stays on a host where it and all
-    axes after it fit there.
+    Devices along the last mesh axes lie next to each other. In a ring only one device of a host
+    sends to the next host, by all adapters of the group's devices there.
     """
-    chip = topology.chip
-    inner, names = 1, list(mesh.shape)
-    first = min(names.index(name) for name in one.axes)
-    for name in names[first:]:
-        inner *= mesh.shape[name]
-    on_a_host = inner <= topology.devices_per_host
-    return chip.link if not chip.network or on_a_host else chip.network
+    chip, names = topology.chip, list(mesh.shape)
+    after = names[max(names.index(name) for name in one.axes) + 1 :]
+    together = topology.devices_per_host // num_shards(mesh, tuple(after))
+    size = num_shards(mesh, one.axes)
+    together = max(1, min(size, together))  # devices of a group on a host
+    if not chip.network or together == size:
+        return chip.link
+    if one.kind == "all-to-all":
+        return min(chip.link, chip.network / (1 - together / size))
+    return min(chip.link, chip.network * together)
