@@ -184,14 +184,14 @@ class MosaicGpu(NamedTuple):
             layer, unique, token, run, start, size, slot, choice, weights, g, tables, scale, *outs
         ):
             d_weights, rows, partial, d_scale, sums = outs
-            load = self.loader(g_TD, tables)
+            load, zeros = self.loader(g_TD, tables), self.zeros(g_TD, tables)
             scale = load(scale)
 
             def piece(p, d_scale):
                 u = jnp.minimum(run[p], num_unique - 1)
                 row, begin = unique[u], start[p]
                 for e in range(num_tables):
-                    sums[e] = self.zeros(g_TD, tables)
+                    sums[e] = zeros
 
                 def add(i, d_scale):
                     t = token[begin + i]
@@ -204,8 +204,7 @@ class MosaicGpu(NamedTuple):
                         d_scale = d_scale + cotangent * (mixed * inverse)
                     for k in range(top_k):
                         d_weights[t, k] = _sum(q * each[k])
-                        own = sums.at[choice[t, k]]
-                        own[...] = load(own) + weights[t, k] * q
+                        sums[choice[t, k]] = load(sums.at[choice[t, k]]) + weights[t, k] * q
                     return d_scale
 
                 d_scale = lax.fori_loop(0, size[p], add, d_scale)
@@ -222,7 +221,7 @@ class MosaicGpu(NamedTuple):
 
                 return d_scale
 
-            _each_piece(run.shape[0], blocks, piece, d_scale, self.zeros(g_TD, tables))
+            _each_piece(run.shape[0], blocks, piece, d_scale, zeros)
 
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         outs = (
