@@ -14,7 +14,7 @@ help:
 	@echo "make quickstart   train, checkpoint and sample a small JTok-M model (about 4 minutes on 2 cores)"
 	@echo "make test         the whole test suite, and make lint"
 	@echo "make test-latest  the test suite on Python 3.12 or newer with the newest pins"
-	@echo "make nightly      the largest model compiled for TPUs and H100s, every table layout (about an hour)"
+	@echo "make nightly      the largest model compiled for TPUs and H100s, every table layout (long)"
 	@echo "make clean        remove the virtual environments (runs/ and data/ stay)"
 
 $(VENV)/run: pyproject.toml constraints/py311.txt constraints/py312.txt

@@ -17,7 +17,7 @@ from test_configs import load
 
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import abstract_mesh
-from jtok_jax.planning import traffic
+from jtok_jax.planning import compiled, traffic
 from jtok_jax.planning.advice import changed
 from jtok_jax.planning.memory import memory
 from jtok_jax.planning.report import as_text, draw, make_plan
@@ -104,6 +104,18 @@ def test_nothing_fits_where_nothing_can():
     plan = make_plan(load("moe_17b_a2b"), parse_topology("v5e:1x1"))
     assert plan["changes_that_fit"] == []
     assert "take more or larger chips" in as_text(plan)
+
+
+def test_a_step_that_the_compiler_refuses_does_not_fit(monkeypatch):
+    def refuse(config, topology):
+        raise compiled.RefusedError("43.75G exceeds available HBM (15.75G)")
+
+    monkeypatch.setattr(compiled, "compile_step", refuse)
+    plan = make_plan(load("quickstart"), parse_topology("v5e:1x1"), compile_too=True)
+    assert not plan["memory"]["fits"]
+    assert "DOES NOT FIT, says the compiler" in as_text(plan)
+    assert "43.75G exceeds" in as_text(plan)
+    json.dumps(plan, allow_nan=False)
 
 
 def test_picture(tmp_path):

@@ -3,7 +3,6 @@
 """A plan as plain values, as text and as a picture."""
 
 import dataclasses
-import math
 import pathlib
 
 from jtok_jax import flops
@@ -71,7 +70,9 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
         plan["changes_that_fit"] = _changes(config, topology)
     if compile_too:
         plan["compiler"] = _compiled(config, topology)
-        plan["memory"]["fits"] &= plan["compiler"]["total"] <= ROOM * topology.chip.memory
+        total = plan["compiler"]["total"]
+        if total is None or total > ROOM * topology.chip.memory:
+            plan["memory"]["fits"] = False
     return plan
 
 
@@ -105,11 +106,11 @@ def _compiled(config: Config, topology: Topology) -> dict:
     try:
         result = compiled.compile_step(config, topology)
     except compiled.RefusedError as error:
-        return {"refused": str(error), "total": math.inf}
+        return {"refused": str(error), "total": None}
     mesh = abstract_mesh(config.mesh, topology.devices)
     predicted = memory(result.config, mesh)
     return {
-        "attention": result.config.model.attention,
+        "stand_in": result.config != config,
         "state": result.state,
         "total": result.total,
         "predicted": predicted.total,
@@ -152,6 +153,8 @@ def as_text(plan: dict) -> str:
 def _verdict(plan: dict) -> str:
     found = plan["memory"]
     share, have = found["share_needed"], found["device"] / GIB
+    if not found["fits"] and found["total"] <= ROOM * found["device"]:
+        return f"DOES NOT FIT, says the compiler; predicted: {100 * share:.0f}% of {have:.2f} GiB"
     if not found["fits"]:
         largest = sorted(found["parts"], key=lambda part: -part["size"])[:3]
         names = ", ".join(f"{part['name']} {part['size'] / GIB:.1f}" for part in largest)
@@ -172,8 +175,8 @@ def _compiler_lines(found: dict) -> list[str]:
         "collectives in its text: "
         + ", ".join(f"{count} {kind}" for kind, count in sorted(found["collectives"].items())),
     ]
-    if found["attention"] == "chunked":
-        lines.append("  both with model.attention=chunked")
+    if found["stand_in"]:
+        lines.append("  both with model.attention=chunked: cuDNN cannot be compiled for without it")
     return lines
 
 
