@@ -9,9 +9,13 @@ Starting rules:
   a workdir with a checkpoint         goes on after it, bit for bit
   a workdir of another configuration  is refused, with the difference
   a workdir in use                    is refused before anything is touched
+Several processes find each other under SLURM, MPI, on TPU pods and in Kubernetes jobs, else by
+--coordinator_address, --num_processes and --process_id (docs/hosts.md).
 """
 
 import contextlib
+import functools
+import os
 import pathlib
 import time
 
@@ -20,21 +24,25 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jtok_jax.config import Config
-from jtok_jax.config_dict import from_config_dict
+from jtok_jax.config_dict import flatten, from_config_dict, to_dict
 from jtok_jax.data.loader import open_source, train_batches
-from jtok_jax.errors import ConfigError, NonFiniteError, Preempted, exit_on_error, parse_flags
+from jtok_jax.errors import ConfigError, DataError, Preempted, exit_on_error, parse_flags
+from jtok_jax.hosts import ALONE, Hosts, code_and_versions, joined
+from jtok_jax.launch import recognise
 from jtok_jax.mesh import (
     check_batch,
     describe,
     make_mesh,
     num_shards,
     put_batch,
+    replicated,
+    rows_here,
     table_layout,
 )
 from jtok_jax.model.exchange import compiler_options
 from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
 from jtok_jax.training.evaluate import evaluate
-from jtok_jax.training.guards import StallWatch, StopSignal, WorkdirLock
+from jtok_jax.training.guards import LOCK_FILE, StallWatch, StopSignal, WorkdirLock, require_sound
 from jtok_jax.training.metrics import (
     MetricsWriter,
     Timer,
@@ -48,24 +56,38 @@ from jtok_jax.training.step import make_eval_step, make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints and metrics.")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run; 1: this one is alone.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0.")
 
 
-def train(config: Config, workdir: pathlib.Path) -> None:
+def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
     """Train until config.train.steps, or until a signal asks to stop."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(WorkdirLock(workdir))
+        if hosts.lead:
+            stack.enter_context(WorkdirLock(workdir))
+        hosts.agree("code and versions", code_and_versions(), ConfigError)
+        hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
+        hosts.check_shared(workdir / LOCK_FILE)
         stop = stack.enter_context(StopSignal())
-        stall = StallWatch(workdir, config.train.stall_seconds)
+        stall = StallWatch(workdir, config.train.stall_seconds, hosts.announce)
         # ---------------------------------------------------------------- mesh and data
-        mesh = make_mesh(config.mesh)
+        with stall.waiting_for("devices of all processes"):
+            mesh = make_mesh(config.mesh)
+        size = config.train.batch_size
+        rows = rows_here(mesh, size)
+        hosts.stage(f"has {jax.local_device_count()} of {jax.device_count()} devices and reads "
+                    f"{len(rows)} of {size} sequences of a batch")  # fmt: skip
         check_batch(mesh, "train.batch_size / grad_accumulation",
                     config.train.batch_size // config.train.grad_accumulation)  # fmt: skip
         check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
         source = open_source(config)
-        claim_workdir(workdir, config)
-        print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {describe(config, mesh)}")
+        if hosts.lead:
+            claim_workdir(workdir, config)
+        kind = jax.devices()[0].device_kind
+        hosts.say(f"{jax.device_count()} x {kind}, {describe(config, mesh)}")
         shards = num_shards(mesh, table_layout(config, mesh).columns)
-        print(parameter_table(config, column_shards=shards), flush=True)
+        hosts.say(parameter_table(config, column_shards=shards))
 
         # ---------------------------------------------------------------- model and optimizer
         optimizer = make_optimizer(config)
@@ -76,70 +98,72 @@ def train(config: Config, workdir: pathlib.Path) -> None:
             out_shardings=(shardings, None),
             compiler_options=compiler_options(mesh, jax.default_backend()),
         )
-        eval_step = jax.jit(make_eval_step(config, mesh))
+        eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
+        validate = functools.partial(
+            evaluate, eval_step, source=source, mesh=mesh, batch_size=config.evaluation.batch_size
+        )
 
         # ---------------------------------------------------------------- resume or start
         checkpoints = Checkpoints(workdir, config, data=source.fingerprint)
         stack.callback(checkpoints.close)
+        stack.push(hosts.leave_if_broken)
         done = checkpoints.latest_step()
+        hosts.agree("data and checkpoint", source.fingerprint | {"last step": done}, DataError)
         if done is None:
             state = init_state(config, optimizer, mesh)
         else:
-            state = checkpoints.restore(abstract_state(config, optimizer, mesh))
-            print(f"resumed at step {done}", flush=True)
+            with stall.waiting_for(f"restored checkpoint of step {done}"):
+                state = checkpoints.restore(abstract_state(config, optimizer, mesh))
+            hosts.say(f"resumed at step {done}")
         steps = config.train.steps
         if done is not None and done >= steps:
-            print(f"{workdir} has finished its {steps} steps; nothing to do.")
+            hosts.say(f"{workdir} has finished its {steps} steps; nothing to do.")
             return
-        writer = MetricsWriter(workdir, resumed_at=done, tensorboard=config.logging.tensorboard)
+        folder = workdir if hosts.lead else None
+        writer = MetricsWriter(folder, resumed_at=done, tensorboard=config.logging.tensorboard)
         stack.callback(writer.close)
         if done is None:
-            validation = evaluate(eval_step, state.params, source, mesh)
+            validation = validate(state.params)
             writer.write({"step": 0} | validation._asdict())
-            _print_validation(0, validation)
+            hosts.say(f"step 0: {validation}")
 
         # ---------------------------------------------------------------- loop
         timer = Timer(config)
-        batches = train_batches(source, config, first_step=(done or 0) + 1)
+        first = (done or 0) + 1
+        batches = train_batches(source, config, rows, first_step=first)
         unreported = None  # metrics are fetched a step late: the device never waits for us
 
-        def report(step, batch, metrics, data_wait, *, validate=False):
+        def report(step, metrics, data_wait, *, evaluating=False):
             """Write down one step, which is waited for; evaluate after it if asked."""
-            logged = validate or step % config.train.log_every == 0
+            logged = evaluating or step % config.train.log_every == 0
             with stall.waiting_for(f"end of step {step}"):
-                record = step_record(metrics, step=step, batch=batch, with_health=logged)
+                record = step_record(metrics, step=step, with_health=logged)
             record |= timer.step(data_wait=data_wait)
             if logged or step == 1 or record["bad_in_row"]:
-                print(console_line(record, steps=steps), flush=True)
-            if validate:
-                validation = evaluate(eval_step, state.params, source, mesh)
+                hosts.say(console_line(record, steps=steps))
+            if evaluating:
+                validation = validate(state.params)
                 record |= validation._asdict()
-                _print_validation(step, validation)
+                hosts.say(f"step {step}: {validation}")
             writer.write(record)
-            if record["bad_in_row"] >= config.train.max_bad_steps:
-                raise NonFiniteError(
-                    f"Steps {step - record['bad_in_row'] + 1} to {step}: loss or gradient is not "
-                    "finite. No step of these was applied and nothing was saved after them; last "
-                    f"checkpoint: {checkpoints.latest_step()}. Lower the learning rate, or look "
-                    f"at batch {batch.hash}."
-                )
+            require_sound(record, config, checkpoints.latest_step)
 
-        for step in range((done or 0) + 1, steps + 1):
+        for step in range(first, steps + 1):
             asked = time.perf_counter()
             with stall.waiting_for(f"batch for step {step}"):
                 batch = next(batches)
             wait = time.perf_counter() - asked
-            ids, targets = put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)
-            state, metrics = train_step(state, ids, targets)
+            arrays = [put_batch(mesh, array, size=size) for array in batch]
+            state, metrics = train_step(state, *arrays)
             if unreported:
                 report(*unreported)
-            unreported = step, batch, metrics, wait
+            unreported = step, metrics, wait
             checkpoints.check()
-            last, stopped_by = step == steps, stop.name  # a signal may arrive at any line below
+            last, stopped_by = step == steps, stop.reached(step)  # a signal may come at any line
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stopped_by or step % config.checkpoint.every == 0
             if evaluating or saving:
-                report(*unreported, validate=evaluating)
+                report(*unreported, evaluating=evaluating)
                 unreported = None
                 if saving:
                     with stall.waiting_for(f"end of the save before step {step}"):
@@ -151,15 +175,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
                 timer.restart()
             if stopped_by and not last:
                 raise Preempted(f"{stopped_by}: saved step {step}. Run the same command to go on.")
-        print(f"finished {steps} steps; checkpoint in {workdir / 'checkpoints' / str(steps)}")
-
-
-def _print_validation(step: int, validation) -> None:
-    print(
-        f"step {step}: validation loss {validation.val_loss:.4f} nats/token, "
-        f"{validation.val_bpb:.4f} bits/byte",
-        flush=True,
-    )
+        hosts.say(f"finished {steps} steps; checkpoint in {workdir / 'checkpoints' / str(steps)}")
 
 
 def main(arguments: list[str]) -> None:
@@ -170,7 +186,10 @@ def main(arguments: list[str]) -> None:
         for name in ("config", "workdir"):
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name} is missing. Example: {__doc__.splitlines()[0]}")
-        train(from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value))
+        config, workdir = from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value)
+        given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+        with joined(recognise(os.environ, *given), workdir, config.train) as hosts:
+            train(config, workdir, hosts)
 
 
 if __name__ == "__main__":

@@ -288,6 +288,8 @@ class TrainConfig:
     z_loss: float = 1e-4  # weight of mean(logsumexp(logits)^2)
     max_bad_steps: int = 5  # non-finite steps in a row that stop the run
     stall_seconds: float = 1800.0  # longest wait for a batch, a step or a save; 0: no limit
+    start_seconds: float = 300.0  # longest wait for all processes to come, and to compare notes
+    heartbeat_seconds: int = 100  # a process silent for so long is taken for dead
     log_every: int = 10  # steps between console lines; metrics.jsonl has every step
 
     def __post_init__(self):
@@ -296,6 +298,7 @@ class TrainConfig:
             "max_bad_steps", "log_every",
         )  # fmt: skip
         _at_least(self, "train", 0, "seed", "z_loss", "stall_seconds", "max_unique_ids")
+        _at_least(self, "train", 1, "start_seconds", "heartbeat_seconds")
         if self.seed >= 1 << 32:
             raise ConfigError(f"train.seed is {self.seed}; expected less than 2^32.")
         if self.batch_size % self.grad_accumulation:

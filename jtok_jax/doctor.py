@@ -11,13 +11,13 @@ import jax
 
 from jtok_jax import flops
 from jtok_jax.config import JtokConfig, ModelConfig
+from jtok_jax.hosts import PACKAGES
 from jtok_jax.model.attention import cudnn_lacks
 from jtok_jax.model.jtok import operations
 
 SUPPORTED = ((0, 10, 2), (0, 13))  # jax: from, below
 GPU_FROM = (0, 11, 1)  # earlier jaxlib compiles float32 scatter-add to a very slow loop
 FLAX_FOR_JAX = [((0, 11, 2), (0, 12, 10)), ((0, 11, 1), (0, 12, 9)), ((0, 10, 2), (0, 12, 8))]
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections")
 
 
 class Finding(NamedTuple):

@@ -50,6 +50,12 @@ class NonFiniteError(JtokError):
 STALL_EXIT_CODE = 7  # not an exception: the wait that stalls cannot be left, see guards.StallWatch
 
 
+class HostError(JtokError):
+    """Another process of the run is missing, has failed or has died."""
+
+    exit_code = 8
+
+
 class Preempted(JtokError):
     """SIGTERM or Ctrl-C: the state is saved, run the same command to go on."""
 

@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
         params = jax.device_put(saved.params, replicated(mesh))
         eval_step = jax.jit(make_eval_step(config, mesh))
-        result = evaluate(eval_step, params, source, mesh)
+        size = config.evaluation.batch_size
+        result = evaluate(eval_step, params, source, mesh, batch_size=size)
         print(
             f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "
             f"{result.val_bpb:.6f} bits/byte"

@@ -155,9 +155,25 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def put_batch(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """The batch on the devices, split along its first axis."""
-    return jax.device_put(array, split_batch(mesh))
+def rows_here(mesh: Mesh, size: int) -> list[int]:
+    """Which sequences of a batch of `size` the devices of this process need, ascending."""
+    parts = split_batch(mesh).addressable_devices_indices_map((size,)).values()
+    return sorted({row for (part,) in parts for row in range(*part.indices(size))})
+
+
+def put_batch(mesh: Mesh, array: np.ndarray, *, size: int | None = None) -> jax.Array:
+    """A batch on the devices, split along its first axis.
+
+    size: sequences of the batch, of which `array` has those of `rows_here`; None: all of them.
+    """
+    size = size or len(array)
+    first = {row: place for place, row in enumerate(rows_here(mesh, size))}
+
+    def part(index):
+        start, stop, _ = index[0].indices(size)
+        return array[first[start] : first[start] + stop - start]
+
+    return jax.make_array_from_callback((size, *array.shape[1:]), split_batch(mesh), part)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

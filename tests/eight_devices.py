@@ -89,27 +89,29 @@ def alone(config: Config):
 
 
 def trajectory(config: Config, mesh: Mesh, steps: int = 3):
-    """(losses, gradient norms, last state) of a few steps."""
+    """(losses, gradient norms, (batch hash, different ids), last state) of a few steps."""
     optimizer = make_optimizer(config)
     state = init_state(config, optimizer, mesh)
     shardings = state_shardings(config, optimizer, mesh)
     run = jax.jit(step.make_train_step(config, optimizer, mesh), out_shardings=(shardings, None))
-    losses, norms = [], []
+    losses, norms, batches = [], [], []
     for number in range(steps):
         ids = np.asarray(random_ids(config.model, *BATCH, seed=number)) % 29
         batch = put_batch(mesh, ids)
         state, metrics = run(state, batch, batch)
         losses.append(float(metrics.loss))
         norms.append(float(metrics.grad_norm))
-    return losses, norms, jax.device_get(state)
+        batches.append((metrics.batch_hash.tolist(), int(metrics.unique_ids)))
+    return losses, norms, batches, jax.device_get(state)
 
 
 def check_trains_as_alone(config: Config, devices: int = 8) -> None:
-    losses, norms, state = trajectory(config, first_devices(config.mesh, devices))
+    losses, norms, batches, state = trajectory(config, first_devices(config.mesh, devices))
     expected = alone(replace(config, mesh=MeshConfig()))
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
     np.testing.assert_allclose(norms, expected[1], rtol=1e-5)
-    for name, value in expected[2].params.items():
+    assert batches == expected[2]
+    for name, value in expected[3].params.items():
         np.testing.assert_allclose(state.params[name], value, atol=2e-4, err_msg=name)
 
 
@@ -217,10 +219,10 @@ def test_row_optimizers_take_whole_rows(optimizer):
     config = replace(
         run_config("jtok_m", layout, grad_accumulation=2), optimizer=OptimizerConfig(tables=tables)
     )
-    losses, _, state = trajectory(config, make_mesh(config.mesh))
+    losses, _, _, state = trajectory(config, make_mesh(config.mesh))
     expected = alone(replace(config, mesh=MeshConfig()))
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
-    for name, value in expected[2].opt_state["tables"].items():
+    for name, value in expected[3].opt_state["tables"].items():
         np.testing.assert_allclose(
             state.opt_state["tables"][name], value, rtol=1e-3, atol=1e-5, err_msg=name
         )

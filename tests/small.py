@@ -117,10 +117,10 @@ def small_recipe(folder: pathlib.Path, **changes) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
-def prepare_small_corpus(folder: pathlib.Path) -> pathlib.Path:
+def prepare_small_corpus(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """Folder of a prepared corpus."""
     text = folder / "text"
     text.mkdir()
-    write_documents(text)
+    write_documents(text, seed=seed)
     prepare(small_recipe(text), folder / "prepared")
     return folder / "prepared"

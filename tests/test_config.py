@@ -127,6 +127,8 @@ ELSEWHERE = {
     "train.max_bad_steps": "test_train_loop",
     "train.log_every": "test_train_loop",
     "train.stall_seconds": "test_stall",
+    "train.start_seconds": "test_hosts",
+    "train.heartbeat_seconds": "test_hosts",
     "checkpoint.every": "test_train_loop",
     "checkpoint.keep": "test_train_loop",
     "evaluation.every": "test_train_loop",

@@ -164,6 +164,21 @@ def test_parameters_that_overflow_are_never_saved(config, tmp_path):
 # --------------------------------------------------------------------------- refused
 
 
+def test_more_different_ids_than_there_is_room_for_are_refused(config, tmp_path):
+    """At the step that has them, with what to pass; that step is neither applied nor saved."""
+    config = changed(config, {"checkpoint.every": 1, "evaluation.every": 100})
+    train(config, tmp_path / "all")
+    found = [record["unique_ids"] for record in records(tmp_path / "all")[1:]]
+    train(changed(config, {"train.max_unique_ids": max(found)}), tmp_path / "exact")
+    assert [r["unique_ids"] for r in records(tmp_path / "exact")[1:]] == found
+    full = 1 + found.index(max(found))
+    message = f"Step {full} uses {max(found)} different ids, .*max_unique_ids={max(found)} or more"
+    with pytest.raises(DataError, match=message):
+        train(changed(config, {"train.max_unique_ids": max(found) - 1}), tmp_path / "few")
+    saved = [int(path.name) for path in (tmp_path / "few" / "checkpoints").iterdir()]
+    assert max(saved, default=0) == full - 1
+
+
 def test_a_second_trainer_is_refused_before_it_touches_anything(config, workdir):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     with WorkdirLock(workdir):

@@ -2,10 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """Batches as a pure function of (seed, step), read ahead by Grain."""
 
-import hashlib
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import grain
@@ -16,14 +15,14 @@ from jtok_jax.data import manifest, tokenizer
 from jtok_jax.data.windows import Windows
 from jtok_jax.errors import DataError
 
+Rows = Sequence[int] | None  # sequences of a batch that are wanted; None: all
+
 
 class Batch(NamedTuple):
-    """Sequences of one step; targets are the ids shifted by one."""
+    """Sequences of one step, or some of them; targets are the ids shifted by one."""
 
     ids_BT: np.ndarray  # int32
     targets_BT: np.ndarray  # int32
-    hash: str
-    unique_ids: int  # different ids among ids_BT
 
 
 class EvalBatch(NamedTuple):
@@ -40,11 +39,11 @@ class Source(Protocol):
     fingerprint: dict[str, str]  # changes whenever the same step would give other tokens
     valid_bytes: int  # UTF-8 bytes of the held-out documents
 
-    def sequences(self, step: int) -> np.ndarray:
-        """int32 ids [batch_size, seq_len + 1] of `step` (from 1)."""
+    def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
+        """int32 ids [rows, seq_len + 1] of the batch of `step` (from 1)."""
 
-    def valid_batches(self) -> Iterator[EvalBatch]:
-        """The whole held-out set once."""
+    def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
+        """The whole held-out set once, in batches of evaluation.batch_size sequences."""
 
 
 def open_source(config: Config) -> Source:
@@ -53,25 +52,19 @@ def open_source(config: Config) -> Source:
 
 
 def make_batch(sequences: np.ndarray) -> Batch:
-    """Batch of `sequences` [B, T + 1] with a hash of its contents."""
-    digest = hashlib.sha256(np.ascontiguousarray(sequences)).hexdigest()[:16]
-    ids = sequences[:, :-1]
-    return Batch(ids, sequences[:, 1:], digest, np.unique(ids).size)
+    """Batch of `sequences` [B, T + 1]."""
+    return Batch(sequences[:, :-1], sequences[:, 1:])
 
 
-def train_batches(source: Source, config: Config, *, first_step: int) -> Iterator[Batch]:
-    """Batches of first_step, first_step + 1, ..., prepared in reader threads.
+def train_batches(
+    source: Source, config: Config, rows: Rows = None, *, first_step: int
+) -> Iterator[Batch]:
+    """Sequences `rows` of the batches of first_step, first_step + 1, ..., read ahead by threads.
 
     The position is the step alone: nothing about it needs saving.
     """
     steps = grain.MapDataset.range(first_step, config.train.steps + 1)
-
-    def batch(step: int) -> Batch:
-        made = make_batch(source.sequences(step))
-        check_unique(made.unique_ids, config, step)
-        return made
-
-    batches = steps.map(lambda step: batch(int(step)))
+    batches = steps.map(lambda step: make_batch(source.sequences(int(step), rows)))
     options = grain.ReadOptions(
         num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch
     )
@@ -89,12 +82,13 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
 
 
 def check_unique(found: int, config: Config, step: int) -> None:
-    """Refuse a batch with more different ids than there is room for row gradients."""
+    """Refuse a step with more different ids than there is room for row gradients: it was void."""
     if config.model.tables_shape is not None and found > config.rows_per_step:
         raise DataError(
             f"Step {step} uses {found} different ids, train.max_unique_ids is "
-            f"{config.train.max_unique_ids}. Pass --config.train.max_unique_ids={found} or more, "
-            "or 0 for no limit; a run goes on from its last checkpoint with another value."
+            f"{config.train.max_unique_ids}. It was not applied. Pass "
+            f"--config.train.max_unique_ids={found} or more, or 0 for no limit; the run goes on "
+            "from its last checkpoint with another value."
         )
 
 
@@ -121,23 +115,19 @@ class PreparedSource:
         self.fingerprint = self.manifest.fingerprint()
         self.valid_bytes = self.manifest.valid.text_bytes
 
-    def sequences(self, step: int) -> np.ndarray:
+    def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
         first = (step - 1) * self._batch_size
-        indices = [int(self._order[first + row]) for row in range(self._batch_size)]
+        indices = [int(self._order[first + row]) for row in _all(rows, self._batch_size)]
         return np.stack([self._checked(self._train, index) for index in indices])
 
-    def valid_batches(self) -> Iterator[EvalBatch]:
+    def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
         # The windows of the split follow each other: sequence i predicts targets i*T to (i+1)*T-1.
-        count = math.ceil(self._valid.split.targets / self._valid.seq_len)
+        targets, seq_len = self._valid.split.targets, self._valid.seq_len
+        count = math.ceil(targets / seq_len)
         for first in range(0, count, self._eval_size):
-            rows = range(first, min(first + self._eval_size, count))
-            ids = [self._checked(self._valid, index) for index in rows]
-            missing = self._eval_size - len(ids)
-            yield eval_batch(
-                np.stack(ids + ids[-1:] * missing),
-                first_target=first * self._valid.seq_len,
-                num_targets=self._valid.split.targets,
-            )
+            indices = first + _all(rows, self._eval_size)
+            ids = [self._checked(self._valid, min(int(index), count - 1)) for index in indices]
+            yield eval_batch(np.stack(ids), indices * seq_len, num_targets=targets)
 
     def _checked(self, windows: Windows, index: int) -> np.ndarray:
         ids = windows[index]
@@ -169,25 +159,33 @@ class SyntheticSource:
         rows = self.VALID_BATCHES * config.evaluation.batch_size
         self.valid_bytes = rows * config.train.seq_len
 
-    def sequences(self, step: int) -> np.ndarray:
-        return self._draw((self._config.train.seed, step), self._config.train.batch_size)
+    def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
+        key = self._config.train.seed, step
+        return self._draw(key, self._config.train.batch_size, rows)
 
-    def valid_batches(self) -> Iterator[EvalBatch]:
-        rows = self._config.evaluation.batch_size
+    def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
         for index in range(self.VALID_BATCHES):
-            ids = self._draw((self._config.train.seed, 0, index), rows)
-            yield eval_batch(ids, first_target=0, num_targets=ids.size)
+            key = self._config.train.seed, 0, index
+            ids = self._draw(key, self._config.evaluation.batch_size, rows)
+            yield eval_batch(ids, np.zeros(len(ids)), num_targets=self.valid_bytes)
 
-    def _draw(self, key: tuple[int, ...], rows: int) -> np.ndarray:
-        uniform = np.random.default_rng(key).random((rows, self._config.train.seq_len + 1))
-        vocab_size = self._config.model.vocab_size
+    def _draw(self, key: tuple[int, ...], size: int, rows: Rows) -> np.ndarray:
+        uniform = np.random.default_rng(key).random((size, self._config.train.seq_len + 1))
+        uniform, vocab_size = uniform[_all(rows, size)], self._config.model.vocab_size
         return np.minimum(np.exp(uniform * np.log(vocab_size + 1)) - 1, vocab_size - 1).astype(
             np.int32
         )
 
 
-def eval_batch(sequences: np.ndarray, *, first_target: int, num_targets: int) -> EvalBatch:
-    """Batch of `sequences` [B, T + 1] whose targets from `num_targets` on weigh nothing."""
+def _all(rows: Rows, size: int) -> np.ndarray:
+    return np.arange(size) if rows is None else np.asarray(rows)
+
+
+def eval_batch(sequences: np.ndarray, first: np.ndarray, *, num_targets: int) -> EvalBatch:
+    """Batch of `sequences` [B, T + 1] whose targets from `num_targets` on weigh nothing.
+
+    first: [B], place in the held-out set of the first target of each sequence.
+    """
     ids, targets = sequences[:, :-1], sequences[:, 1:]
-    place = first_target + np.arange(targets.size).reshape(targets.shape)
+    place = first[:, None] + np.arange(targets.shape[1])
     return EvalBatch(ids, targets, (place < num_targets).astype(np.float32))

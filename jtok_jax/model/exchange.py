@@ -62,8 +62,8 @@ class Exchange(NamedTuple):
     def plan(self, ids_NBT: jax.Array, *, max_unique: int | None) -> RowPlan:
         """`row_plan` of N microbatches, for the rows that each device holds.
 
-        Unique ids, [row shards x U], are those of all groups; the order, [N, copies x row shards,
-        ...], is that of a group.
+        Unique ids, [row shards x U], are those of all groups, as are those found, [row shards]; the
+        order, [N, copies x row shards, ...], is that of a group.
         """
         num_rows = self._rows_here
         if max_unique is not None and self.layout.rows:
@@ -76,10 +76,11 @@ class Exchange(NamedTuple):
             plan = row_plan(ids, num_rows=num_rows, max_unique=max_unique, also=also)
             order = jax.tree.map(lambda x: x[:, None], plan.order)
             overflow = None if plan.overflow is None else plan.overflow[None]
-            return plan._replace(order=order, overflow=overflow)
+            found = (plan.found - _outside_alone(ids, also, num_rows))[None]
+            return plan._replace(order=order, overflow=overflow, found=found)
 
-        unique, order, overflow = self._plan_specs()
-        specs = RowPlan(unique, P(None, *order), overflow)
+        specs = self._plan_specs()
+        specs = specs._replace(order=P(None, *specs.order))
         return self._map(local, P(None, *TOKENS), specs)(ids_NBT)
 
     def zero_row_grads(self, plan: RowPlan) -> jax.Array:
@@ -165,7 +166,8 @@ class Exchange(NamedTuple):
 
     def _plan_specs(self) -> RowPlan:
         rows = self.layout.rows
-        return RowPlan(P(rows or None), P(self._copies + rows), P(rows or None))
+        here = P(rows or None)
+        return RowPlan(here, P(self._copies + rows), here, here)
 
     def _here(self, ids: jax.Array) -> jax.Array:
         """Ids counted from the first row here; those of other devices are outside."""
@@ -182,6 +184,14 @@ class Exchange(NamedTuple):
 
 def _gather(x: jax.Array, axes: tuple[str, ...], *, axis: int = 0) -> jax.Array:
     return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+
+
+def _outside_alone(ids: jax.Array, also: jax.Array | None, num_rows: int) -> jax.Array:
+    """How many rows here (0 to 2) a plan counts only because ids of other shards are clipped."""
+    every = ids if also is None else jnp.concatenate([ids, also], axis=1)
+    below = jnp.any(every < 0) & ~jnp.any(every == 0)
+    above = jnp.any(every >= num_rows) & ~jnp.any(every == num_rows - 1)
+    return below.astype(jnp.int32) + above.astype(jnp.int32)
 
 
 def _fetch(exchange: Exchange, tables, layer, ids_BT, ids, plan, row_grads, choice, weights):

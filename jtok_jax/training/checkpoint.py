@@ -33,7 +33,8 @@ CONFIG_FILE = "config.json"
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
     "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
-    "model.jtok.implementation", "train.max_unique_ids",
+    "model.jtok.implementation", "train.max_unique_ids", "train.start_seconds",
+    "train.heartbeat_seconds",
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jtok_jax.data.loader import Source
-from jtok_jax.mesh import put_batch
+from jtok_jax.mesh import put_batch, rows_here
 from jtok_jax.model.params import Params
 
 
@@ -20,12 +20,18 @@ class Validation(NamedTuple):
     val_loss: float  # nats per token
     val_bpb: float  # total nats / ln 2 / UTF-8 bytes of the documents
 
+    def __str__(self) -> str:
+        return f"validation loss {self.val_loss:.4f} nats/token, {self.val_bpb:.4f} bits/byte"
 
-def evaluate(eval_step: Callable, params: Params, source: Source, mesh: Mesh) -> Validation:
+
+def evaluate(
+    eval_step: Callable, params: Params, source: Source, mesh: Mesh, *, batch_size: int
+) -> Validation:
     """Validation of `params`; `eval_step` is the jitted step of `make_eval_step`."""
     nats = weight = 0.0
-    for batch in source.valid_batches():
-        sums = eval_step(params, *[put_batch(mesh, array) for array in batch])
+    for batch in source.valid_batches(rows_here(mesh, batch_size)):
+        arrays = [put_batch(mesh, array, size=batch_size) for array in batch]
+        sums = eval_step(params, *arrays)
         nats += float(np.asarray(sums.nats))
         weight += float(np.asarray(sums.weight))
     return Validation(nats / weight, nats / math.log(2) / source.valid_bytes)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What protects a run from outside: one writer per workdir, an orderly stop, an end to stalls."""
+"""What protects a run: one writer per workdir, an orderly stop, an end to stalls and bad steps."""
 
 import contextlib
 import faulthandler
@@ -10,9 +10,14 @@ import pathlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from jtok_jax.errors import STALL_EXIT_CODE, WorkdirError
+import jax
+from jax.experimental import multihost_utils
+
+from jtok_jax.config import Config
+from jtok_jax.data.loader import check_unique
+from jtok_jax.errors import STALL_EXIT_CODE, NonFiniteError, WorkdirError
 
 LOCK_FILE = "lock"
 STALL_FILE = "stall.txt"
@@ -53,16 +58,47 @@ class WorkdirLock:
         self._file.close()
 
 
+def require_sound(record: dict, config: Config, saved: Callable[[], int | None]) -> None:
+    """Stop the run at a step that was not applied, and should not have come about.
+
+    Args:
+        record: of `metrics.step_record`.
+        saved: the newest checkpoint.
+
+    Raises:
+        DataError: there was no room for its different ids.
+        NonFiniteError: it is the last of train.max_bad_steps steps that were not finite.
+    """
+    step, bad = record["step"], record["bad_in_row"]
+    check_unique(record.get("unique_ids", 0), config, step)
+    if bad >= config.train.max_bad_steps:
+        raise NonFiniteError(
+            f"Steps {step - bad + 1} to {step}: loss or gradient is not finite. No step of these "
+            f"was applied and nothing was saved after them; last checkpoint: {saved()}. Lower the "
+            f"learning rate, or look at batch {record['batch_hash']}."
+        )
+
+
 class StopSignal:
-    """Context that notes SIGTERM and Ctrl-C instead of dying; a second Ctrl-C raises."""
+    """Context that notes SIGTERM and Ctrl-C instead of dying; a second Ctrl-C raises.
+
+    Of several processes any one may get it: JAX's runtime, which then has the handler of SIGTERM,
+    agrees on a step. A Python handler in its place would defeat that; Ctrl-C is passed on to it.
+    """
 
     name: str | None = None
 
     def __enter__(self):
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._several = jax.distributed.is_initialized()
+        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
+
+    def reached(self, step: int) -> str | None:
+        """What asks to stop after `step`, the same on all processes; to be asked at every step."""
+        if self._several and multihost_utils.reached_preemption_sync_point(step):
+            return self.name or "SIGTERM on one of the hosts"
+        return None if self._several else self.name
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
@@ -73,6 +109,8 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         os.write(2, f"\n{self.name}: saving after this step, then stopping.\n".encode())
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
 
 
 class StallWatch:
@@ -81,10 +119,17 @@ class StallWatch:
     A wait inside a device, a file system or another host cannot be interrupted from Python: a
     thread of its own writes the stacks of all threads to DIR/stall.txt, says what was awaited and
     exits. Nothing is saved; a restart goes on from the last checkpoint.
+
+    announce: told the exit code and the reason, for other processes.
     """
 
-    def __init__(self, workdir: pathlib.Path, seconds: float):
-        self._workdir, self._seconds = workdir, seconds
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        seconds: float,
+        announce: Callable[[int, str], None] = lambda code, reason: None,
+    ):
+        self._workdir, self._seconds, self._announce = workdir, seconds, announce
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -100,7 +145,8 @@ class StallWatch:
             timer.cancel()
 
     def _exit(self, what: str) -> None:
-        path = self._workdir / STALL_FILE
+        process = jax.process_index() if jax.distributed.is_initialized() else 0
+        path = self._workdir / (f"stall-{process}.txt" if process else STALL_FILE)
         message = (
             f"Stall: no {what} within {self._seconds:g} s (train.stall_seconds). Stacks in {path}. "
             "Nothing was saved; the same command goes on from the last checkpoint."
@@ -113,6 +159,7 @@ class StallWatch:
 
     def _write(self, message: str, path: pathlib.Path) -> None:
         os.write(2, f"{message}\n".encode())
+        self._announce(STALL_EXIT_CODE, message)
         with path.open("w") as file:
             file.write(f"{message}\n\n")
             file.flush()

@@ -12,7 +12,6 @@ import numpy as np
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.data.loader import Batch
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.jtok import operations
 from jtok_jax.training.optimizer import Optimizer, make_optimizer
@@ -21,17 +20,13 @@ from jtok_jax.training.step import StepMetrics
 FILE_NAME = "metrics.jsonl"
 
 
-def step_record(
-    metrics: StepMetrics, *, step: int, batch: Batch, with_health: bool
-) -> dict[str, object]:
+def step_record(metrics: StepMetrics, *, step: int, with_health: bool) -> dict[str, object]:
     """What metrics.jsonl says of one step; waits for the step. Values that are not finite: null."""
-    health = metrics.health if with_health else {}
-    values, health = jax.device_get((metrics._replace(health={}), health))
-    record = {"step": step, "batch_hash": batch.hash, "unique_ids": batch.unique_ids}
-    for name, value in values._asdict().items():
-        if name != "health":
-            record[name] = _plain(value)
-    return record | {name: _plain(value) for name, value in health.items()}
+    values = jax.device_get(metrics if with_health else metrics._replace(health={}))._asdict()
+    health, words = values.pop("health"), values.pop("batch_hash")
+    record = {"step": step, "batch_hash": "".join(f"{word:08x}" for word in words)}
+    values = {name: value for name, value in (values | health).items() if value is not None}
+    return record | {name: _plain(value) for name, value in values.items()}
 
 
 class Timer:
@@ -61,9 +56,15 @@ class Timer:
 
 
 class MetricsWriter:
-    """Appends one JSON object a line; a resumed run first drops the steps it will repeat."""
+    """Appends one JSON object a line; a resumed run first drops the steps it will repeat.
 
-    def __init__(self, workdir: pathlib.Path, *, resumed_at: int | None, tensorboard: bool):
+    workdir: None writes nothing.
+    """
+
+    def __init__(self, workdir: pathlib.Path | None, *, resumed_at: int | None, tensorboard: bool):
+        self._board = self._file = None
+        if workdir is None:
+            return
         self._board = _tensorboard(workdir / "tensorboard") if tensorboard else None
         self._path = workdir / FILE_NAME
         if resumed_at is None and self._path.exists():
@@ -75,6 +76,8 @@ class MetricsWriter:
         self._file = self._path.open("a")
 
     def write(self, record: dict[str, object]) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._board:
@@ -83,7 +86,8 @@ class MetricsWriter:
                     self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jtok_kernels import RowPlan, row_plan, update_rows
+from jtok_kernels import RowPlan, mixed, row_plan, update_rows
 
 from jtok_jax.config import Config, ModelConfig
 from jtok_jax.mesh import num_shards, table_layout
@@ -34,6 +34,8 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     bad_steps: jax.Array
     bad_in_row: jax.Array
+    batch_hash: jax.Array  # uint32 [2], the same on any mesh
+    unique_ids: jax.Array | None  # int32, different ids of the batch; None without tables
     health: dict[str, jax.Array]
 
 
@@ -74,9 +76,21 @@ def make_train_step(
             bad_in_row=jnp.where(finite, 0, state.bad_in_row + 1),
         )
         counts = rate(accepted), new.bad_steps, new.bad_in_row
-        return new, StepMetrics(*losses[:3], norm, *counts, losses.health)
+        batch = batch_hash(ids_BT, targets_BT), None if plan is None else plan.found.sum()
+        return new, StepMetrics(*losses[:3], norm, *counts, *batch, losses.health)
 
     return step
+
+
+def batch_hash(ids_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """uint32 [2], changed by any token or its place, the same however the batch is split.
+
+    A sum modulo 2^32 of words that each depend on a token and its place: order does not matter.
+    """
+    tokens = jnp.stack([ids_BT, targets_BT]).astype(jnp.uint32)
+    place = jax.lax.iota(jnp.uint32, tokens.size).reshape(tokens.shape)
+    word = lambda seed: mixed(mixed(place + jnp.uint32(seed)) ^ tokens).sum(dtype=jnp.uint32)
+    return jnp.stack([word(0x9E3779B9), word(0x7F4A7C15)])
 
 
 def _clip_scale(norm: jax.Array, limit: float) -> jax.Array:

@@ -41,6 +41,7 @@ class RowPlan(NamedTuple):
     unique_U: jax.Array  # int32, ascending; V fills what is left
     order: Order
     overflow: jax.Array | None  # bool: more unique ids than U; None: there cannot be
+    found: jax.Array  # int32, different ids, those included that U has no room for
 
 
 def num_pieces(num_tokens: int, num_unique: int) -> int:
@@ -68,9 +69,9 @@ def row_plan(
 
     Args:
         max_unique: at most so many different ids are expected; row gradients, their memory and
-            their update shrink with it. Count them on the host before: a program cannot raise.
-            Where there are more after all, every gradient that needs the plan holds a NaN: nothing
-            is dropped in silence.
+            their update shrink with it. A program cannot raise: compare `found` on the host. Where
+            there are more, every gradient that needs the plan holds a NaN: nothing is dropped in
+            silence.
             None: as many as there are ids or rows, which is always enough.
         rank: int32 like `ids`; tokens of one id are summed by rank. Row gradients then have the
             same bits however the tokens are shuffled, provided that ranks go with them and differ
@@ -98,17 +99,18 @@ def row_plan(
     starts = jnp.concatenate([jnp.ones(1, bool), sorted_ids[1:] != sorted_ids[:-1]])
     run = jnp.cumsum(starts, dtype=jnp.int32) - 1
     unique_U = jnp.full(bound, num_rows, jnp.int32).at[run].set(sorted_ids, mode="drop")
-    overflow = None if bound == enough else run[-1] >= bound
+    found = run[-1] + 1
+    overflow = None if bound == enough else found > bound
     run = jnp.minimum(run, bound - 1)
     place = jnp.zeros_like(flat).at[by_id].set(run)[: ids.size].reshape(ids.shape)
     if ids.ndim == 1:
         token = by_id if also is None else _sorted_tokens(place, rank)
-        return RowPlan(unique_U, _order(place, token, rank, bound), overflow)
+        return RowPlan(unique_U, _order(place, token, rank, bound), overflow, found)
     # The order of the whole says nothing of the order within one of several microbatches.
     whole = ids.shape[0] == 1 and also is None
     token = by_id[None] if whole else jax.vmap(_sorted_tokens)(place, rank)
     order = jax.vmap(lambda *args: _order(*args, bound))(place, token, rank)
-    return RowPlan(unique_U, order, overflow)
+    return RowPlan(unique_U, order, overflow, found)
 
 
 def _sorted_tokens(keys_T: jax.Array, rank_T: jax.Array | None) -> jax.Array:

@@ -15,7 +15,7 @@ Seed = jax.Array  # uint32 [2], of a step
 def row_seeds(seed: Seed, number, ids):
     """uint32 of every row, from the number of its table and its id (int32, any shapes)."""
     word = lambda x: jnp.asarray(x).astype(jnp.uint32)
-    return _mixed(_mixed(_mixed(seed[0] + word(number)) ^ seed[1]) + word(ids))
+    return mixed(mixed(mixed(seed[0] + word(number)) ^ seed[1]) + word(ids))
 
 
 def round_at_random(x: jax.Array, row_seed, entries: jax.Array) -> jax.Array:
@@ -25,14 +25,14 @@ def round_at_random(x: jax.Array, row_seed, entries: jax.Array) -> jax.Array:
         row_seed: uint32, broadcast to `entries`.
         entries: uint32, place of every entry in its row, shape of x or broadcast to it.
     """
-    cut = _mixed(row_seed + entries * jnp.uint32(0x9E3779B9)) >> 16
+    cut = mixed(row_seed + entries * jnp.uint32(0x9E3779B9)) >> 16
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + cut
     raised = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.abs(x) < jnp.inf, raised, x).astype(jnp.bfloat16)
 
 
-def _mixed(x):
-    """The finalizer of MurmurHash3 (Appleby 2011): every bit in changes every bit out."""
+def mixed(x):
+    """The finalizer of MurmurHash3 (Appleby 2011) of uint32: every bit in changes every bit out."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Several processes as one run: who is here, do all agree, and why does a run end?
+
+JAX's own runtime (jax.distributed) connects the processes, finds by heartbeats that one is gone and
+agrees on the step at which all stop. Added here are names, time limits and reasons: what starts a
+process (`recognise`), a roll call while it connects, facts compared before anything is compiled
+(`Hosts.agree`), and a failure on one host told to the others (`Hosts.announce`).
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import jax
+import jtok_kernels
+from jax._src import distributed  # the key-value store and barriers have no public name
+
+from jtok_jax.config import TrainConfig
+from jtok_jax.errors import HostError, JtokError
+from jtok_jax.launch import Launch
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections")
+ROLL_CALL = "starting"  # folder of the workdir, while processes connect
+GRACE_SECONDS = 10  # a process that learns of a failure has so long to end by itself
+LEAVE_SECONDS = 2 * GRACE_SECONDS  # how long the others are waited for at the end
+_POLL_SECONDS = 1.0
+_OF_XLA = (jax.errors.JaxRuntimeError, ValueError)  # a status that XLA has no class for: ValueError
+_PEER_IS_GONE = re.compile("gloo|nccl|unavailable|connection|socket|peer|heartbeat|aborted", re.I)
+
+
+class Hosts:
+    """The processes of a run; of one process alone every method is a no-op."""
+
+    def __init__(self, launch: Launch | None = None, *, start_seconds: float = 0.0):
+        self._client = distributed.global_state.client if launch else None
+        self.process = distributed.global_state.process_id if launch else 0
+        self.count = distributed.global_state.num_processes if launch else 1
+        self._seconds, self._ended = start_seconds, threading.Event()
+        self._leave_seconds, self._names = LEAVE_SECONDS, {}
+        if self._client:
+            self._put(f"name/{self.process}", f"{platform.node()}, pid {os.getpid()}")
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def lead(self) -> bool:
+        """Whether this is the process that prints, locks the workdir and writes metrics."""
+        return self.process == 0
+
+    def name(self, process: int) -> str:
+        if process not in self._names:
+            found = self._try(f"name/{process}") if self._client else platform.node()
+            if found is None:
+                return f"process {process} of {self.count} (never seen)"
+            self._names[process] = found
+        return f"process {process} of {self.count} ({self._names[process]})"
+
+    def say(self, text: str) -> None:
+        """Print on the lead alone."""
+        if self.lead:
+            print(text, flush=True)
+
+    def stage(self, text: str) -> None:
+        """Print how far this process has come; nothing where it is alone."""
+        if self._client:
+            print(f"[{self.name(self.process)}] {text}", flush=True)
+
+    # ------------------------------------------------------------------ before the run
+
+    def agree(self, what: str, facts: dict[str, object], error: type[JtokError]) -> None:
+        """Return when all processes have called this with equal facts.
+
+        Raises:
+            error: facts differ; the message has them all.
+            HostError: a process did not come in time; the message names it.
+        """
+        if not self._client:
+            return
+        until = time.monotonic() + self._seconds
+        self._put(f"{what}/{self.process}", json.dumps(facts, default=str, sort_keys=True))
+        if self.lead:
+            verdict = self._compare(what, until)
+            self._put(f"{what}/verdict", json.dumps(verdict))
+        else:
+            found = self._wait(f"{what}/verdict", self._seconds + GRACE_SECONDS)
+            verdict = json.loads(found) if found else [f"{self.name(0)} did not answer", ""]
+        missing, different = verdict
+        if missing:
+            raise HostError(
+                f"{missing} within {self._seconds:g} s (train.start_seconds) to compare {what}. "
+                "Look at what it printed, then start all processes again."
+            )
+        if different:
+            raise error(
+                f"The processes of this run differ in {what}:\n{different}\nStart all alike."
+            )
+        self.name(0)  # known from now on, also when process 0 is gone
+        self.stage(f"agreed with all on {what}")
+
+    def _compare(self, what: str, until: float) -> tuple[str, str]:
+        """(who did not come, differences to the lead); both empty where all is well."""
+        texts = {
+            process: self._wait(f"{what}/{process}", until - time.monotonic())
+            for process in range(self.count)
+        }
+        missing = [self.name(process) for process, text in texts.items() if text is None]
+        if missing:
+            return f"{', '.join(missing)} did not come", ""
+        own, lines = json.loads(texts[0]), []
+        for process, text in texts.items():
+            other = json.loads(text)
+            lines += [
+                f"  {key}: {own.get(key)!r} on {self.name(0)}, {other.get(key)!r} on "
+                f"{self.name(process)}"
+                for key in sorted(own.keys() | other.keys())
+                if own.get(key) != other.get(key)
+            ]
+        return "", "\n".join(lines)
+
+    def check_shared(self, path: pathlib.Path) -> None:
+        """Raise HostError unless all processes read at `path` what the lead reads there."""
+        if not self._client:
+            return
+        if self.lead:
+            self._put("shared", path.read_text())
+        wanted = self._wait("shared", self._seconds)
+        until = time.monotonic() + self._seconds / 2
+        while not (path.exists() and path.read_text() == wanted):  # network file systems are late
+            if time.monotonic() > until:
+                raise HostError(
+                    f"{self.name(self.process)} does not see {path} as {self.name(0)} wrote it. "
+                    "--workdir must be one folder that all hosts share."
+                )
+            time.sleep(_POLL_SECONDS)
+        self.agree("workdir", {}, HostError)
+
+    # ------------------------------------------------------------------ the end of a run
+
+    def announce(self, code: int, reason: str) -> None:
+        """Tell all others why this process ends, and with which exit code; the first one counts."""
+        if self._client:
+            with contextlib.suppress(Exception):  # told already, or there is nobody to tell
+                self._put("failed", json.dumps([self.process, code, reason]))
+
+    def leave_if_broken(self, kind, error, trace) -> None:
+        """For `ExitStack.push`: what is pending cannot end where another process is gone."""
+        if self._client and _of_the_runtime(error):
+            self.leave(error)
+
+    def leave(self, error: BaseException) -> None:
+        """Say why, tell the others, wait until they end too, and exit. Never returns."""
+        self._ended.set()
+        code, reason = getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}"
+        broken = _of_the_runtime(error)
+        if broken:
+            code, reason = self._who_is_gone(f"{type(broken).__name__}: {broken}".splitlines()[0])
+        elif not isinstance(error, JtokError):
+            traceback.print_exception(error)
+        print(reason, file=sys.stderr, flush=True)
+        self.announce(code, reason)
+        self._exit(code)
+
+    def _who_is_gone(self, reason: str) -> tuple[int, str]:
+        """(exit code, reason) after an error that says that another process is gone."""
+        hint = f"if JAX aborts here, it was {self.name(0)}"
+        text = f"HostError: lost another process ({reason}). Asking who is left; {hint}."
+        print(text, file=sys.stderr, flush=True)
+        here = set()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is left to ask
+            self._put(f"here/{self.process}", "")
+            time.sleep(3 * _POLL_SECONDS)  # others see the same error and come here
+            told = self._told()
+            if told:
+                return told.exit_code, f"HostError: {told}"
+            found = self._client.key_value_dir_get("jtok/here")
+            here = {int(key.split("/")[-1]) for key, _ in found}
+        gone = ", ".join(self.name(x) for x in range(self.count) if x not in here)
+        self._leave_seconds = 2  # for those who are left
+        return HostError.exit_code, (
+            f"HostError: no answer from {gone or 'nobody'} ({reason}). Nothing was saved after the "
+            "last checkpoint; the same command on all hosts goes on from there."
+        )
+
+    def _watch(self) -> None:
+        """End this process where another one has failed and this one does not notice."""
+        while not self._ended.wait(_POLL_SECONDS):
+            told = self._told()
+            if told and not self._ended.wait(GRACE_SECONDS):
+                os.write(2, f"HostError: {told}\n".encode())
+                self._exit(told.exit_code)
+
+    def _exit(self, code: int) -> None:
+        with contextlib.suppress(Exception):
+            self._client.wait_at_barrier("jtok/leaving", 1000 * self._leave_seconds)
+        if self.lead:  # its end is the end of the runtime, which aborts who is still there
+            time.sleep(_POLL_SECONDS)
+        sys.stdout.flush()
+        os._exit(code)
+
+    def finish(self) -> None:
+        self._ended.set()
+        if self._client:
+            jax.distributed.shutdown()
+
+    # ------------------------------------------------------------------ the runtime's store
+
+    def _put(self, key: str, value: str) -> None:
+        self._client.key_value_set(f"jtok/{key}", value)
+
+    def _try(self, key: str) -> str | None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is none
+            return self._client.key_value_try_get(f"jtok/{key}")
+        return None
+
+    def _wait(self, key: str, seconds: float) -> str | None:
+        """The value of `key`, or None if there is none in time.
+
+        Raises HostError if another process fails in the meantime.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # not within a second
+                return self._client.blocking_key_value_get(f"jtok/{key}", 1000)
+            told = self._told()
+            if told:
+                raise told
+            if time.monotonic() >= until:
+                return None
+
+    def _told(self) -> HostError | None:
+        """What another process announced, with its exit code."""
+        told = self._try("failed")
+        process, code, reason = json.loads(told) if told else (self.process, 0, "")
+        if process == self.process:
+            return None
+        error = HostError(f"{self.name(process)} has ended: {reason}")
+        error.exit_code = code
+        return error
+
+
+ALONE = Hosts()
+
+
+def _of_the_runtime(error: BaseException | None) -> Exception | None:
+    """The error of an exchange with another process that is, or that caused, `error`."""
+    for found in (error, getattr(error, "__cause__", None)):
+        own = isinstance(found, JtokError) or not isinstance(found, _OF_XLA)
+        if not own and _PEER_IS_GONE.search(str(found)):
+            return found
+    return None
+
+
+def code_and_versions() -> dict[str, str]:
+    """What must be alike on all hosts of a run: the packages that compute, and our own sources."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    digest = hashlib.sha256()
+    for package in (pathlib.Path(__file__).parent, pathlib.Path(jtok_kernels.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(path.read_bytes())
+    python = ".".join(platform.python_version_tuple()[:2])
+    return versions | {"python": python, "jtok_jax sources": digest.hexdigest()[:16]}
+
+
+@contextlib.contextmanager
+def joined(launch: Launch | None, workdir: pathlib.Path, config: TrainConfig) -> Iterator[Hosts]:
+    """Context of a run of one or more processes, which fail and end together.
+
+    Must be entered before JAX looks for devices.
+
+    Args:
+        launch: of `recognise`; None: this process is alone.
+        workdir: a folder that all processes share, where they are looked for if one is late.
+        config: its start_seconds are the longest wait for all to connect, and for each comparison;
+            JAX takes a process silent for heartbeat_seconds for dead and ends the others.
+    """
+    if launch is None:
+        yield ALONE
+        return
+    seconds = config.start_seconds
+    with _roll_call(launch, workdir / ROLL_CALL, seconds):
+        try:
+            jax.distributed.initialize(
+                **launch.arguments(),
+                initialization_timeout=int(seconds) + GRACE_SECONDS,
+                heartbeat_timeout_seconds=config.heartbeat_seconds,
+                shutdown_timeout_seconds=int(seconds),
+            )
+        except Exception as error:
+            raise HostError(
+                f"jax.distributed cannot start ({launch}): {error}\nPass --coordinator_address, "
+                "--num_processes and --process_id, or --num_processes=1 to run this process alone."
+            ) from error
+    hosts = Hosts(launch, start_seconds=seconds)
+    hosts.stage(f"connected ({launch})")
+    try:
+        yield hosts
+    except BaseException as error:
+        hosts.leave(error)
+    hosts.finish()
+
+
+@contextlib.contextmanager
+def _roll_call(launch: Launch, folder: pathlib.Path, seconds: float) -> Iterator[None]:
+    """While connecting, which cannot be interrupted, show that this process is here.
+
+    When the time is over it names who is not, and exits. Every process touches a file of its own
+    each second: the clock is that of the file system.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"{folder} cannot be written: {error}.") from error
+    rank = "unknown" if launch.process_id is None else launch.process_id
+    own = folder / f"{rank}-{platform.node()}-{os.getpid()}"
+    connected, until = threading.Event(), time.monotonic() + seconds
+
+    def show():
+        while not connected.wait(_POLL_SECONDS):
+            own.touch()
+            if time.monotonic() > until:
+                os.write(2, f"HostError: {_absent(launch, own, seconds)}\n".encode())
+                own.unlink()
+                os._exit(HostError.exit_code)
+
+    own.touch()
+    text = f"waiting for all, at most {seconds:g} s ({launch})"
+    print(f"[process {rank} on {platform.node()}] {text}", flush=True)
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        connected.set()
+        thread.join()
+        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others are still in it
+            folder.rmdir()
+
+
+def _absent(launch: Launch, own: pathlib.Path, seconds: float) -> str:
+    now = own.stat().st_mtime
+    files = [path for path in own.parent.iterdir() if now - path.stat().st_mtime < GRACE_SECONDS]
+    here = {path.name.split("-")[0] for path in files}
+    missing = [str(x) for x in range(launch.num_processes or 0) if str(x) not in here]
+    return (
+        f"not all processes connected within {seconds:g} s (train.start_seconds). Missing: process "
+        f"{', '.join(missing) or '(unknown: the launcher does not say how many)'}; here: "
+        f"{', '.join(sorted(path.name for path in files))}. Start them all, with one --workdir on "
+        f"a file system they share and a coordinator they reach ({launch})."
+    )

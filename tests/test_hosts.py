@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Two processes over loopback: as one run, killed, stopped, missing, and unlike each other."""
+
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import CACHE, ROOT
+from small import prepare_small_corpus
+from test_resume import OVERRIDES, final_state, records, wait_for_step
+
+from jtok_jax.errors import ConfigError
+from jtok_jax.launch import Launch, recognise
+
+STEPS = 60
+HEARTBEAT = 10
+RUN = OVERRIDES | {
+    "train.steps": STEPS, "train.batch_size": 8, "evaluation.batch_size": 8, "checkpoint.every": 10,
+    "evaluation.every": 30, "mesh.fsdp": 2, "mesh.table_columns": "data,fsdp",
+    "train.heartbeat_seconds": HEARTBEAT, "train.start_seconds": 60,
+}  # fmt: skip
+newest = pytest.mark.skipif(
+    jax.version.__version_info__ < (0, 11) and not os.environ.get("NIGHTLY"),
+    reason="the time of two Pythons is shared: here the run that is killed, the rest on the newer",
+)
+
+
+def environment(devices: int) -> dict[str, str]:
+    flags = os.environ.get("XLA_FLAGS", "")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]),
+    }
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def settings(workdir, corpus, overrides: dict) -> list[str]:
+    values = [f"--config.{key}={value}" for key, value in (RUN | overrides).items()]
+    config = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+    return [config, f"--workdir={workdir}", f"--config.data.path={corpus}", *values]
+
+
+def start(arguments: list[str], *, devices: int = 2, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment(devices), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **({"cwd": ROOT} | options),
+    )  # fmt: skip
+
+
+def start_two(arguments: list[str], unlike=((), ()), script: str = "train.py", cwds=(ROOT, ROOT)):
+    """Two processes of two devices each; `unlike` has further arguments of each."""
+    address = ["--num_processes=2", f"--coordinator_address={free_address()}"]
+    return [
+        start([str(ROOT / script), *arguments, *address, f"--process_id={i}", *unlike[i]], cwd=cwd)
+        for i, cwd in enumerate(cwds)
+    ]
+
+
+def ends(processes, timeout: float = 200) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    found = [(process, *process.communicate(timeout=timeout)) for process in processes]
+    return [(process.returncode, out, err) for process, out, err in found]
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """Workdir of a run of two processes that nobody interrupted."""
+    workdir = tmp_path_factory.mktemp("hosts") / "alone"
+    (code, out, err), (other, out_1, err_1) = ends(start_two(settings(workdir, corpus, {})))
+    assert (code, other) == (0, 0), err + err_1
+    assert "has 2 of 4 devices and reads 4 of 8 sequences" in out
+    assert "mesh: data 2, fsdp 2, expert 1, tensor 1; tables: columns over data x fsdp (4)" in out
+    assert f"finished {STEPS} steps" in out
+    assert "loss" not in out_1  # one process prints
+    assert not (workdir / "starting").exists()
+    return workdir
+
+
+def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
+    alone, corpus, tmp_path
+):
+    """SIGKILL to one, then SIGTERM to one: equal losses, batches and final state."""
+    arguments = settings(tmp_path, corpus, {})
+    first, second = start_two(arguments)
+    wait_for_step(first, tmp_path, 13)
+    second.kill()
+    killed = time.monotonic()
+    (code, _, err), _ = ends([first, second])
+    assert time.monotonic() - killed < HEARTBEAT + 10
+    assert code == 8, err
+    assert re.search(rf"HostError: no answer from process 1 of 2 \(.*, pid {second.pid}\)", err)
+    assert "goes on from there" in err
+
+    first, second = start_two(arguments)
+    wait_for_step(first, tmp_path, 33)
+    second.send_signal(signal.SIGTERM)
+    (code, out, err), (code_1, _, err_1) = ends([first, second])
+    assert (code, code_1) == (42, 42), err + err_1
+    assert "resumed at step 10" in out
+    saved = [re.search(r"SIGTERM on one of the hosts: saved step (\d+)", x) for x in (err, err_1)]
+    assert saved[0][1] == saved[1][1]
+
+    (code, out, err), (code_1, _, err_1) = ends(start_two(arguments))
+    assert (code, code_1) == (0, 0), err + err_1
+    assert f"resumed at step {saved[0][1]}" in out
+    assert [record["step"] for record in records(tmp_path)] == list(range(STEPS + 1))
+    for left, right in zip(records(alone), records(tmp_path), strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert left.get(key, 0.0).hex() == right.get(key, 0.0).hex(), (left["step"], key)
+        assert left.get("batch_hash") == right.get("batch_hash")
+    left, right = final_state(alone, STEPS), final_state(tmp_path, STEPS)
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+@newest
+def test_another_number_of_processes_sees_the_same_batches_and_losses(alone, corpus, tmp_path):
+    process = start(["train.py", *settings(tmp_path, corpus, {})], devices=4)
+    [(code, _, err)] = ends([process])
+    assert code == 0, err
+    for left, right in zip(records(alone), records(tmp_path), strict=True):
+        assert left.get("batch_hash") == right.get("batch_hash")
+        assert left.get("unique_ids") == right.get("unique_ids")
+        for key in ("loss", "val_loss"):
+            np.testing.assert_allclose(left.get(key, 0), right.get(key, 0), rtol=1e-5)
+
+
+RESTORE = """
+import pathlib, sys
+import numpy as np
+from absl import flags
+import train
+from jtok_jax.config_dict import from_config_dict
+from jtok_jax.data.loader import open_source
+from jtok_jax.mesh import make_mesh
+from jtok_jax.training.checkpoint import Checkpoints, named_leaves
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import abstract_state
+
+def check(config, workdir, hosts):
+    source, mesh = open_source(config), make_mesh(config.mesh)
+    wanted = abstract_state(config, make_optimizer(config), mesh)
+    checkpoints = Checkpoints(workdir, config, data=source.fingerprint)
+    state = named_leaves(checkpoints.restore(wanted))
+    checkpoints.close()
+    saved = np.load(workdir / "state.npz")
+    assert saved.keys() == state.keys()
+    split = 0
+    for name, leaf in state.items():
+        split += not leaf.is_fully_replicated
+        for shard in leaf.addressable_shards:
+            assert np.array_equal(saved[name][shard.index], shard.data), name
+    assert split > 10
+    print("equal")
+
+train.train = check
+train.app.run(train.main, flags_parser=train.parse_flags)
+"""
+
+
+@newest
+def test_a_checkpoint_of_one_process_restores_bit_for_bit_on_two(corpus, tmp_path):
+    few = {"train.steps": 6, "mesh.fsdp": 1, "mesh.table_columns": ""}
+    [(code, _, err)] = ends([start(["train.py", *settings(tmp_path, corpus, few)], devices=1)])
+    assert code == 0, err
+    np.savez(tmp_path / "state.npz", **final_state(tmp_path, 6))
+    script = tmp_path / "restore.py"
+    script.write_text(RESTORE)
+    arguments = settings(tmp_path, corpus, {"train.steps": 6})
+    for code, out, err in ends(start_two(arguments, script=str(script))):
+        assert code == 0, err
+        assert "equal" in out
+
+
+@newest
+@pytest.mark.parametrize(
+    ("unlike", "code", "message"),
+    [
+        (
+            ((), ("--config.train.batch_size=16",)),
+            2,
+            r"differ in configuration:\n  train.batch_size: 8 on process 0 .*, 16 on process 1",
+        ),
+        (
+            ((), ("--workdir=elsewhere",)),
+            8,
+            r"process 1 of 2 .* does not see elsewhere/lock as process 0 of 2",
+        ),
+    ],
+    ids=["configuration", "workdir"],
+)
+def test_processes_unlike_each_other_are_refused(corpus, tmp_path, unlike, code, message):
+    arguments = settings(tmp_path / "run", corpus, {"train.start_seconds": 16})
+    cwds = (tmp_path, tmp_path)
+    for found, _, err in ends(start_two(arguments, unlike, cwds=cwds)):
+        assert found == code, err
+        assert re.search(message, err), err
+        assert "Traceback" not in err
+
+
+@newest
+def test_other_data_on_one_host_is_refused(tmp_path):
+    """The same relative path holds another text there."""
+    cwds = tmp_path / "a", tmp_path / "b"
+    for seed, folder in enumerate(cwds):
+        folder.mkdir()
+        prepare_small_corpus(folder, seed=seed)
+    arguments = settings(tmp_path / "run", "prepared", {})
+    for code, _, err in ends(start_two(arguments, cwds=cwds)):
+        assert code == 5, err
+        assert "DataError: The processes of this run differ in data and checkpoint" in err
+        assert "Traceback" not in err
+
+
+@newest
+@pytest.mark.parametrize("here", [0, 1])
+def test_a_process_that_never_comes_is_named(corpus, tmp_path, here):
+    arguments = settings(tmp_path, corpus, {"train.start_seconds": 4})
+    arguments += [f"--coordinator_address={free_address()}", "--num_processes=2"]
+    [(code, _, err)] = ends([start(["train.py", *arguments, f"--process_id={here}"])])
+    assert code == 8, err
+    assert f"Missing: process {1 - here}; here: {here}-{socket.gethostname()}" in err
+    assert not list((tmp_path / "starting").glob("*"))
+
+
+@newest
+def test_the_end_of_process_0_ends_the_other_within_the_heartbeat(corpus, tmp_path):
+    first, second = start_two(settings(tmp_path, corpus, {"train.steps": 5000}))
+    wait_for_step(first, tmp_path, 5)
+    first.kill()
+    killed = time.monotonic()
+    _, (code, _, err) = ends([first, second])
+    assert time.monotonic() - killed < HEARTBEAT
+    assert code not in (0, 42)
+    assert "lost another process" in err or "leader task was preempted/died" in err
+
+
+SRUN = """#!/bin/bash
+# Starts $SLURM_NTASKS tasks as SLURM does; SIGTERM to all once there are five steps.
+export SLURM_STEP_NUM_TASKS=$SLURM_NTASKS SLURM_STEP_NODELIST=localhost
+for id in $(seq 0 $((SLURM_NTASKS - 1))); do
+  SLURM_PROCID=$id SLURM_LOCALID=$id "$@" & tasks+=" $!"
+done
+while [ -n "$STOP" ] && kill -0 $tasks; do
+  grep -q '"step": 5,' "$STOP" && kill -TERM $tasks && STOP=
+  sleep 0.05
+done 2> /dev/null
+code=0
+for task in $tasks; do wait $task; found=$?; [ $found -gt $code ] && code=$found; done
+exit $code
+"""
+
+
+@newest
+def test_the_slurm_recipe_saves_requeues_and_goes_on(corpus, tmp_path):
+    """The script of docs/hosts.md, with stand-ins for srun, scontrol and the model's size."""
+    text = (ROOT / "docs" / "hosts.md").read_text()
+    recipe = re.search(r"```sh\n(#!/bin/bash\n#SBATCH.*?)```", text, re.S)[1]
+    assert "--signal=TERM@" in recipe
+    own = " ".join(settings(tmp_path / "run", corpus, {}))
+    commands = {
+        "srun": SRUN,
+        "scontrol": f'#!/bin/bash\necho "$@" > {tmp_path}/requeued\n',
+        "python": f'#!/bin/bash\nexec {sys.executable} "$1" {own}\n',
+        "job": recipe,
+    }
+    for name, content in commands.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+        path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    variables = environment(2) | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_NTASKS": "2",
+    }
+
+    def job(**more):
+        command = [str(tmp_path / "bin" / "job")]
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 200}
+        return subprocess.run(command, env=variables | more, check=False, **options)
+
+    done = job(STOP=str(tmp_path / "run" / "metrics.jsonl"))
+    assert done.returncode == 42, done.stderr
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", str(os.getpid())]
+    assert "(SLURM, process 1 of 2, coordinator found by JAX)" in done.stdout
+    done = job()
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step" in done.stdout
+    assert f"finished {STEPS} steps" in done.stdout
+
+
+# --------------------------------------------------------------------------- what starts us
+
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_NTASKS": "16"}
+SLURM = Launch("SLURM", None, 4, 3, None, "slurm")
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+CPU = {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (STEP, SLURM),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_GPUS_ON_NODE": "2"},
+         SLURM._replace(local_device_ids=(0, 1))),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_GPUS_ON_NODE": "2"}, SLURM),
+        ({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}, None),  # python in a batch script: no step
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
+        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"},
+         Launch("Open MPI", None, 2, 1, None, "ompi")),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, Launch("TPU pod")),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"MEGASCALE_NUM_SLICES": "2"}, Launch("TPU pod")),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is no job
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"},
+         Launch("Kubernetes job", process_id=2)),
+    ],
+)  # fmt: skip
+def test_launchers_are_recognised_by_their_variables(variables, expected):
+    assert recognise(CPU | variables) == expected
+
+
+def test_flags_win_over_launchers():
+    flags = Launch("flags", "a:1", 2, 0, None, "deactivate")
+    assert recognise(CPU | STEP, "a:1", 2, 0) == flags
+    assert recognise(CPU | STEP, None, 1, None) is None
+    assert recognise(CPU | STEP, "a:1") == SLURM._replace(coordinator_address="a:1")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("a:1", 2, None), "go together"),
+        (("a:1", None, None), "nor a launcher"),
+        ((None, 2, 0), "go together"),
+        (("a:1", 2, 2), "--process_id is 2; expected 0 to 1 of 2"),
+        (("a", 2, 0), "--coordinator_address is 'a'; expected HOST:PORT"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        recognise(CPU, *flags)
+
+
+def test_mpi_that_does_not_say_where_the_first_process_is_needs_mpi4py():
+    with pytest.raises(ConfigError, match="install mpi4py, or pass --coordinator_address"):
+        recognise(CPU | OPEN_MPI)
