@@ -97,13 +97,14 @@ def _launcher(environment: Mapping[str, str]) -> Launch | None:
         return _with_mpi("Open MPI", count, rank, method)
     if number("PMI_SIZE") > 1:
         return _with_mpi("MPI", number("PMI_SIZE"), number("PMI_RANK"), "mpi4py")
-    text = lambda name: environment.get(name, "")
-    workers = text("TPU_PROCESS_ADDRESSES") or text("TPU_WORKER_HOSTNAMES")
-    if "," in workers or number("MEGASCALE_NUM_SLICES") > 1:
-        return Launch("TPU pod")
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    if workers:  # of a slice, in GKE
+        here, slices = workers.count(",") + 1, number("MEGASCALE_NUM_SLICES") or 1
+        rank = number("TPU_WORKER_ID") + here * number("MEGASCALE_SLICE_ID")
+        return Launch("TPU pod", None, here * slices, rank) if here * slices > 1 else None
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return Launch("Kubernetes job", process_id=number("JOB_COMPLETION_INDEX"))
-    if _on_tpu_vm(environment) and not workers:
+    if _on_tpu_vm(environment):
         return Launch("TPU VM")  # its metadata tell whether there are others
     return None
 

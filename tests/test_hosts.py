@@ -57,9 +57,9 @@ def settings(workdir, corpus, overrides: dict) -> list[str]:
     return [config, f"--workdir={workdir}", f"--config.data.path={corpus}", *values]
 
 
-def start(arguments: list[str], *, devices: int = 2, **options) -> subprocess.Popen:
+def start(arguments: list[str], *, devices: int = 2, variables=None, **options):
     return subprocess.Popen(
-        [sys.executable, *arguments], env=environment(devices), text=True,
+        [sys.executable, *arguments], env=environment(devices) | (variables or {}), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, **({"cwd": ROOT} | options),
     )  # fmt: skip
 
@@ -307,6 +307,26 @@ def test_the_slurm_recipe_saves_requeues_and_goes_on(corpus, tmp_path):
     assert f"finished {STEPS} steps" in done.stdout
 
 
+@newest
+def test_processes_of_a_tpu_pod_find_each_other(corpus, tmp_path):
+    """By the variables that GKE sets, through JAX's own detection; the devices are CPUs."""
+    pytest.importorskip("libtpu")
+    variables = {
+        "JAX_FORCE_TPU_INIT": "1",  # JAX takes this for a TPU host
+        "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost",
+        "MEGASCALE_NUM_SLICES": "1",
+        "MEGASCALE_SLICE_ID": "0",
+        "JAX_COORDINATOR_PORT": free_address().split(":")[1],
+    }
+    arguments = ["train.py", *settings(tmp_path, corpus, {"train.steps": 3})]
+    processes = [start(arguments, variables=variables | {"TPU_WORKER_ID": x}) for x in "01"]
+    for process, (code, out, err) in enumerate(ends(processes)):
+        assert code == 0, err
+        assert f"(TPU pod, process {process} of 2, coordinator found by JAX)" in out
+        assert "has 2 of 4 devices" in out
+
+
 # --------------------------------------------------------------------------- what starts us
 
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_NTASKS": "16"}
@@ -327,9 +347,10 @@ CPU = {"JAX_PLATFORMS": "cpu"}
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"},
          Launch("Open MPI", None, 2, 1, None, "ompi")),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, Launch("TPU pod")),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
-        ({"MEGASCALE_NUM_SLICES": "2"}, Launch("TPU pod")),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, Launch("TPU pod", None, 2, 1)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2",
+          "MEGASCALE_SLICE_ID": "1"}, Launch("TPU pod", None, 4, 3)),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is no job
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"},
          Launch("Kubernetes job", process_id=2)),
