@@ -64,10 +64,10 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process, from 0."
 def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
     """Train until config.train.steps, or until a signal asks to stop."""
     with contextlib.ExitStack() as stack:
-        if hosts.lead:
+        if not hosts.several:
             stack.enter_context(WorkdirLock(workdir))
         hosts.agree("code and versions", code_and_versions(), ConfigError)
-        hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
+        hosts.agree("configuration", hosts.facts() | flatten(to_dict(config)), ConfigError)
         hosts.check_shared(workdir / LOCK_FILE)
         stop = stack.enter_context(StopSignal())
         stall = StallWatch(workdir, config.train.stall_seconds, hosts.announce)
@@ -106,7 +106,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         # ---------------------------------------------------------------- resume or start
         checkpoints = Checkpoints(workdir, config, data=source.fingerprint)
         stack.callback(checkpoints.close)
-        stack.push(hosts.leave_if_broken)
+        stack.push(hosts.leave_if_alone)
         done = checkpoints.latest_step()
         hosts.agree("data and checkpoint", source.fingerprint | {"last step": done}, DataError)
         if done is None:
@@ -159,7 +159,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                 report(*unreported)
             unreported = step, metrics, wait
             checkpoints.check()
-            last, stopped_by = step == steps, stop.reached(step)  # a signal may come at any line
+            last, stopped_by = step == steps, stop.reached(step - first + 1)  # a signal may come
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stopped_by or step % config.checkpoint.every == 0
             if evaluating or saving:
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> None:
                 raise ConfigError(f"--{name} is missing. Example: {__doc__.splitlines()[0]}")
         config, workdir = from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value)
         given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-        with joined(recognise(os.environ, *given), workdir, config.train) as hosts:
+        with joined(recognise(os.environ, *given), workdir, config.train, WorkdirLock) as hosts:
             train(config, workdir, hosts)
 
 

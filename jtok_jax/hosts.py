@@ -16,27 +16,32 @@ import os
 import pathlib
 import platform
 import re
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import jax
 import jtok_kernels
 from jax._src import distributed  # the key-value store and barriers have no public name
 
 from jtok_jax.config import TrainConfig
-from jtok_jax.errors import HostError, JtokError
+from jtok_jax.errors import HostError, JtokError, NonFiniteError, Preempted
 from jtok_jax.launch import Launch
+from jtok_jax.roll_call import GRACE_SECONDS, roll_call
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections")
 ROLL_CALL = "starting"  # folder of the workdir, while processes connect
-GRACE_SECONDS = 10  # a process that learns of a failure has so long to end by itself
 LEAVE_SECONDS = 2 * GRACE_SECONDS  # how long the others are waited for at the end
+ANSWER_SECONDS = 2.5  # how long a process that is alive may take to say so
 _POLL_SECONDS = 1.0
+_OF_ALL = (NonFiniteError, Preempted)  # errors that all processes raise at the same step
 _OF_XLA = (jax.errors.JaxRuntimeError, ValueError)  # a status that XLA has no class for: ValueError
-_PEER_IS_GONE = re.compile("gloo|nccl|unavailable|connection|socket|peer|heartbeat|aborted", re.I)
+_STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+_PEER_IS_GONE = re.compile(r"\b(gloo|nccl|unavailable|connection|socket|peer|heartbeat)\b", re.I)
 
 
 class Hosts:
@@ -47,10 +52,15 @@ class Hosts:
         self.process = distributed.global_state.process_id if launch else 0
         self.count = distributed.global_state.num_processes if launch else 1
         self._seconds, self._ended = start_seconds, threading.Event()
-        self._leave_seconds, self._names = LEAVE_SECONDS, {}
+        self._leave_seconds, self._names, self._ending = LEAVE_SECONDS, {}, False
         if self._client:
             self._put(f"name/{self.process}", f"{platform.node()}, pid {os.getpid()}")
             threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def several(self) -> bool:
+        """Whether processes were connected."""
+        return self._client is not None
 
     @property
     def lead(self) -> bool:
@@ -76,6 +86,9 @@ class Hosts:
             print(f"[{self.name(self.process)}] {text}", flush=True)
 
     # ------------------------------------------------------------------ before the run
+
+    def facts(self) -> dict[str, object]:
+        return {"--num_processes": self.count}
 
     def agree(self, what: str, facts: dict[str, object], error: type[JtokError]) -> None:
         """Return when all processes have called this with equal facts.
@@ -150,17 +163,19 @@ class Hosts:
         """Tell all others why this process ends, and with which exit code; the first one counts."""
         if self._client:
             with contextlib.suppress(Exception):  # told already, or there is nobody to tell
-                self._put("failed", json.dumps([self.process, code, reason]))
+                self._put("failed", json.dumps([self.process, code, reason]), overwrite=False)
 
-    def leave_if_broken(self, kind, error, trace) -> None:
-        """For `ExitStack.push`: what is pending cannot end where another process is gone."""
-        if self._client and _of_the_runtime(error):
+    def leave_if_alone(self, kind, error, trace) -> None:
+        """For `ExitStack.push`: a save that is pending cannot end where one process fails alone."""
+        if self._client and error is not None and not isinstance(error, _OF_ALL):
             self.leave(error)
 
     def leave(self, error: BaseException) -> None:
         """Say why, tell the others, wait until they end too, and exit. Never returns."""
+        if self._ending:
+            time.sleep(2 * LEAVE_SECONDS)  # what broke here is a consequence of what was told
         self._ended.set()
-        code, reason = getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}"
+        code, reason = _exit_code(error), f"{type(error).__name__}: {error}"
         broken = _of_the_runtime(error)
         if broken:
             code, reason = self._who_is_gone(f"{type(broken).__name__}: {broken}".splitlines()[0])
@@ -172,38 +187,45 @@ class Hosts:
 
     def _who_is_gone(self, reason: str) -> tuple[int, str]:
         """(exit code, reason) after an error that says that another process is gone."""
-        hint = f"if JAX aborts here, it was {self.name(0)}"
-        text = f"HostError: lost another process ({reason}). Asking who is left; {hint}."
+        hint = "" if self.lead else f"; if JAX aborts here, it was {self.name(0)}"
+        text = f"HostError: lost another process ({reason}). Asking who is left{hint}."
         print(text, file=sys.stderr, flush=True)
         here = set()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is left to ask
+            self._put(f"asked/{self.process}", "")
             self._put(f"here/{self.process}", "")
-            time.sleep(3 * _POLL_SECONDS)  # others see the same error and come here
+            time.sleep(ANSWER_SECONDS)  # who is alive answers, see `_watch`
             told = self._told()
             if told:
                 return told.exit_code, f"HostError: {told}"
             found = self._client.key_value_dir_get("jtok/here")
             here = {int(key.split("/")[-1]) for key, _ in found}
         gone = ", ".join(self.name(x) for x in range(self.count) if x not in here)
-        self._leave_seconds = 2  # for those who are left
+        self._leave_seconds = 0.0  # all know by themselves, and JAX aborts who waits for long
         return HostError.exit_code, (
             f"HostError: no answer from {gone or 'nobody'} ({reason}). Nothing was saved after the "
             "last checkpoint; the same command on all hosts goes on from there."
         )
 
     def _watch(self) -> None:
-        """End this process where another one has failed and this one does not notice."""
+        """Answer who asks if this process is here; end it where another one has failed."""
+        answered = False
         while not self._ended.wait(_POLL_SECONDS):
+            if not answered and self._client.key_value_dir_get("jtok/asked"):
+                self._put(f"here/{self.process}", "")
+                answered = True
             told = self._told()
             if told and not self._ended.wait(GRACE_SECONDS):
+                self._ending = True
                 os.write(2, f"HostError: {told}\n".encode())
                 self._exit(told.exit_code)
 
     def _exit(self, code: int) -> None:
-        with contextlib.suppress(Exception):
-            self._client.wait_at_barrier("jtok/leaving", 1000 * self._leave_seconds)
+        if self._leave_seconds:
+            with contextlib.suppress(Exception):
+                self._client.wait_at_barrier("jtok/leaving", int(1000 * self._leave_seconds))
         if self.lead:  # its end is the end of the runtime, which aborts who is still there
-            time.sleep(_POLL_SECONDS)
+            time.sleep(2 * _POLL_SECONDS)
         sys.stdout.flush()
         os._exit(code)
 
@@ -214,8 +236,8 @@ class Hosts:
 
     # ------------------------------------------------------------------ the runtime's store
 
-    def _put(self, key: str, value: str) -> None:
-        self._client.key_value_set(f"jtok/{key}", value)
+    def _put(self, key: str, value: str, *, overwrite: bool = True) -> None:
+        self._client.key_value_set(f"jtok/{key}", value, allow_overwrite=overwrite)
 
     def _try(self, key: str) -> str | None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is none
@@ -255,9 +277,14 @@ def _of_the_runtime(error: BaseException | None) -> Exception | None:
     """The error of an exchange with another process that is, or that caused, `error`."""
     for found in (error, getattr(error, "__cause__", None)):
         own = isinstance(found, JtokError) or not isinstance(found, _OF_XLA)
-        if not own and _PEER_IS_GONE.search(str(found)):
+        if not own and _STATUS.match(str(found)) and _PEER_IS_GONE.search(str(found)):
             return found
     return None
+
+
+def _exit_code(error: BaseException) -> int:
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    return code if isinstance(code, int) else 1
 
 
 def code_and_versions() -> dict[str, str]:
@@ -272,7 +299,12 @@ def code_and_versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def joined(launch: Launch | None, workdir: pathlib.Path, config: TrainConfig) -> Iterator[Hosts]:
+def joined(
+    launch: Launch | None,
+    workdir: pathlib.Path,
+    config: TrainConfig,
+    lock: Callable[[pathlib.Path], AbstractContextManager],
+) -> Iterator[Hosts]:
     """Context of a run of one or more processes, which fail and end together.
 
     Must be entered before JAX looks for devices.
@@ -282,79 +314,52 @@ def joined(launch: Launch | None, workdir: pathlib.Path, config: TrainConfig) ->
         workdir: a folder that all processes share, where they are looked for if one is late.
         config: its start_seconds are the longest wait for all to connect, and for each comparison;
             JAX takes a process silent for heartbeat_seconds for dead and ends the others.
+        lock: makes a context of `workdir` that process 0 enters, before it connects if it can.
     """
     if launch is None:
         yield ALONE
         return
     seconds = config.start_seconds
-    with _roll_call(launch, workdir / ROLL_CALL, seconds):
+    with contextlib.ExitStack() as stack:
+        if launch.process_id == 0:
+            stack.enter_context(lock(workdir))
+            _require_free(launch.coordinator_address)
+        with roll_call(launch, workdir / ROLL_CALL, seconds):
+            try:
+                jax.distributed.initialize(
+                    **launch.arguments(),
+                    initialization_timeout=int(seconds) + GRACE_SECONDS,
+                    heartbeat_timeout_seconds=config.heartbeat_seconds,
+                    shutdown_timeout_seconds=int(seconds),
+                )
+            except Exception as error:
+                raise HostError(
+                    f"jax.distributed cannot start ({launch}): {error}\nPass "
+                    "--coordinator_address, --num_processes and --process_id, or "
+                    "--num_processes=1 to run this process alone."
+                ) from error
+        hosts = Hosts(launch, start_seconds=seconds)
+        hosts.stage(f"connected ({launch})")
         try:
-            jax.distributed.initialize(
-                **launch.arguments(),
-                initialization_timeout=int(seconds) + GRACE_SECONDS,
-                heartbeat_timeout_seconds=config.heartbeat_seconds,
-                shutdown_timeout_seconds=int(seconds),
-            )
-        except Exception as error:
+            if hosts.lead and launch.process_id is None:
+                stack.enter_context(lock(workdir))
+            yield hosts
+        except BaseException as error:
+            hosts.leave(error)
+        hosts.finish()
+
+
+def _require_free(address: str | None) -> None:
+    """Refuse the port of another program: JAX would crash, or take over another run's processes."""
+    if address is None:
+        return
+    port = int(address.rpartition(":")[2])
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
             raise HostError(
-                f"jax.distributed cannot start ({launch}): {error}\nPass --coordinator_address, "
-                "--num_processes and --process_id, or --num_processes=1 to run this process alone."
+                f"Port {port} of --coordinator_address={address} cannot be used here: {error}. "
+                "Another run may have it; choose another port for all processes."
             ) from error
-    hosts = Hosts(launch, start_seconds=seconds)
-    hosts.stage(f"connected ({launch})")
-    try:
-        yield hosts
-    except BaseException as error:
-        hosts.leave(error)
-    hosts.finish()
-
-
-@contextlib.contextmanager
-def _roll_call(launch: Launch, folder: pathlib.Path, seconds: float) -> Iterator[None]:
-    """While connecting, which cannot be interrupted, show that this process is here.
-
-    When the time is over it names who is not, and exits. Every process touches a file of its own
-    each second: the clock is that of the file system.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise HostError(f"{folder} cannot be written: {error}.") from error
-    rank = "unknown" if launch.process_id is None else launch.process_id
-    own = folder / f"{rank}-{platform.node()}-{os.getpid()}"
-    connected, until = threading.Event(), time.monotonic() + seconds
-
-    def show():
-        while not connected.wait(_POLL_SECONDS):
-            own.touch()
-            if time.monotonic() > until:
-                os.write(2, f"HostError: {_absent(launch, own, seconds)}\n".encode())
-                own.unlink()
-                os._exit(HostError.exit_code)
-
-    own.touch()
-    text = f"waiting for all, at most {seconds:g} s ({launch})"
-    print(f"[process {rank} on {platform.node()}] {text}", flush=True)
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        connected.set()
-        thread.join()
-        own.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others are still in it
-            folder.rmdir()
-
-
-def _absent(launch: Launch, own: pathlib.Path, seconds: float) -> str:
-    now = own.stat().st_mtime
-    files = [path for path in own.parent.iterdir() if now - path.stat().st_mtime < GRACE_SECONDS]
-    here = {path.name.split("-")[0] for path in files}
-    missing = [str(x) for x in range(launch.num_processes or 0) if str(x) not in here]
-    return (
-        f"not all processes connected within {seconds:g} s (train.start_seconds). Missing: process "
-        f"{', '.join(missing) or '(unknown: the launcher does not say how many)'}; here: "
-        f"{', '.join(sorted(path.name for path in files))}. Start them all, with one --workdir on "
-        f"a file system they share and a coordinator they reach ({launch})."
-    )

@@ -81,6 +81,13 @@ def _explicit(address: str | None, count: int | None, process: int | None) -> La
 def _launcher(environment: Mapping[str, str]) -> Launch | None:
     """The first launcher that says it started several processes."""
     number = lambda name: int(environment.get(name) or 0)
+    # Open MPI may start its own processes by srun, which leave SLURM's variables to ours.
+    if number("OMPI_COMM_WORLD_SIZE") > 1:
+        # From version 5 on Open MPI does not say where the first process is: mpi4py finds it.
+        method = "ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
+        rank = number("OMPI_COMM_WORLD_RANK")
+        count = number("OMPI_COMM_WORLD_SIZE")
+        return _with_mpi("Open MPI", count, rank, method)
     if number("SLURM_STEP_NUM_TASKS") > 1:
         return Launch(
             "SLURM",
@@ -89,12 +96,6 @@ def _launcher(environment: Mapping[str, str]) -> Launch | None:
             local_device_ids=_gpus_of_a_node(environment),
             cluster_detection_method="slurm",
         )
-    if number("OMPI_COMM_WORLD_SIZE") > 1:
-        # From version 5 on Open MPI does not say where the first process is: mpi4py finds it.
-        method = "ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
-        rank = number("OMPI_COMM_WORLD_RANK")
-        count = number("OMPI_COMM_WORLD_SIZE")
-        return _with_mpi("Open MPI", count, rank, method)
     if number("PMI_SIZE") > 1:
         return _with_mpi("MPI", number("PMI_SIZE"), number("PMI_RANK"), "mpi4py")
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")

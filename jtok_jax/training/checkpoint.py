@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import flax
 import jax
+import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
@@ -30,6 +31,10 @@ FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
 # What may change when a run goes on. The contents of data.path are checked by their fingerprint,
 # train.steps by schedule.steps; another mesh sums in another order and so changes the last bits.
+# Of several processes JAX agrees on the step at which all stop, once, by the steps they ask about.
+# The training loop asks; Orbax asks about older steps from a thread, which would undo the count.
+orbax.checkpoint.utils.reached_preemption = lambda step: False
+
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
     "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
@@ -44,7 +49,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
         keep = ocp.training.preservation_policies.LatestN(config.checkpoint.keep)
         self._folder = workdir.absolute() / FOLDER
-        self._config, self._data, self._pending = config, data, None
+        self._config, self._data, self._pending, self._step = config, data, None, None
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             preservation_policy=keep,
@@ -78,6 +83,7 @@ class Checkpoints:
             "jax": jax.__version__,
             "flax": flax.__version__,
         }
+        self._step = step
         with self._failure(step):
             leaves = named_leaves(state)
             response = self._checkpointer.save_async(step, leaves, custom_metadata=metadata)
@@ -109,7 +115,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            with self._failure(self._step):  # a failed save is told again here
+                self._checkpointer.close()
 
     @contextlib.contextmanager
     def _failure(self, step: int) -> Iterator[None]:

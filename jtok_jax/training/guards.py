@@ -94,9 +94,13 @@ class StopSignal:
         self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def reached(self, step: int) -> str | None:
-        """What asks to stop after `step`, the same on all processes; to be asked at every step."""
-        if self._several and multihost_utils.reached_preemption_sync_point(step):
+    def reached(self, count: int) -> str | None:
+        """What asks to stop now, after `count` steps: the same on all processes.
+
+        To be asked after every step since the start, from 1 on: a signal that comes before the
+        first makes JAX agree on 1, and it agrees but once.
+        """
+        if self._several and multihost_utils.reached_preemption_sync_point(count):
             return self.name or "SIGTERM on one of the hosts"
         return None if self._several else self.name
 
