@@ -170,9 +170,12 @@ def of_one_mesh(*, experts: bool) -> list[MeshConfig]:
     return [x for x in same if experts or not x.table_experts]
 
 
-def test_the_forward_pass_has_the_same_bits_in_every_layout_of_a_mesh():
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_forward_pass_has_the_same_bits_in_every_layout_of_a_mesh(kind):
+    """But for n_e split over devices, where CPU compilers fuse the norm that follows otherwise."""
+
     def hidden(layout):
-        config = run_config("jtok", layout)
+        config = run_config(kind, layout)
         mesh = make_mesh(config.mesh)
         params = init_state(config, make_optimizer(config), mesh).params
         ids = put_batch(mesh, np.asarray(random_ids(config.model, *BATCH)))
@@ -187,15 +190,11 @@ def test_the_forward_pass_has_the_same_bits_in_every_layout_of_a_mesh():
 
 
 def test_mixtures_have_the_same_bits_in_every_layout():
-    """Of products that float32 holds exactly: else it counts who fuses them with the sum.
-
-    With w the weights and r the rows, a fused w2 r2 + w1 r1 is rounded once less than products
-    that two devices send, and CPU compilers fuse in some loops and not in others.
-    """
+    """Those of products that are rounded before they are summed."""
     rng = np.random.default_rng(0)
-    tables = np.float32(jnp.bfloat16(rng.standard_normal((3, 4, 32, 16))))
+    tables = np.float32(rng.standard_normal((3, 4, 32, 16)))
     choice = np.int32(rng.integers(0, 4, (*BATCH, 2)))
-    weights = np.float32(rng.integers(0, 256, (*BATCH, 2)) / 256)
+    weights = np.float32(rng.random((*BATCH, 2)))
     for layout in of_one_mesh(experts=True):
         config = run_config("jtok_m", layout)
         mesh = make_mesh(config.mesh)

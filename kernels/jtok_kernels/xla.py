@@ -68,7 +68,19 @@ def jtok_m_backward(
 def mix_rows_forward(tables, at: Index, ids_T, choice_TK, weights_TK) -> jax.Array:
     if choice_TK is None:
         return as_float(tables[(*at, ids_T)])
-    return reference.mix(_rows(tables, at, ids_T, choice_TK), weights_TK)
+    products = _rows(tables, at, ids_T, choice_TK) * weights_TK[..., None]
+    return jnp.sum(_rounded(products, weights_TK), axis=-2)
+
+
+def _rounded(products_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:
+    """The products, which no compiler can fuse with the sum that follows.
+
+    Those of several devices are rounded before they are summed; so are these, for the same bits in
+    every layout. What is added to them as words is zero for all weights below 3e38.
+    """
+    zero = (weights_TK > 3e38).astype(jnp.int32)[..., None]
+    words = jax.lax.bitcast_convert_type(products_TKD, jnp.int32) + zero
+    return jax.lax.bitcast_convert_type(words, jnp.float32)
 
 
 def mix_rows_backward(d_e_TD, tables, at: Index, ids_T, choice_TK, weights_TK, plan: RowPlan):
