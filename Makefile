@@ -49,7 +49,7 @@ test-latest:
 	$(LATEST)/bin/python -m pytest -n 2
 
 nightly: test-latest
-	NIGHTLY=1 $(LATEST)/bin/python -m pytest tests/nightly.py tests/test_layouts.py
+	NIGHTLY=1 $(LATEST)/bin/python -m pytest tests/nightly.py tests/test_layouts.py tests/test_hosts.py
 
 clean:
 	rm -rf $(VENV) $(LATEST)

@@ -25,10 +25,10 @@ RUN = OVERRIDES | {
     "evaluation.every": 30, "mesh.fsdp": 2, "mesh.table_columns": "data,fsdp",
     "train.heartbeat_seconds": HEARTBEAT, "train.start_seconds": 60,
 }  # fmt: skip
-newest = pytest.mark.skipif(
-    jax.version.__version_info__ < (0, 11) and not os.environ.get("NIGHTLY"),
-    reason="the time of two Pythons is shared: here the run that is killed, the rest on the newer",
-)
+# The time of two Pythons is shared.
+OLD, NIGHTLY = jax.version.__version_info__ < (0, 11), bool(os.environ.get("NIGHTLY"))
+newest = pytest.mark.skipif(OLD and not NIGHTLY, reason="runs on the newer Python, or NIGHTLY=1")
+oldest = pytest.mark.skipif(not (OLD or NIGHTLY), reason="runs on Python 3.11, or NIGHTLY=1")
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -92,6 +92,7 @@ def alone(corpus, tmp_path_factory):
     return workdir
 
 
+@oldest
 def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
     alone, corpus, tmp_path
 ):
