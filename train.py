@@ -67,7 +67,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         if not hosts.several:
             stack.enter_context(WorkdirLock(workdir))
         hosts.agree("code and versions", code_and_versions(), ConfigError)
-        hosts.agree("configuration", hosts.facts() | flatten(to_dict(config)), ConfigError)
+        hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
         hosts.check_shared(workdir / LOCK_FILE)
         stop = stack.enter_context(StopSignal())
         stall = StallWatch(workdir, config.train.stall_seconds, hosts.announce)

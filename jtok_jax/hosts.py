@@ -4,8 +4,8 @@
 
 JAX's own runtime (jax.distributed) connects the processes, finds by heartbeats that one is gone and
 agrees on the step at which all stop. Added here are names, time limits and reasons: what starts a
-process (`recognise`), a roll call while it connects, facts compared before anything is compiled
-(`Hosts.agree`), and a failure on one host told to the others (`Hosts.announce`).
+process (`launch`), who is here while it connects (`roll_call`), facts compared before anything is
+compiled (`Hosts.agree`), and a failure on one host told to the others (`Hosts.announce`).
 """
 
 import contextlib
@@ -87,9 +87,6 @@ class Hosts:
 
     # ------------------------------------------------------------------ before the run
 
-    def facts(self) -> dict[str, object]:
-        return {"--num_processes": self.count}
-
     def agree(self, what: str, facts: dict[str, object], error: type[JtokError]) -> None:
         """Return when all processes have called this with equal facts.
 
@@ -100,6 +97,7 @@ class Hosts:
         if not self._client:
             return
         until = time.monotonic() + self._seconds
+        facts = facts | {"--num_processes": self.count}
         self._put(f"{what}/{self.process}", json.dumps(facts, default=str, sort_keys=True))
         if self.lead:
             verdict = self._compare(what, until)

@@ -2,6 +2,8 @@
 # Copyright 2026 The jtok_jax authors
 """The device mesh, and the one table that says which axis letter is split over which mesh axis."""
 
+import bisect
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -155,10 +157,11 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def rows_here(mesh: Mesh, size: int) -> list[int]:
+@functools.cache
+def rows_here(mesh: Mesh, size: int) -> tuple[int, ...]:
     """Which sequences of a batch of `size` the devices of this process need, ascending."""
     parts = split_batch(mesh).addressable_devices_indices_map((size,)).values()
-    return sorted({row for (part,) in parts for row in range(*part.indices(size))})
+    return tuple(sorted({row for (part,) in parts for row in range(*part.indices(size))}))
 
 
 def put_batch(mesh: Mesh, array: np.ndarray, *, size: int | None = None) -> jax.Array:
@@ -167,11 +170,12 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, size: int | None = None) -> jax.
     size: sequences of the batch, of which `array` has those of `rows_here`; None: all of them.
     """
     size = size or len(array)
-    first = {row: place for place, row in enumerate(rows_here(mesh, size))}
+    rows = rows_here(mesh, size)
 
     def part(index):
         start, stop, _ = index[0].indices(size)
-        return array[first[start] : first[start] + stop - start]
+        first = bisect.bisect_left(rows, start)
+        return array[first : first + stop - start]
 
     return jax.make_array_from_callback((size, *array.shape[1:]), split_batch(mesh), part)
 

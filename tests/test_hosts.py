@@ -252,7 +252,6 @@ def test_a_process_that_never_comes_is_named_by_all(corpus, tmp_path, order):
     for code, _, err in ends(processes):
         assert code == 8, err
         assert re.search(r"Missing: process 2 \(.*\); here: 0-.*, 1-", err), err
-    assert not list((tmp_path / "starting").glob(".*"))
 
 
 @newest

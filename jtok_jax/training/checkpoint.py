@@ -27,14 +27,14 @@ from jtok_jax.model.jtok import operations
 from jtok_jax.model.params import to_logical, to_stored
 from jtok_jax.training.state import TrainState, non_finite
 
-FOLDER = "checkpoints"
-CONFIG_FILE = "config.json"
-# What may change when a run goes on. The contents of data.path are checked by their fingerprint,
-# train.steps by schedule.steps; another mesh sums in another order and so changes the last bits.
 # Of several processes JAX agrees on the step at which all stop, once, by the steps they ask about.
 # The training loop asks; Orbax asks about older steps from a thread, which would undo the count.
 orbax.checkpoint.utils.reached_preemption = lambda step: False
 
+FOLDER = "checkpoints"
+CONFIG_FILE = "config.json"
+# What may change when a run goes on. The contents of data.path are checked by their fingerprint,
+# train.steps by schedule.steps; another mesh sums in another order and so changes the last bits.
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
     "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
