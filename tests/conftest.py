@@ -6,7 +6,9 @@ import os
 import pathlib
 
 # Hundreds of small programs are compiled here and run once; must be set before JAX starts.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if "optimization_level" not in FLAGS:
+    os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_backend_optimization_level=0"
 
 # The CPU also where a GPU or a compile-only plugin is at hand; JAX_PLATFORMS=cuda overrides it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -50,6 +50,7 @@ LAYOUTS = {
     "columns": MeshConfig(fsdp=8, table_columns="fsdp"),
     "columns of two axes": MeshConfig(fsdp=4, table_columns="fsdp,data"),
     "columns, two copies": MeshConfig(fsdp=4, table_columns="fsdp"),
+    "columns of two, four copies": MeshConfig(fsdp=4, table_columns="data"),
     "rows": MeshConfig(fsdp=4, table_columns="", table_rows="fsdp,data"),
     "rows and columns": MeshConfig(fsdp=4, table_columns="fsdp", table_rows="data"),
     "copies": MeshConfig(fsdp=4, table_columns=""),
@@ -164,15 +165,14 @@ def test_no_token_is_dropped_where_all_choose_one_expert():
     np.testing.assert_allclose(flat(found), expected, rtol=1e-5, atol=1e-5)
 
 
-def of_one_mesh(*, experts: bool) -> list[MeshConfig]:
-    """Layouts that differ in nothing but where the tables lie."""
+def of_one_mesh(kind: str) -> list[MeshConfig]:
+    """Layouts that differ in nothing but where the tables lie; of JTok's one table without n_e."""
     same = [x for x in LAYOUTS.values() if (x.fsdp, x.tensor) == (4, 1)]
-    return [x for x in same if experts or not x.table_experts]
+    return [x for x in same if kind == "jtok_m" or not x.table_experts]
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_forward_pass_has_the_same_bits_in_every_layout_of_a_mesh(kind):
-    """But for n_e split over devices, where CPU compilers fuse the norm that follows otherwise."""
 
     def hidden(layout):
         config = run_config(kind, layout)
@@ -183,8 +183,8 @@ def test_the_forward_pass_has_the_same_bits_in_every_layout_of_a_mesh(kind):
         run = lambda params, ids: bind(config.model, params)(ids, across=across).hidden_BTD
         return np.asarray(jax.jit(run)(params, ids))
 
-    layouts = of_one_mesh(experts=False)
-    assert len(layouts) >= 5
+    layouts = of_one_mesh(kind)
+    assert len(layouts) >= 6
     for layout in layouts[1:]:
         np.testing.assert_array_equal(hidden(layouts[0]), hidden(layout))
 
@@ -195,7 +195,7 @@ def test_mixtures_have_the_same_bits_in_every_layout():
     tables = np.float32(rng.standard_normal((3, 4, 32, 16)))
     choice = np.int32(rng.integers(0, 4, (*BATCH, 2)))
     weights = np.float32(rng.random((*BATCH, 2)))
-    for layout in of_one_mesh(experts=True):
+    for layout in of_one_mesh("jtok_m"):
         config = run_config("jtok_m", layout)
         mesh = make_mesh(config.mesh)
         ids = np.asarray(random_ids(config.model, *BATCH))

@@ -9,6 +9,8 @@ e a row or a mixture of rows, s the learned scale, w mixing weights, N_l layers 
 import jax
 import jax.numpy as jnp
 
+from jtok_kernels.rounding import rounded
+
 NORMS = ("l2", "rms")
 TINY = 1e-30  # keeps the derivative of the root finite at a zero row
 
@@ -19,7 +21,7 @@ def norm_eps(e: jax.Array, *, norm: str, eps: float) -> jax.Array:
     Differs from the paper: "rms" (L2 norm / sqrt(D)) is ours; it equals "l2" with s times sqrt(D).
     """
     reduce = {"l2": jnp.sum, "rms": jnp.mean}[norm]
-    square = reduce(jnp.square(e), axis=-1, keepdims=True)
+    square = reduce(rounded(jnp.square(e)), axis=-1, keepdims=True)
     return e / (jnp.sqrt(jnp.maximum(square, TINY)) + eps)
 
 

@@ -1,15 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Stochastic rounding to bfloat16 with a hash of the entry's place, alike in XLA and in kernels.
+"""Rounding: that no compiler leaves out, and to bfloat16 at random, alike in XLA and in kernels.
 
-A counter-based generator of a library would cost more than the update: some 100 operations a word.
-Rounding needs 16 bits that are uniform and do not repeat from step to step, no more.
+At random by a hash of the entry's place: a counter-based generator of a library would cost more
+than the update, some 100 operations a word. Rounding needs 16 bits that are uniform and do not
+repeat from step to step, no more.
 """
 
 import jax
 import jax.numpy as jnp
 
 Seed = jax.Array  # uint32 [2], of a step
+
+
+@jax.custom_jvp
+def rounded(products: jax.Array) -> jax.Array:
+    """The float32 products themselves, which no compiler can fuse with the sum that follows.
+
+    Whether it would (multiply-add rounds once) depends on the shape of a loop, and so on how tables
+    are split: rounded products summed in order have the same bits in every layout. As words their
+    minimum with the last word but one changes nothing but one of the NaNs, to another.
+    """
+    words = jax.lax.bitcast_convert_type(products, jnp.int32)
+    return jax.lax.bitcast_convert_type(jnp.minimum(words, 0x7FFFFFFE), jnp.float32)
+
+
+@rounded.defjvp
+def _rounded_jvp(products, tangents):
+    return rounded(*products), *tangents
 
 
 def row_seeds(seed: Seed, number, ids):

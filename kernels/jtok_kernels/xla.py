@@ -12,6 +12,7 @@ from jtok_kernels import reference
 from jtok_kernels.form import Form
 from jtok_kernels.packing import as_float
 from jtok_kernels.plan import Order, RowPlan
+from jtok_kernels.rounding import rounded
 
 Index = tuple[jax.Array, ...]  # (layer,) of a stacked table, () of a single one
 
@@ -69,18 +70,7 @@ def mix_rows_forward(tables, at: Index, ids_T, choice_TK, weights_TK) -> jax.Arr
     if choice_TK is None:
         return as_float(tables[(*at, ids_T)])
     products = _rows(tables, at, ids_T, choice_TK) * weights_TK[..., None]
-    return jnp.sum(_rounded(products, weights_TK), axis=-2)
-
-
-def _rounded(products_TKD: jax.Array, weights_TK: jax.Array) -> jax.Array:
-    """The products, which no compiler can fuse with the sum that follows.
-
-    Those of several devices are rounded before they are summed; so are these, for the same bits in
-    every layout. What is added to them as words is zero for all weights below 3e38.
-    """
-    zero = (weights_TK > 3e38).astype(jnp.int32)[..., None]
-    words = jax.lax.bitcast_convert_type(products_TKD, jnp.int32) + zero
-    return jax.lax.bitcast_convert_type(words, jnp.float32)
+    return jnp.sum(rounded(products), axis=-2)
 
 
 def mix_rows_backward(d_e_TD, tables, at: Index, ids_T, choice_TK, weights_TK, plan: RowPlan):
