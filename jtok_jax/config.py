@@ -10,6 +10,7 @@ import dataclasses
 
 import ml_collections
 
+from jtok_jax.arms import ArmsConfig
 from jtok_jax.errors import ConfigError
 
 
@@ -163,6 +164,9 @@ class ModelConfig:
     loss_chunk: int = 0  # tokens whose logits exist at once; 0: all of a microbatch
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
     jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
+    arms: ArmsConfig = dataclasses.field(
+        default_factory=ArmsConfig
+    )  # what tables are compared with
 
     def __post_init__(self):
         _at_least(

@@ -5,10 +5,12 @@
 import dataclasses
 import math
 
+from jtok_jax.arms import Parameter, Sizes
 from jtok_jax.config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 VECTORS = ("norm", "scale", "bias")  # endings of names that no matmul uses and no decay touches
+TABLES = ("tables", "/table")  # endings of names of vectors by token: JTok's, and those of arms
 
 # Dense bfloat16 matmul FLOP/s of one chip, from the vendors' data sheets (without sparsity).
 PEAK_FLOPS = {
@@ -33,10 +35,25 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
 
+def arm_parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Parameters of the arms that are on (jtok_jax/arms), by name; those of layers without L."""
+    sizes = Sizes(config.padded_vocab, config.model_dim, config.num_kv_heads, config.head_size)
+    places = {"arms": config.arms.parameters, "blocks/arms": config.arms.layer_parameters}
+    return {
+        f"{place}/{arm}/{name}": parameter
+        for place, parameters in places.items()
+        for arm, of_arm in parameters(sizes).items()
+        for name, parameter in of_arm.items()
+    }
+
+
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """Size of every axis letter of a parameter."""
     shape = config.tables_shape or (0, 0, 0)
-    return {
+    of_arms = {}
+    for parameter in arm_parameters(config).values():
+        of_arms |= dict(zip(parameter.axes, parameter.shape, strict=True))
+    return of_arms | {
         "L": config.num_layers, "D": config.model_dim, "V": config.padded_vocab,
         "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_size,
         "F": config.moe.expert_dim if config.moe.num_experts else config.ffn_dim,
@@ -70,6 +87,8 @@ def parameter_axes(config: ModelConfig) -> dict[str, str]:
         if config.jtok.router_norm == "own":
             jtok["router_norm"] = "LD"
     axes |= {f"blocks/jtok/{name}": letters for name, letters in jtok.items()}
+    for name, parameter in arm_parameters(config).items():
+        axes[name] = "L" * name.startswith("blocks/") + parameter.axes
     tables = {"none": {}, "jtok": {"tables": "GRC"}, "jtok_m": {"tables": "GXRC"}}
     return axes | tables[config.jtok.kind]
 
@@ -90,7 +109,8 @@ class Counts:
     `active` leaves out routed experts a token does not choose and all tables. FLOPs are per token
     of a sequence of `seq_len`: 2 per multiply-add of every matmul, attention over the causal half,
     table mixing and gating as multiply-adds; norms, softmax, activations and the optimizer are
-    left out. Training is forward plus twice forward; recomputation is not counted.
+    left out; so are additions and gates of arms. Training is forward plus twice forward;
+    recomputation is not counted.
     """
 
     backbone: int
@@ -111,6 +131,7 @@ def count(config: ModelConfig, *, seq_len: int) -> Counts:
     shapes = parameter_shapes(config)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     tables = sizes.pop("tables", 0)
+    of_arms = sum(sizes.pop(name) for name in list(sizes) if name.endswith(TABLES))
     backbone = sum(sizes.values())
     idle = 0
     if config.moe.num_experts:
@@ -119,10 +140,10 @@ def count(config: ModelConfig, *, seq_len: int) -> Counts:
     forward = _forward_flops(config, sizes, idle, seq_len)
     return Counts(
         backbone=backbone,
-        tables=tables,
+        tables=tables + of_arms,
         active=backbone - idle,
         active_without_embedding=backbone - idle - sizes["embed"] - sizes.get("head", 0),
-        table_bytes=tables * BYTES[config.jtok.table_dtype],
+        table_bytes=tables * BYTES[config.jtok.table_dtype] + of_arms * BYTES["float32"],
         forward_flops=forward,
         train_flops=3 * forward,
     )

@@ -118,6 +118,17 @@ ON_TOP = {
     "model.jtok.gate_scale_init": (0.3, {"model.jtok.kind": "jtok"}),
     "optimizer.tables.stochastic_rounding": (False, {"model.jtok.table_dtype": "bfloat16"}),
     "schedule.decay_fraction": (0.5, {"schedule.kind": "wsd"}),
+    "model.arms.names": ("bigram", {}),
+}
+ARM_VALUES = {
+    "width": 3, "rank": 3, "rows_per_id": 2, "norm": "l2", "eps": 1e-3, "scale_init": 0.5,
+    "init_std": 0.5,
+}  # fmt: skip
+ON_TOP |= {
+    f"model.arms.{arm}.{name}": (ARM_VALUES[name], {"model.arms.names": arm})
+    for arm, options in to_dict(Config())["model"]["arms"].items()
+    if arm != "names"
+    for name in options
 }
 # Fields with tests of their own elsewhere: what they change is not the program of a step.
 ELSEWHERE = {

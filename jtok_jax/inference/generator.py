@@ -29,9 +29,14 @@ def generate(
     """Ids [len(prompts), tokens] that follow each prompt.
 
     Raises:
-        ConfigError: an empty prompt.
+        ConfigError: an empty prompt, or a model with arms.
         DataError: an id outside [0, vocab_size).
     """
+    if config.arms.names:
+        raise ConfigError(
+            f"The model has arms ({config.arms.names}), which are for comparing losses: some look "
+            "at the token before, which decoding does not hand them."
+        )
     if not all(prompts):
         raise ConfigError("A prompt is empty; begin with the end token to start a document.")
     longest = max(len(prompt) for prompt in prompts)

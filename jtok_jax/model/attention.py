@@ -104,8 +104,15 @@ class Attention(nnx.Module):
             self.key_norm = nnx.Param(jnp.ones(size, dtype))
         self.config = config
 
-    def __call__(self, x_BTD: jax.Array, *, by: Rotation, attend: Attend) -> Attended:
-        """Attended, projected back to [B, T, D]."""
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        by: Rotation,
+        attend: Attend,
+        change_values: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> Attended:
+        """Attended, projected back to [B, T, D]; `change_values` sees [B, T, K, H]."""
         config, dtype = self.config, x_BTD.dtype
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query[...].astype(dtype))
         key = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.key[...].astype(dtype))
@@ -113,6 +120,8 @@ class Attention(nnx.Module):
         if config.qk_norm == "rms":
             query = rms_norm(query, self.query_norm[...], eps=config.norm_eps)
             key = rms_norm(key, self.key_norm[...], eps=config.norm_eps)
+        if change_values:
+            value = change_values(value)
         query = rotate(query, by)
         key = rotate(key, by)
         mixed, kept = attend(query, key, value)

@@ -21,6 +21,7 @@ from jtok_kernels import RowPlan
 
 from jtok_jax.config import ModelConfig
 from jtok_jax.mesh import split_batch
+from jtok_jax.model.arms import Arms
 from jtok_jax.model.attention import Attend, Attended, Attention, causal
 from jtok_jax.model.exchange import KEPT, Exchange
 from jtok_jax.model.jtok import Lookup, TokenTables
@@ -67,11 +68,14 @@ class Block(nnx.Module):
             self.ffn = FeedForward(config, rngs=rngs)
         if config.jtok.kind != "none":
             self.jtok = TokenTables(config, rngs=rngs)
+        if config.arms.names:
+            self.arms = Arms(config, "blocks/arms", rngs=rngs)
         self.config = config
 
     def __call__(
         self,
         h_BTD: jax.Array,
+        ids_BT: jax.Array,
         *,
         by: Rotation,
         attend: Attend,
@@ -84,7 +88,9 @@ class Block(nnx.Module):
         ahead = None
         if lookup and self.jtok.before_attention:
             ahead = self.jtok.ahead(h_BTD, pre_BTD, lookup)
-        out_BTD, kept = self.attention(pre_BTD, by=by, attend=attend)
+        arms = self.arms if self.config.arms.names else None
+        values = (lambda value: arms.values(value, ids_BT)) if arms else None
+        out_BTD, kept = self.attention(pre_BTD, by=by, attend=attend, change_values=values)
         tilde_BTD = h_BTD + out_BTD
         feed = self.moe if self.config.moe.num_experts else self.ffn
         post_BTD = rms_norm(tilde_BTD, feed.norm[...], eps=eps)
@@ -95,6 +101,8 @@ class Block(nnx.Module):
             dm_BTD, moe_balance = self.moe(post_BTD, mesh)
         else:
             dm_BTD = self.ffn(post_BTD)
+        if arms:
+            dm_BTD = arms.increment(dm_BTD, post_BTD, ids_BT)
         health = {"hidden_std": jnp.std(h_BTD.astype(jnp.float32))}
         if lookup is None:
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
@@ -117,6 +125,8 @@ class Transformer(nnx.Module):
             *stack, _, _ = config.tables_shape
             jtok = {"std": config.jtok.table_init_std, "dtype": config.jtok.table_dtype}
             self.tables = normal(rngs, *stack, vocab, dim, **jtok, pad=(pad, 0))
+        if config.arms.names:
+            self.arms = Arms(config, "arms", rngs=rngs)
         self.config = config
 
     @property
@@ -166,6 +176,7 @@ class Transformer(nnx.Module):
                 rows = Lookup(tables, stack, ids_BT, plan, row_grads_layer, exchange, ids_of_group)
             run = lambda lookup: block(
                 h_BTD,
+                ids_BT,
                 by=by,
                 attend=lambda q, k, v: attend(q, k, v, cache),
                 lookup=lookup,
@@ -178,6 +189,8 @@ class Transformer(nnx.Module):
             return constrain(h_BTD), (kept, aux)
 
         h_BTD = constrain(self.embed[ids_BT].astype(config.compute_dtype))
+        if config.arms.names:
+            h_BTD = self.arms.embed(h_BTD, ids_BT)
         layers = params, np.array(stacks, np.int32), row_grads, cache
         h_BTD, (kept, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)

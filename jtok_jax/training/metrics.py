@@ -127,7 +127,7 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
         ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
     ]
     lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows]
-    if counts.tables:
+    if config.model.tables_shape:
         _, *several, _, dim = config.model.tables_shape
         rows = config.model.num_layers * math.prod(several) * config.rows_per_step
         size = _mebibytes(rows * dim * 4)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Learning-rate schedules, and three groups of parameters: matrices, vectors, token tables."""
+"""Learning-rate schedules, and groups of parameters: matrices, vectors, tables by token id."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from jtok_kernels import RowOptimizer
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.flops import VECTORS
+from jtok_jax.flops import TABLES, VECTORS
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -33,7 +33,12 @@ def schedule(config: Config) -> optax.Schedule:
 
 
 def group(name: str) -> str:
-    """The AdamW group of a backbone parameter by name: decay acts on matrices alone."""
+    """The AdamW group of a backbone parameter by name: decay acts on matrices alone.
+
+    Tables of arms (jtok_jax/arms) are one, with the options of the token tables.
+    """
+    if name.endswith(TABLES):
+        return "tables"
     return "vectors" if name.endswith(VECTORS) else "matrices"
 
 
@@ -63,9 +68,14 @@ def make_optimizer(config: Config) -> Optimizer:
     groups = {
         "matrices": optax.adamw(**adamw, weight_decay=options.weight_decay),
         "vectors": optax.adamw(**adamw, weight_decay=0.0),
-    }
-    names = [name for name in flops.parameter_axes(config.model) if name != "tables"]
-    backbone = optax.partition(groups, {name: group(name) for name in names})
+        "tables": optax.adamw(
+            lambda step: rate(step) * tables.learning_rate_multiplier,
+            b1=tables.b1, b2=tables.b2, eps=options.eps, weight_decay=tables.weight_decay,
+        ),
+    }  # fmt: skip
+    labels = {name: group(name) for name in flops.parameter_axes(config.model) if name != "tables"}
+    used = {name: groups[name] for name in groups if name in labels.values()}
+    backbone = optax.partition(used, labels)
     if config.model.tables_shape is None:
         return Optimizer(backbone, None)
     betas = {} if tables.kind == "rowwise_adagrad" else {"b1": tables.b1, "b2": tables.b2}

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""A bottleneck beside the feed-forward."""
+
+from jtok_jax.config import base_config
+
+
+def get_config():
+    config = base_config()
+    config.model.arms.names = "adapter"
+    return config

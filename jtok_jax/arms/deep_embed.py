@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""DeepEmbed (RWKV-8, 2025): a vector by token id multiplies the feed-forward's output."""
+
+import dataclasses
+
+import jax
+
+from jtok_jax.arms.parameter import Parameter, Params, Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepEmbed:
+    """dm' = dm * E[x], with E all ones at first; JTok without norm and scale."""
+
+    def layer_parameters(self, sizes: Sizes) -> dict[str, Parameter]:
+        return {"table": Parameter("vD", (sizes.vocab, sizes.dim), start=1.0)}
+
+    def increment(self, params: Params, dm_BTD: jax.Array, x_BTD, ids_BT) -> jax.Array:
+        return dm_BTD * params["table"][ids_BT].astype(dm_BTD.dtype)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""JTok with tables of low rank: a token has few entries, a matrix a layer makes its row."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jtok_kernels import reference
+
+from jtok_jax.arms.parameter import Parameter, Params, Sizes, check
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Eq. 7 to 9 of arXiv 2602.00800 with the row E[x] = A[x] B."""
+
+    rank: int = 16
+    norm: str = "rms"
+    eps: float = 1e-6
+    scale_init: float = 1.0
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        check(self, "low_rank", "rank")
+
+    def layer_parameters(self, sizes: Sizes) -> dict[str, Parameter]:
+        return {
+            "table": Parameter("vr", (sizes.vocab, self.rank), std=self.init_std),
+            "out": Parameter("rD", (self.rank, sizes.dim), std=self.rank**-0.5),
+            "scale": Parameter("D", (sizes.dim,), start=self.scale_init),
+        }
+
+    def increment(self, params: Params, dm_BTD: jax.Array, x_BTD, ids_BT) -> jax.Array:
+        e_BTD = params["table"][ids_BT].astype(jnp.float32) @ params["out"]
+        gate_BTD = reference.gate(e_BTD, params["scale"], norm=self.norm, eps=self.eps)
+        return (dm_BTD.astype(jnp.float32) * gate_BTD).astype(dm_BTD.dtype)

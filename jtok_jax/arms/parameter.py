@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What an arm says of its parameters, and the model it is in."""
+
+from typing import NamedTuple
+
+import jax
+
+from jtok_jax.errors import ConfigError
+
+Params = dict[str, jax.Array]  # of one arm by name; of one layer where it has some in every layer
+
+
+class Sizes(NamedTuple):
+    """Of the model an arm is in; see the legend in jtok_jax."""
+
+    vocab: int  # rows of the embedding, padding included
+    dim: int
+    kv_heads: int
+    head_dim: int
+
+
+class Parameter(NamedTuple):
+    """One array: `start` + normal(0, `std`) in float32.
+
+    A name that ends in "table" is a table of vectors by token: optimizer.tables sets its learning
+    rate and decay. "scale" and "bias" have no decay.
+    """
+
+    axes: str  # letters as in jtok_jax; small ones are the arm's own, v the rows of a vocabulary
+    shape: tuple[int, ...]
+    std: float = 0.0
+    start: float = 0.0
+
+
+def check(arm: object, name: str, *counts: str) -> None:
+    """Raise ConfigError at an option of `arm` that cannot be; `counts` are at least 1."""
+    for option in counts:
+        if getattr(arm, option) < 1:
+            raise ConfigError(
+                f"model.arms.{name}.{option} is {getattr(arm, option)}; expected at least 1."
+            )
+    if getattr(arm, "norm", "rms") not in ("l2", "rms"):
+        raise ConfigError(f"model.arms.{name}.norm is {arm.norm!r}; expected one of l2, rms.")
+    if getattr(arm, "init_std", 0.0) < 0:
+        raise ConfigError(f"model.arms.{name}.init_std is {arm.init_std}; expected at least 0.")

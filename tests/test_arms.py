@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What JTok is compared with: each arm against its formula in numpy, in the decoder and alone."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from small import DENSE, JTOK_M, random_ids, small_config, training
+
+from jtok_jax import flops
+from jtok_jax.arms import ArmsConfig, Sizes
+from jtok_jax.arms.hashing import bigram_rows
+from jtok_jax.config import ModelConfig
+from jtok_jax.errors import ConfigError
+from jtok_jax.inference.generator import generate
+from jtok_jax.inference.sampling import Sampling
+from jtok_jax.model.params import bind, init_params
+
+NAMES = [field.name for field in dataclasses.fields(ArmsConfig)][1:]
+SAME_AT_FIRST = ("adapter", "bigram", "deep_embed", "film")
+BY_ID = ("bigram", "bigram_gate", "deep_embed", "low_rank", "token_gate", "value_embedding")
+SIZES = Sizes(vocab=30, dim=12, kv_heads=2, head_dim=6)
+IDS = np.random.default_rng(0).integers(0, 30, (3, 5))
+
+
+def model_with(names: str) -> ModelConfig:
+    return dataclasses.replace(DENSE, arms=ArmsConfig(names=names))
+
+
+def drawn(arm, method: str, seed: int = 1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    parameters = getattr(arm, method)(SIZES)
+    return {name: np.float32(rng.standard_normal(p.shape)) for name, p in parameters.items()}
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.float32(np.random.default_rng(2).standard_normal(shape))
+
+
+def rms(e: np.ndarray) -> np.ndarray:
+    return e / (np.sqrt(np.mean(e**2, axis=-1, keepdims=True)) + 1e-6)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+INCREMENTS = {
+    "adapter": lambda p, dm, x: dm + gelu(x @ p["down"]) @ p["up"],
+    "deep_embed": lambda p, dm, x: dm * p["table"][IDS],
+    "film": lambda p, dm, x: dm * (1 + x @ p["down"] @ p["gain"]) + x @ p["down"] @ p["shift"],
+    "low_rank": lambda p, dm, x: dm * (1 + p["scale"] * rms(p["table"][IDS] @ p["out"])),
+    "token_gate": lambda p, dm, x: dm * (1 + p["scale"] * rms(p["table"][IDS])),
+    "bigram_gate": lambda p, dm, x: (
+        dm * (1 + p["scale"] * rms(p["table"][np.asarray(bigram_rows(IDS, 30))]))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INCREMENTS)
+def test_increments_are_those_of_their_formulas(name):
+    arm = getattr(ArmsConfig(), name)
+    params, dm, x = drawn(arm, "layer_parameters"), normal(3, 5, 12), 0.5 * normal(3, 5, 12)
+    found = arm.increment(params, dm, x, IDS)
+    np.testing.assert_allclose(found, INCREMENTS[name](params, dm, x), rtol=2e-5, atol=2e-5)
+
+
+def test_values_and_embeddings_are_added():
+    arms = ArmsConfig()
+    params, value = drawn(arms.value_embedding, "layer_parameters"), normal(3, 5, 2, 6)
+    found = arms.value_embedding.values(params, value, IDS)
+    np.testing.assert_array_equal(found, value + params["table"][IDS])
+    params, h = drawn(arms.bigram, "parameters"), normal(3, 5, 12)
+    rows = np.asarray(bigram_rows(IDS, len(params["table"])))
+    np.testing.assert_array_equal(arms.bigram.embed(params, h, IDS), h + params["table"][rows])
+
+
+def test_bigrams_are_spread_and_depend_on_two_ids_in_order():
+    first, second = np.divmod(np.arange(200 * 200), 200)
+    rows = np.asarray(bigram_rows(np.stack([first, second], axis=1), 1000))[:, 1]
+    counts = np.bincount(rows, minlength=1000)  # of 40,000: 40 each, standard deviation 6.3
+    assert counts.min() > 10
+    assert counts.max() < 80
+    swapped = rows.reshape(200, 200).T.reshape(-1)
+    assert np.mean(rows == swapped) < 0.01
+    alone = np.asarray(bigram_rows(np.arange(200)[:, None], 1000))[:, 0]
+    assert len(set(alone)) > 150  # a first id has rows too
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_arm_adds_to_the_backbone_and_changes_none_of_it(name):
+    dense, model = init_params(DENSE, jax.random.key(3)), model_with(name)
+    params = init_params(model, jax.random.key(3))
+    assert {n: leaf.shape for n, leaf in params.items()} == flops.parameter_shapes(model)
+    for key, value in dense.items():
+        np.testing.assert_array_equal(params[key], value, err_msg=key)
+    ids = random_ids(DENSE, 2, 9)
+    hidden = bind(model, params)(ids).hidden_BTD
+    same = np.array_equal(hidden, bind(DENSE, dense)(ids).hidden_BTD)
+    assert same == (name in SAME_AT_FIRST)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_token_sees_a_later_one(name):
+    model = model_with(name)
+    params = init_params(model, jax.random.key(0))
+    rng = np.random.default_rng(0)  # what starts at zero must count
+    params = {n: x + 0.3 * np.float32(rng.standard_normal(x.shape)) for n, x in params.items()}
+    ids = np.array(random_ids(DENSE, 1, 9))
+    before = bind(model, params)(ids).hidden_BTD
+    ids[0, 5] = (ids[0, 5] + 1) % DENSE.vocab_size
+    after = bind(model, params)(ids).hidden_BTD
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert not np.allclose(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_of_an_arm_learns(name):
+    config = small_config(model_with(name))
+    state, step, _ = training(config)
+    ids = random_ids(DENSE, 4, 16)
+    first = state.params
+    for _ in range(2):  # what is behind zeros gets no gradient in the first
+        state, _ = step(state, ids, (ids + 1) % DENSE.vocab_size)
+    for key in flops.arm_parameters(config.model):
+        assert not np.array_equal(first[key], state.params[key]), key
+
+
+def test_tables_of_arms_have_the_options_of_token_tables():
+    """Rate 0 keeps them as they are, and them alone."""
+    config = small_config(model_with("token_gate"))
+    tables = dataclasses.replace(config.optimizer.tables, learning_rate_multiplier=0.0)
+    optimizer = dataclasses.replace(config.optimizer, tables=tables)
+    state, step, _ = training(dataclasses.replace(config, optimizer=optimizer))
+    ids = random_ids(DENSE, 4, 16)
+    after, _ = step(state, ids, ids)
+    same = {n for n, value in state.params.items() if np.array_equal(value, after.params[n])}
+    assert same == {"blocks/arms/token_gate/table"}
+
+
+def test_arms_go_together_and_with_token_tables():
+    model = dataclasses.replace(model_with("bigram,token_gate"), jtok=JTOK_M)
+    state, step, _ = training(small_config(model))
+    ids = random_ids(DENSE, 4, 16)
+    after, metrics = step(state, ids, ids)
+    assert np.isfinite(metrics.loss)
+    counts = flops.count(model, seq_len=16)
+    assert counts.total == sum(leaf.size for leaf in after.params.values())
+    assert counts.tables == sum(
+        leaf.size for name, leaf in after.params.items() if name.endswith(("table", "tables"))
+    )
+
+
+def test_flops_are_those_of_the_matrices():
+    count = lambda names: flops.count(model_with(names), seq_len=16).forward_flops
+    film, adapter = ArmsConfig().film, ArmsConfig().adapter
+    layers, dim = DENSE.num_layers, DENSE.model_dim
+    assert count("film") - count("") == 2 * layers * 3 * dim * film.rank
+    assert count("adapter") - count("") == 2 * layers * 2 * dim * adapter.width
+    for name in set(BY_ID) - {"low_rank"}:
+        assert count(name) == count("")
+
+
+@pytest.mark.parametrize("names", ["jtok", "bigram, film", "film,film", ","])
+def test_names_that_are_no_arms_are_refused(names):
+    with pytest.raises(ConfigError, match=r"model.arms.names .* each once"):
+        ArmsConfig(names=names)
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("film", {"rank": 0}, "model.arms.film.rank is 0; expected at least 1"),
+    ("low_rank", {"norm": "max"}, "model.arms.low_rank.norm is 'max'; expected one of l2, rms"),
+    ("token_gate", {"init_std": -1.0}, "model.arms.token_gate.init_std is -1.0"),
+])  # fmt: skip
+def test_options_that_cannot_be_are_refused(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(getattr(ArmsConfig(), name), **options)
+
+
+def test_generation_is_refused():
+    model = model_with("bigram")
+    with pytest.raises(ConfigError, match="arms"):
+        generate(model, {}, [[1]], tokens=1, sampling=Sampling(), seed=0)
