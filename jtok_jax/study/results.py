@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The table of all finished runs: DIR/cells.csv, with curves.csv and configs.json beside it.
+
+They belong into version control: a study goes on from a fresh clone where the table ends.
+"""
+
+import csv
+import json
+import pathlib
+from typing import NamedTuple
+
+from jtok_jax import flops
+from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError, DataError
+from jtok_jax.study.spec import Cell, identity
+
+CURVE_POINTS = 25
+
+
+class Result(NamedTuple):
+    """A line of the table."""
+
+    cell: str  # Cell.key
+    arm: str
+    chosen: str  # what stages varied, JSON
+    steps: int
+    seed: int
+    status: str  # finished, or diverged: the run stopped as not finite
+    val_loss: float  # nats a token, over the whole held-out set; not finite where diverged
+    val_bpb: float  # bits a byte of text
+    backbone: int  # parameters
+    tables: int  # parameters
+    table_bytes: int
+    tokens: int
+    train_flops: float  # of the whole run
+    step_seconds: float  # median
+    seconds: float  # step_seconds times steps
+    device: str
+    data: str  # fingerprint, shortened
+    commit: str
+
+
+class Table:
+    """Results by cell, on disk after every change."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._results = {result.cell: result for result in _read(folder / "cells.csv")}
+        path = folder / "configs.json"
+        self._configs = json.loads(path.read_text()) if path.exists() else {"base": {}, "cells": {}}
+
+    def get(self, cell: Cell, config: Config, data: str | None = None) -> Result | None:
+        """The finished run of `cell`, or None.
+
+        data: fingerprint of what the run would be trained on; None: there are none at hand.
+
+        Raises:
+            ConfigError: it was made with another configuration.
+            DataError: it was made with other data.
+        """
+        result = self._results.get(cell.key)
+        if result is None:
+            return None
+        now, then = identity(config), self._configs["base"] | self._configs["cells"][cell.key]
+        lines = [
+            f"  {key}: {then[key]!r} in the table, {now[key]!r} now"
+            for key in sorted(then.keys() & now.keys())  # fields added since change nothing
+            if then[key] != json.loads(json.dumps(now[key]))
+        ]
+        if lines:
+            raise ConfigError(
+                f"{cell.name} ({cell.key}) is finished in {self._folder}, with another "
+                "configuration:\n" + "\n".join(lines) + "\nSet these fields in the arm or the "
+                "study as they were, or take its line out of cells.csv to run it again."
+            )
+        if data is not None and result.data != data:
+            raise DataError(
+                f"{cell.name} ({cell.key}) is finished in {self._folder} with the data "
+                f"{result.data}; these are {data}. Losses on different texts cannot be compared: "
+                "use those data, or another --results folder."
+            )
+        return result
+
+    def add(self, result: Result, config: Config, curve: list[tuple[int, float]]) -> None:
+        flat = json.loads(json.dumps(identity(config)))
+        base = self._configs["base"] or flat
+        differs = {key: value for key, value in flat.items() if base.get(key) != value}
+        self._configs = {
+            "base": base,
+            "cells": self._configs["cells"] | {result.cell: differs},
+        }
+        self._results[result.cell] = result
+        self._folder.mkdir(parents=True, exist_ok=True)
+        curves = [line for line in _lines(self._folder / "curves.csv") if line[0] != result.cell]
+        curves += [[result.cell, step, f"{loss:.4f}"] for step, loss in curve]
+        _write(self._folder / "curves.csv", ["cell", "step", "loss"], curves)
+        text = json.dumps(self._configs["base"], indent=1)
+        cells = ",\n".join(
+            f"{json.dumps(key)}: {json.dumps(value)}"
+            for key, value in self._configs["cells"].items()
+        )
+        _replace(self._folder / "configs.json", f'{{"base": {text},\n"cells": {{\n{cells}}}}}\n')
+        lines = [[_text(value) for value in one] for one in self._results.values()]
+        _write(self._folder / "cells.csv", list(Result._fields), lines)  # last: it says finished
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """(step, mean training loss around it) of every cell."""
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for cell, step, loss in _lines(self._folder / "curves.csv"):
+            curves.setdefault(cell, []).append((int(step), float(loss)))
+        return curves
+
+
+def measured(
+    cell: Cell, config: Config, records: list[dict], *, device: str, data: str, commit: str
+) -> tuple[Result, list[tuple[int, float]]]:
+    """The line of a run and its curve, from what it wrote into metrics.jsonl."""
+    steps = [record for record in records if record["step"] > 0]
+    last = steps[-1] if steps else {}
+    finished = last.get("step") == config.train.steps and last.get("val_loss") is not None
+    counts = flops.count(config.model, seq_len=config.train.seq_len)
+    tokens = config.train.batch_size * config.train.seq_len * config.train.steps
+    durations = sorted(record["step_seconds"] for record in steps)
+    median = durations[len(durations) // 2] if durations else float("nan")
+    result = Result(
+        cell=cell.key,
+        arm=cell.candidate.arm.name,
+        chosen=json.dumps(dict(cell.candidate.chosen)),
+        steps=cell.steps,
+        seed=cell.seed,
+        status="finished" if finished else "diverged",
+        val_loss=last["val_loss"] if finished else float("inf"),
+        val_bpb=last["val_bpb"] if finished else float("inf"),
+        backbone=counts.backbone,
+        tables=counts.tables,
+        table_bytes=counts.table_bytes,
+        tokens=tokens,
+        train_flops=float(counts.train_flops) * tokens,
+        step_seconds=median,
+        seconds=median * config.train.steps,
+        device=device,
+        data=data,
+        commit=commit,
+    )
+    losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
+    size = -(-config.train.steps // CURVE_POINTS)
+    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
+    mean = lambda part, place: sum(one[place] for one in part) / len(part)
+    return result, [(round(mean(part, 0)), mean(part, 1)) for part in parts]
+
+
+def _read(path: pathlib.Path) -> list[Result]:
+    kinds = Result.__annotations__
+    results = []
+    for line in _lines(path):
+        if len(line) != len(kinds):
+            raise ConfigError(f"{path}: {len(line)} columns in {line[:3]}, expected {len(kinds)}.")
+        results.append(Result(*[kind(v) for kind, v in zip(kinds.values(), line, strict=True)]))
+    return results
+
+
+def _lines(path: pathlib.Path) -> list[list[str]]:
+    """Lines of a CSV file without its head; of none if it is missing."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def _write(path: pathlib.Path, head: list[str], lines: list[list]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *lines])
+    partial.replace(path)
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _text(value: object) -> object:
+    return f"{value:.6g}" if isinstance(value, float) else value
