@@ -4,39 +4,65 @@
 
 run      --study=configs/studies/X.py --data=FOLDER    train what is not in the table yet
 report   --study=configs/studies/X.py                  means, intervals, plots
+published                                              what the paper's two scaling lines imply
 """
 
 import argparse
 import pathlib
 
 from jtok_jax.errors import exit_on_error
+from jtok_jax.study.report import write_report
 from jtok_jax.study.run import Places, run_study
+from jtok_jax.study.scaling import published_table
 from jtok_jax.study.spec import load_study
-
-RESULTS = pathlib.Path("docs/results")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    with exit_on_error():
+        options.run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    places = Places(pathlib.Path.cwd(), options.runs, options.results, options.data)
+    study = load_study(options.study)
+    stages = run_study(study, places, keep_checkpoints=options.keep_checkpoints)
+    for ranked in stages[-1].values():
+        for one in ranked:
+            print(f"{one.loss:.4f} nats/token: {one.candidate.name}, {len(one.results)} seeds")
+
+
+def _report(options: argparse.Namespace) -> None:
+    places = Places(pathlib.Path.cwd(), pathlib.Path(), options.results)
+    print(write_report(load_study(options.study), places, options.study.stem))
+
+
+def _published(options: argparse.Namespace) -> None:
+    text = f"# The published scaling lines, refitted\n\n{published_table()}\n"
+    (options.results / "published-lines.md").write_text(text)
+    print(text)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jtok_jax.study", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=__doc__,
     )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="train what is not in the table yet")
-    run.add_argument("--study", required=True, type=pathlib.Path)
     run.add_argument("--data", default="", help="prepared corpus; default: that of the study")
     run.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/studies"))
-    run.add_argument("--results", type=pathlib.Path, default=RESULTS)
     run.add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
-    options = parser.parse_args(arguments)
-    with exit_on_error():
-        study = load_study(options.study)
-        root = pathlib.Path.cwd()
-        places = Places(root, options.runs, options.results, options.data)
-        stages = run_study(study, places, keep_checkpoints=options.keep_checkpoints)
-        for name, ranked in stages[-1].items():
-            for one in ranked:
-                print(f"{one.loss:.4f} nats/token: {one.candidate.name} ({name})")
+    run.set_defaults(run=_run)
+    report = commands.add_parser("report", help="means, intervals and plots of a finished study")
+    report.set_defaults(run=_report)
+    published = commands.add_parser("published", help="what the paper's two scaling lines imply")
+    published.set_defaults(run=_published)
+    for command in (run, report):
+        command.add_argument("--study", required=True, type=pathlib.Path)
+    for command in (run, report, published):
+        command.add_argument("--results", type=pathlib.Path, default=pathlib.Path("docs/results"))
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What a study found: means with intervals over seeds, differences seed by seed, plots."""
+
+import json
+import math
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from jtok_jax.errors import ConfigError
+from jtok_jax.study.results import Result, Table
+from jtok_jax.study.run import Places, Ranked, StageResults, finished
+from jtok_jax.study.spec import Study
+
+
+class Estimate(NamedTuple):
+    """Mean over seeds and half the width of its interval; nan for one seed."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.mean):
+            return "diverged"
+        return f"{self.mean:.4f}" + ("" if math.isnan(self.half) else f" +- {self.half:.4f}")
+
+    def signed(self) -> str:
+        return f"{'+' if self.mean > 0 else ''}{self}"
+
+
+def estimate(values: list[float], *, level: float = 0.95) -> Estimate:
+    """Mean of independent `values` with Student's interval of probability `level`."""
+    count, mean = len(values), float(np.mean(values))
+    if count < 2 or not math.isfinite(mean):
+        return Estimate(mean, float("nan"))
+    deviation = float(np.std(values, ddof=1))
+    return Estimate(mean, float(stats.t.ppf((1 + level) / 2, count - 1)) * deviation / count**0.5)
+
+
+def paired(results: list[Result], baseline: list[Result]) -> Estimate:
+    """Difference of validation losses, seed by seed; a seed is one order of the data."""
+    losses = {result.seed: result.val_loss for result in baseline}
+    common = [result for result in results if result.seed in losses]
+    return estimate([result.val_loss - losses[result.seed] for result in common])
+
+
+def write_report(study: Study, places: Places, name: str) -> str:
+    """Markdown of a finished study; RESULTS/NAME.md and its plots.
+
+    Raises:
+        ConfigError: the study is not finished, or matplotlib is missing.
+    """
+    stages = finished(study, places)
+    baseline = stages[-1][study.baseline][0].results
+    best = {arm: ranked[0] for arm, ranked in stages[-1].items()}
+    curves = Table(places.results).curves()
+    draw_curves(best, curves, places.results / f"{name}-curves.svg")
+    draw_cost(stages[-1], baseline, places.results / f"{name}-cost.svg")
+    trials = _trials(stages)
+    parts = [
+        f"# {study.question}",
+        f"`python -m jtok_jax.study run --study=configs/studies/{name}.py`, then `report`. "
+        + _circumstances([one for ranked in stages[-1].values() for one in ranked]),
+        final_table(stages[-1], baseline, trials),
+        "Mean and 95% interval (Student's t) over seeds; differences are taken seed by seed. "
+        "eta: parameters of tables over those of the backbone. Trials: candidates of the arm that "
+        "were trained to choose from, this one included. Step: median seconds beside the "
+        "baseline's, as the runs happened to find the machine.",
+        f"![loss against steps, FLOPs and seconds]({name}-curves.svg)",
+        f"![loss against parameters and seconds]({name}-cost.svg)",
+    ]
+    for number, stage in enumerate(stages[:-1], start=1):
+        if any(len(ranked) > 1 for ranked in stage.values()):
+            parts += [f"## Stage {number}: what was chosen from", stage_table(stage)]
+    text = "\n\n".join(parts) + "\n"
+    (places.results / f"{name}.md").write_text(text)
+    return text
+
+
+def final_table(stage: StageResults, baseline: list[Result], trials: dict[str, int]) -> str:
+    """Markdown, the best candidate of each arm first, arms by loss."""
+    lines = [
+        "| arm | chosen | seeds | val loss, nats/token | against the baseline | bits/byte "
+        "| backbone | tables | eta | FLOPs | step | trials |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base_step = np.median([result.step_seconds for result in baseline])
+    for arm, one in _by_loss(stage):
+        first = one.results[0]
+        lines.append(
+            f"| {arm} | {_chosen(first)} | {len(one.results)} "
+            f"| {estimate([r.val_loss for r in one.results])} "
+            f"| {paired(one.results, baseline).signed() if one.results != baseline else ''} "
+            f"| {estimate([r.val_bpb for r in one.results])} | {_millions(first.backbone)} "
+            f"| {_millions(first.tables)} | {first.tables / first.backbone:.2f} "
+            f"| {first.train_flops:.2e} "
+            f"| {np.median([r.step_seconds for r in one.results]) / base_step:.2f} "
+            f"| {trials[arm]} |"
+        )
+    return "\n".join(lines)
+
+
+def stage_table(stage: StageResults) -> str:
+    """Markdown: every candidate of a stage, by arm and loss."""
+    lines = ["| arm | varied | val loss, nats/token |", "|---|---|---|"]
+    for arm, ranked in stage.items():
+        for one in ranked:
+            losses = estimate([result.val_loss for result in one.results])
+            lines.append(f"| {arm} | {_chosen(one.results[0])} | {losses} |")
+    return "\n".join(lines)
+
+
+def draw_curves(best: dict[str, Ranked], curves: dict[str, list], path: pathlib.Path) -> None:
+    """Training losses, mean over seeds, of the best candidate of each arm."""
+    figure, axes = _pyplot().subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
+    lowest = math.inf
+    for arm, one in sorted(best.items(), key=lambda item: item[1].loss):
+        of_seeds = [curves[r.cell] for r in one.results if r.status == "finished"]
+        if not of_seeds:
+            continue
+        steps = np.array([step for step, _ in of_seeds[0]])
+        losses = np.mean([[loss for _, loss in curve] for curve in of_seeds], axis=0)
+        first, lowest = one.results[0], min(lowest, losses.min())
+        seconds = np.median([result.step_seconds for result in one.results])
+        scales = 1, first.train_flops / first.steps, seconds
+        for axis, scale in zip(axes, scales, strict=True):
+            axis.plot(steps * scale, losses, label=f"{arm} {one.loss:.3f}")
+    for axis, label in zip(axes, ("steps", "training FLOPs", "seconds of steps"), strict=True):
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="training loss, nats/token", ylim=(lowest - 0.05, lowest + 2))
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small",
+        title="validation at the end", title_fontsize="small",
+    )  # fmt: skip
+    figure.savefig(path)
+
+
+def draw_cost(stage: StageResults, baseline: list[Result], path: pathlib.Path) -> None:
+    """Validation loss against parameters and against the time of a step."""
+    figure, axes = _pyplot().subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    base_step = np.median([result.step_seconds for result in baseline])
+    for arm, ranked in stage.items():
+        one = ranked[0]
+        losses = estimate([result.val_loss for result in one.results])
+        if not math.isfinite(losses.mean):
+            continue
+        first = one.results[0]
+        step = np.median([result.step_seconds for result in one.results]) / base_step
+        places = (first.backbone + first.tables) / 1e6, step
+        half = 0 if math.isnan(losses.half) else losses.half
+        for axis, place in zip(axes, places, strict=True):
+            axis.errorbar(place, losses.mean, yerr=half, fmt="o", capsize=3)
+            axis.annotate(
+                arm, (place, losses.mean), xytext=(5, 4), textcoords="offset points", fontsize=8
+            )
+    axes[0].set(xscale="log", xlabel="parameters, tables included, millions")
+    axes[0].set_ylabel("validation loss, nats/token (95%)")
+    axes[1].set_xlabel("seconds a step over the baseline's")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.margins(x=0.15)
+    figure.savefig(path)
+
+
+def _by_loss(stage: StageResults) -> list[tuple[str, Ranked]]:
+    flat = [(arm, one) for arm, ranked in stage.items() for one in ranked]
+    return sorted(flat, key=lambda item: item[1].loss)
+
+
+def _trials(stages: list[StageResults]) -> dict[str, int]:
+    """Different candidates of every arm that were trained in stages before the last."""
+    tried: dict[str, set[str]] = {arm: set() for arm in stages[-1]}
+    for stage in stages[:-1]:
+        for arm, ranked in stage.items():
+            tried[arm] |= {result.cell for one in ranked for result in one.results}
+    return {arm: max(len(cells), 1) for arm, cells in tried.items()}
+
+
+def _circumstances(ranked: list[Ranked]) -> str:
+    results = [result for one in ranked for result in one.results]
+    named = lambda values: ", ".join(sorted({str(value) for value in values}))
+    return (
+        f"{len(results)} runs of {results[0].tokens / 1e6:.2f}M tokens on "
+        f"{named(r.device for r in results)}; "
+        f"seeds {named(r.seed for r in results)}; data {named(r.data for r in results)}; "
+        f"commits {named(r.commit for r in results)}."
+    )
+
+
+def _chosen(result: Result) -> str:
+    values = json.loads(result.chosen)
+    text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {text(value)}" for key, value in values.items())
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}M"
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("Plots need matplotlib: pip install -e '.[plot]'.") from error
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "jtok_jax"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    return pyplot
