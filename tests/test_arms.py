@@ -7,10 +7,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from small import DENSE, JTOK_M, random_ids, small_config, training
+from small import DENSE, JTOK_M, gradients, random_ids, small_config, training
 
 from jtok_jax import flops
-from jtok_jax.arms import ArmsConfig, Sizes
+from jtok_jax.arms import ArmsConfig, Seen, Sizes
 from jtok_jax.arms.hashing import bigram_rows
 from jtok_jax.config import ModelConfig
 from jtok_jax.errors import ConfigError
@@ -19,7 +19,7 @@ from jtok_jax.inference.sampling import Sampling
 from jtok_jax.model.params import bind, init_params
 
 NAMES = [field.name for field in dataclasses.fields(ArmsConfig)][1:]
-SAME_AT_FIRST = ("adapter", "bigram", "deep_embed", "film")
+SAME_AT_FIRST = ("adapter", "bigram", "deep_embed", "film", "mixture")
 BY_ID = ("bigram", "bigram_gate", "deep_embed", "low_rank", "token_gate", "value_embedding")
 SIZES = Sizes(vocab=30, dim=12, kv_heads=2, head_dim=6)
 IDS = np.random.default_rng(0).integers(0, 30, (3, 5))
@@ -63,7 +63,7 @@ INCREMENTS = {
 def test_increments_are_those_of_their_formulas(name):
     arm = getattr(ArmsConfig(), name)
     params, dm, x = drawn(arm, "layer_parameters"), normal(3, 5, 12), 0.5 * normal(3, 5, 12)
-    found = arm.increment(params, dm, x, IDS)
+    found = arm.increment(params, dm, Seen(IDS, None, x))
     np.testing.assert_allclose(found, INCREMENTS[name](params, dm, x), rtol=2e-5, atol=2e-5)
 
 
@@ -100,6 +100,56 @@ def test_an_arm_adds_to_the_backbone_and_changes_none_of_it(name):
     hidden = bind(model, params)(ids).hidden_BTD
     same = np.array_equal(hidden, bind(DENSE, dense)(ids).hidden_BTD)
     assert same == (name in SAME_AT_FIRST)
+
+
+def test_a_mixture_is_jtok_m():
+    """At the paper's depth scale, without balance loss: hidden states and gradients."""
+    layers = DENSE.num_layers
+    mixture = dataclasses.replace(
+        ArmsConfig().mixture, depth_scale=(2 * layers) ** -0.5, num_tables=JTOK_M.num_tables,
+        top_k=JTOK_M.top_k, norm=JTOK_M.norm, eps=JTOK_M.eps,
+    )  # fmt: skip
+    ours = small_config(
+        dataclasses.replace(DENSE, arms=ArmsConfig(names="mixture", mixture=mixture))
+    )
+    jtok = dataclasses.replace(JTOK_M, balance_weight=0.0)
+    theirs = small_config(dataclasses.replace(DENSE, jtok=jtok))
+    params = init_params(theirs.model, jax.random.key(0))
+    renamed = {"tables": "table", "blocks/jtok/scale": "scale", "blocks/jtok/router": "router"}
+    names = {name: f"blocks/arms/mixture/{renamed[name]}" for name in renamed}
+    same = {names.get(name, name): value for name, value in params.items()}
+    ids = random_ids(DENSE, 4, 16)
+    expected = gradients(theirs, params, ids, (ids + 1) % 30)
+    found = gradients(ours, same, ids, (ids + 1) % 30)
+    np.testing.assert_allclose(found[0].loss, expected[0].loss, rtol=1e-6)
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(
+            found[1][names.get(name, name)], value, rtol=1e-4, atol=1e-6, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("changes", [
+    {"router": "token"}, {"router": "random"}, {"weights": "softmax"}, {"norm": "none"},
+], ids=str)  # fmt: skip
+def test_ablations_of_a_mixture_are_those_of_their_formulas(changes):
+    arm = dataclasses.replace(ArmsConfig().mixture, depth_scale=0.3, **changes)
+    params, dm, x = drawn(arm, "layer_parameters"), normal(3, 5, 12), normal(3, 5, 12)[::-1]
+    logits = params["router"][IDS] if arm.router == "token" else None
+    if arm.router == "hidden":
+        logits = x @ params["router"]
+    if arm.router == "random":
+        assert "router" not in params
+        logits = np.asarray(arm._logits(params, Seen(IDS, None, None)))
+        assert np.ptp(logits) > 0.5
+        assert len(np.unique(logits.reshape(-1, 5), axis=0)) == len(np.unique(IDS))  # by id alone
+    choice = np.argsort(-logits, axis=-1)[..., : arm.top_k]
+    chosen = np.take_along_axis(logits, choice, axis=-1)
+    size = np.exp(chosen) if arm.weights == "softmax" else 1 / (1 + np.exp(-chosen))
+    weights = size / size.sum(axis=-1, keepdims=True)
+    e = np.sum(weights[..., None] * params["table"][choice, IDS[..., None]], axis=-2)
+    e = e if arm.norm == "none" else rms(e)
+    found = arm.increment(params, dm, Seen(IDS, x, None))
+    np.testing.assert_allclose(found, dm + 0.3 * params["scale"] * e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,6 +209,8 @@ def test_flops_are_those_of_the_matrices():
     layers, dim = DENSE.num_layers, DENSE.model_dim
     assert count("film") - count("") == 2 * layers * 3 * dim * film.rank
     assert count("adapter") - count("") == 2 * layers * 2 * dim * adapter.width
+    router = 2 * layers * dim * ArmsConfig().mixture.num_tables
+    assert count("mixture") - count("") == router
     for name in set(BY_ID) - {"low_rank"}:
         assert count(name) == count("")
 
@@ -172,6 +224,8 @@ def test_names_that_are_no_arms_are_refused(names):
 @pytest.mark.parametrize(("name", "options", "message"), [
     ("film", {"rank": 0}, "model.arms.film.rank is 0; expected at least 1"),
     ("low_rank", {"norm": "max"}, "model.arms.low_rank.norm is 'max'; expected one of l2, rms"),
+    ("mixture", {"top_k": 6}, r"top_k \(K\) is 6; num_tables \(n_e\) is 5"),
+    ("mixture", {"router": "none"}, "expected one of hidden, token, random"),
     ("token_gate", {"init_std": -1.0}, "model.arms.token_gate.init_std is -1.0"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(name, options, message):

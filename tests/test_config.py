@@ -122,7 +122,8 @@ ON_TOP = {
 }
 ARM_VALUES = {
     "width": 3, "rank": 3, "rows_per_id": 2, "norm": "l2", "eps": 1e-3, "scale_init": 0.5,
-    "init_std": 0.5,
+    "init_std": 0.5, "num_tables": 3, "top_k": 1, "router": "token", "weights": "softmax",
+    "depth_scale": 0.5, "router_init_std": 0.5,
 }  # fmt: skip
 ON_TOP |= {
     f"model.arms.{arm}.{name}": (ARM_VALUES[name], {"model.arms.names": arm})

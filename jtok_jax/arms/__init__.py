@@ -8,7 +8,7 @@ An arm is a frozen dataclass, its options, with some of these methods; the rest 
     layer_parameters(sizes)               of every layer
     embed(params, h_BTD, ids_BT)          the stream before the first layer
     values(params, value_BTKH, ids_BT)    of attention
-    increment(params, dm_BTD, x_BTD, ids_BT)   of the feed-forward, whose normed input is x
+    increment(params, dm_BTD, seen)       of the feed-forward
 
 Arms are pure functions of arrays; several may be on at once, in the order of `ArmsConfig.names`.
 Their tables have gradients of a table's size: for comparisons, not for tables that fill a mesh.
@@ -22,12 +22,13 @@ from jtok_jax.arms.bigram_gate import BigramGate
 from jtok_jax.arms.deep_embed import DeepEmbed
 from jtok_jax.arms.film import Film
 from jtok_jax.arms.low_rank import LowRank
-from jtok_jax.arms.parameter import Parameter, Params, Sizes
+from jtok_jax.arms.mixture import Mixture
+from jtok_jax.arms.parameter import Parameter, Params, Seen, Sizes
 from jtok_jax.arms.token_gate import TokenGate
 from jtok_jax.arms.value_embedding import ValueEmbedding
 from jtok_jax.errors import ConfigError
 
-__all__ = ["ArmsConfig", "Parameter", "Params", "Sizes"]
+__all__ = ["ArmsConfig", "Parameter", "Params", "Seen", "Sizes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ArmsConfig:
     deep_embed: DeepEmbed = dataclasses.field(default_factory=DeepEmbed)
     film: Film = dataclasses.field(default_factory=Film)
     low_rank: LowRank = dataclasses.field(default_factory=LowRank)
+    mixture: Mixture = dataclasses.field(default_factory=Mixture)
     token_gate: TokenGate = dataclasses.field(default_factory=TokenGate)
     value_embedding: ValueEmbedding = dataclasses.field(default_factory=ValueEmbedding)
 

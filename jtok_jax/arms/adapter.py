@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jtok_jax.arms.parameter import Parameter, Params, Sizes, check
+from jtok_jax.arms.parameter import Parameter, Params, Seen, Sizes, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Adapter:
             "up": Parameter("aD", (self.width, sizes.dim)),
         }
 
-    def increment(self, params: Params, dm_BTD: jax.Array, x_BTD, ids_BT) -> jax.Array:
+    def increment(self, params: Params, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
         dtype = dm_BTD.dtype
-        hidden_BTa = jax.nn.gelu(x_BTD @ params["down"].astype(dtype))
+        hidden_BTa = jax.nn.gelu(seen.post_BTD @ params["down"].astype(dtype))
         return dm_BTD + hidden_BTa @ params["up"].astype(dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jtok_kernels import reference
 
 from jtok_jax.arms.hashing import bigram_rows
-from jtok_jax.arms.parameter import Parameter, Params, Sizes, check
+from jtok_jax.arms.parameter import Parameter, Params, Seen, Sizes, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class BigramGate:
             "scale": Parameter("D", (sizes.dim,), start=self.scale_init),
         }
 
-    def increment(self, params: Params, dm_BTD: jax.Array, x_BTD, ids_BT) -> jax.Array:
+    def increment(self, params: Params, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
         table = params["table"]
-        e_BTD = jnp.take(table, bigram_rows(ids_BT, len(table)), axis=0).astype(jnp.float32)
+        e_BTD = jnp.take(table, bigram_rows(seen.ids_BT, len(table)), axis=0).astype(jnp.float32)
         gate_BTD = reference.gate(e_BTD, params["scale"], norm=self.norm, eps=self.eps)
         return (dm_BTD.astype(jnp.float32) * gate_BTD).astype(dm_BTD.dtype)

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jtok_jax.arms.parameter import Parameter, Params, Sizes
+from jtok_jax.arms.parameter import Parameter, Params, Seen, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,5 +16,5 @@ class DeepEmbed:
     def layer_parameters(self, sizes: Sizes) -> dict[str, Parameter]:
         return {"table": Parameter("vD", (sizes.vocab, sizes.dim), start=1.0)}
 
-    def increment(self, params: Params, dm_BTD: jax.Array, x_BTD, ids_BT) -> jax.Array:
-        return dm_BTD * params["table"][ids_BT].astype(dm_BTD.dtype)
+    def increment(self, params: Params, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
+        return dm_BTD * params["table"][seen.ids_BT].astype(dm_BTD.dtype)

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jtok_jax.arms.parameter import Parameter, Params, Sizes, check
+from jtok_jax.arms.parameter import Parameter, Params, Seen, Sizes, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Film:
             "shift": Parameter("fD", out),
         }
 
-    def increment(self, params: Params, dm_BTD: jax.Array, x_BTD, ids_BT) -> jax.Array:
+    def increment(self, params: Params, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
         dtype = dm_BTD.dtype
-        c_BTf = x_BTD @ params["down"].astype(dtype)
+        c_BTf = seen.post_BTD @ params["down"].astype(dtype)
         gain_BTD, shift_BTD = (c_BTf @ params[name].astype(dtype) for name in ("gain", "shift"))
         return dm_BTD * (1 + gain_BTD) + shift_BTD

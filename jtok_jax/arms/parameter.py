@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What an arm says of its parameters, and the model it is in."""
+"""What an arm says of its parameters, and what it sees of the model it is in."""
 
 from typing import NamedTuple
 
@@ -20,6 +20,14 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
+class Seen(NamedTuple):
+    """What a layer's feed-forward update can depend on."""
+
+    ids_BT: jax.Array
+    pre_BTD: jax.Array  # normed input of attention
+    post_BTD: jax.Array  # normed input of the feed-forward
+
+
 class Parameter(NamedTuple):
     """One array: `start` + normal(0, `std`) in float32.
 
@@ -33,14 +41,16 @@ class Parameter(NamedTuple):
     start: float = 0.0
 
 
-def check(arm: object, name: str, *counts: str) -> None:
+def check(arm: object, name: str, *counts: str, norms: tuple[str, ...] = ("l2", "rms")) -> None:
     """Raise ConfigError at an option of `arm` that cannot be; `counts` are at least 1."""
     for option in counts:
         if getattr(arm, option) < 1:
             raise ConfigError(
                 f"model.arms.{name}.{option} is {getattr(arm, option)}; expected at least 1."
             )
-    if getattr(arm, "norm", "rms") not in ("l2", "rms"):
-        raise ConfigError(f"model.arms.{name}.norm is {arm.norm!r}; expected one of l2, rms.")
+    if getattr(arm, "norm", "rms") not in norms:
+        raise ConfigError(
+            f"model.arms.{name}.norm is {arm.norm!r}; expected one of {', '.join(norms)}."
+        )
     if getattr(arm, "init_std", 0.0) < 0:
         raise ConfigError(f"model.arms.{name}.init_std is {arm.init_std}; expected at least 0.")

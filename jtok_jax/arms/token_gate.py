@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jtok_kernels import reference
 
-from jtok_jax.arms.parameter import Parameter, Params, Sizes, check
+from jtok_jax.arms.parameter import Parameter, Params, Seen, Sizes, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TokenGate:
             "scale": Parameter("D", (sizes.dim,), start=self.scale_init),
         }
 
-    def increment(self, params: Params, dm_BTD: jax.Array, x_BTD, ids_BT) -> jax.Array:
-        e_BTD = params["table"][ids_BT].astype(jnp.float32)
+    def increment(self, params: Params, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
+        e_BTD = params["table"][seen.ids_BT].astype(jnp.float32)
         gate_BTD = reference.gate(e_BTD, params["scale"], norm=self.norm, eps=self.eps)
         return (dm_BTD.astype(jnp.float32) * gate_BTD).astype(dm_BTD.dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jtok_jax.arms import Parameter
+from jtok_jax.arms import Parameter, Seen
 from jtok_jax.config import ModelConfig
 from jtok_jax.flops import arm_parameters
 
@@ -39,12 +39,12 @@ class Arms(nnx.Module):
     def values(self, value_BTKH: jax.Array, ids_BT: jax.Array) -> jax.Array:
         return self._run("values", value_BTKH, ids_BT)
 
-    def increment(self, dm_BTD: jax.Array, x_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        return self._run("increment", dm_BTD, x_BTD, ids_BT)
+    def increment(self, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
+        return self._run("increment", dm_BTD, seen)
 
-    def _run(self, method: str, value: jax.Array, *others: jax.Array) -> jax.Array:
+    def _run(self, method: str, value: jax.Array, seen: jax.Array | Seen) -> jax.Array:
         for name, arm in self.config.chosen().items():
             if hasattr(arm, method):
                 held = nnx.to_pure_dict(nnx.state(getattr(self, name)))
-                value = getattr(arm, method)(held, value, *others)
+                value = getattr(arm, method)(held, value, seen)
         return value

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jtok_kernels import RowPlan
 
+from jtok_jax.arms import Seen
 from jtok_jax.config import ModelConfig
 from jtok_jax.mesh import split_batch
 from jtok_jax.model.arms import Arms
@@ -102,7 +103,7 @@ class Block(nnx.Module):
         else:
             dm_BTD = self.ffn(post_BTD)
         if arms:
-            dm_BTD = arms.increment(dm_BTD, post_BTD, ids_BT)
+            dm_BTD = arms.increment(dm_BTD, Seen(ids_BT, pre_BTD, post_BTD))
         health = {"hidden_std": jnp.std(h_BTD.astype(jnp.float32))}
         if lookup is None:
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
