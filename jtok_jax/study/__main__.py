@@ -4,6 +4,7 @@
 
 run      --study=configs/studies/X.py --data=FOLDER    train what is not in the table yet
 report   --study=configs/studies/X.py                  means, intervals, plots
+time     --study=configs/studies/X.py --data=FOLDER    steps of all arms, paired; on a quiet machine
 published                                              what the paper's two scaling lines imply
 """
 
@@ -15,6 +16,7 @@ from jtok_jax.study.report import write_report
 from jtok_jax.study.run import Places, run_study
 from jtok_jax.study.scaling import published_table
 from jtok_jax.study.spec import load_study
+from jtok_jax.study.timing import time_arms
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,6 +39,12 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(load_study(options.study), places, options.study.stem))
 
 
+def _time(options: argparse.Namespace) -> None:
+    places = Places(pathlib.Path.cwd(), pathlib.Path(), options.results, options.data)
+    study, name = load_study(options.study), options.study.stem
+    print(time_arms(study, places, name, rounds=options.rounds))
+
+
 def _published(options: argparse.Namespace) -> None:
     text = f"# The published scaling lines, refitted\n\n{published_table()}\n"
     (options.results / "published-lines.md").write_text(text)
@@ -50,17 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="train what is not in the table yet")
-    run.add_argument("--data", default="", help="prepared corpus; default: that of the study")
     run.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/studies"))
     run.add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
     run.set_defaults(run=_run)
+    timed = commands.add_parser("time", help="steps of all arms of a study, paired")
+    timed.add_argument("--rounds", type=int, default=30)
+    timed.set_defaults(run=_time)
     report = commands.add_parser("report", help="means, intervals and plots of a finished study")
     report.set_defaults(run=_report)
     published = commands.add_parser("published", help="what the paper's two scaling lines imply")
     published.set_defaults(run=_published)
-    for command in (run, report):
+    for command in (run, timed):
+        command.add_argument("--data", default="", help="prepared corpus; default: the study's")
+    for command in (run, timed, report):
         command.add_argument("--study", required=True, type=pathlib.Path)
-    for command in (run, report, published):
+    for command in (run, timed, report, published):
         command.add_argument("--results", type=pathlib.Path, default=pathlib.Path("docs/results"))
     return parser
 

@@ -14,6 +14,7 @@ from jtok_jax.errors import ConfigError
 from jtok_jax.study.results import Result, Table
 from jtok_jax.study.run import Places, Ranked, StageResults, finished
 from jtok_jax.study.spec import Study
+from jtok_jax.study.timing import step_times
 
 
 class Estimate(NamedTuple):
@@ -56,19 +57,19 @@ def write_report(study: Study, places: Places, name: str) -> str:
     stages = finished(study, places)
     baseline = stages[-1][study.baseline][0].results
     best = {arm: ranked[0] for arm, ranked in stages[-1].items()}
-    curves = Table(places.results).curves()
-    draw_curves(best, curves, places.results / f"{name}-curves.svg")
-    draw_cost(stages[-1], baseline, places.results / f"{name}-cost.svg")
-    trials = _trials(stages)
+    curves, trials = Table(places.results).curves(), _trials(stages)
+    seconds, how = _step_seconds(best, study.baseline, places.results / f"{name}-steps.csv")
+    draw_curves(best, curves, seconds, places.results / f"{name}-curves.svg")
+    draw_cost(best, seconds, study.baseline, places.results / f"{name}-cost.svg")
     parts = [
         f"# {study.question}",
         f"`python -m jtok_jax.study run --study=configs/studies/{name}.py`, then `report`. "
         + _circumstances([one for ranked in stages[-1].values() for one in ranked]),
-        final_table(stages[-1], baseline, trials),
+        final_table(stages[-1], baseline, trials, seconds),
         "Mean and 95% interval (Student's t) over seeds; differences are taken seed by seed. "
-        "eta: parameters of tables over those of the backbone. Trials: candidates of the arm that "
-        "were trained to choose from, this one included. Step: median seconds beside the "
-        "baseline's, as the runs happened to find the machine.",
+        "eta: parameters of tables over those of the backbone. Trials: candidates of the arm "
+        "that were trained to choose from, this one included. Step: seconds over the baseline's, "
+        f"{how}.",
         f"![loss against steps, FLOPs and seconds]({name}-curves.svg)",
         f"![loss against parameters and seconds]({name}-cost.svg)",
     ]
@@ -80,14 +81,16 @@ def write_report(study: Study, places: Places, name: str) -> str:
     return text
 
 
-def final_table(stage: StageResults, baseline: list[Result], trials: dict[str, int]) -> str:
-    """Markdown, the best candidate of each arm first, arms by loss."""
+def final_table(
+    stage: StageResults, baseline: list[Result], trials: dict[str, int], seconds: dict[str, float]
+) -> str:
+    """Markdown, a line a candidate, by loss."""
+    (base_step,) = {seconds[result.arm] for result in baseline}
     lines = [
         "| arm | chosen | seeds | val loss, nats/token | against the baseline | bits/byte "
         "| backbone | tables | eta | FLOPs | step | trials |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    base_step = np.median([result.step_seconds for result in baseline])
     for arm, one in _by_loss(stage):
         first = one.results[0]
         lines.append(
@@ -97,8 +100,7 @@ def final_table(stage: StageResults, baseline: list[Result], trials: dict[str, i
             f"| {estimate([r.val_bpb for r in one.results])} | {_millions(first.backbone)} "
             f"| {_millions(first.tables)} | {first.tables / first.backbone:.2f} "
             f"| {first.train_flops:.2e} "
-            f"| {np.median([r.step_seconds for r in one.results]) / base_step:.2f} "
-            f"| {trials[arm]} |"
+            f"| {seconds[arm] / base_step:.2f} | {trials[arm]} |"
         )
     return "\n".join(lines)
 
@@ -113,7 +115,9 @@ def stage_table(stage: StageResults) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(best: dict[str, Ranked], curves: dict[str, list], path: pathlib.Path) -> None:
+def draw_curves(
+    best: dict[str, Ranked], curves: dict[str, list], seconds: dict[str, float], path: pathlib.Path
+) -> None:
     """Training losses, mean over seeds, of the best candidate of each arm."""
     figure, axes = _pyplot().subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
     lowest = math.inf
@@ -124,8 +128,7 @@ def draw_curves(best: dict[str, Ranked], curves: dict[str, list], path: pathlib.
         steps = np.array([step for step, _ in of_seeds[0]])
         losses = np.mean([[loss for _, loss in curve] for curve in of_seeds], axis=0)
         first, lowest = one.results[0], min(lowest, losses.min())
-        seconds = np.median([result.step_seconds for result in one.results])
-        scales = 1, first.train_flops / first.steps, seconds
+        scales = 1, first.train_flops / first.steps, seconds[arm]
         for axis, scale in zip(axes, scales, strict=True):
             axis.plot(steps * scale, losses, label=f"{arm} {one.loss:.3f}")
     for axis, label in zip(axes, ("steps", "training FLOPs", "seconds of steps"), strict=True):
@@ -139,18 +142,17 @@ def draw_curves(best: dict[str, Ranked], curves: dict[str, list], path: pathlib.
     figure.savefig(path)
 
 
-def draw_cost(stage: StageResults, baseline: list[Result], path: pathlib.Path) -> None:
+def draw_cost(
+    best: dict[str, Ranked], seconds: dict[str, float], baseline: str, path: pathlib.Path
+) -> None:
     """Validation loss against parameters and against the time of a step."""
     figure, axes = _pyplot().subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    base_step = np.median([result.step_seconds for result in baseline])
-    for arm, ranked in stage.items():
-        one = ranked[0]
+    for arm, one in best.items():
         losses = estimate([result.val_loss for result in one.results])
         if not math.isfinite(losses.mean):
             continue
         first = one.results[0]
-        step = np.median([result.step_seconds for result in one.results]) / base_step
-        places = (first.backbone + first.tables) / 1e6, step
+        places = (first.backbone + first.tables) / 1e6, seconds[arm] / seconds[baseline]
         half = 0 if math.isnan(losses.half) else losses.half
         for axis, place in zip(axes, places, strict=True):
             axis.errorbar(place, losses.mean, yerr=half, fmt="o", capsize=3)
@@ -164,6 +166,22 @@ def draw_cost(stage: StageResults, baseline: list[Result], path: pathlib.Path) -
         axis.grid(alpha=0.3)
         axis.margins(x=0.15)
     figure.savefig(path)
+
+
+def _step_seconds(
+    best: dict[str, Ranked], baseline: str, path: pathlib.Path
+) -> tuple[dict[str, float], str]:
+    """Seconds of a step of every arm, and how they were measured."""
+    of_runs = {
+        arm: float(np.median([result.step_seconds for result in one.results]))
+        for arm, one in best.items()
+    }
+    times = step_times(path)
+    if not times.keys() >= best.keys():
+        return of_runs, "as the runs happened to find the machine"
+    measured = {arm: times[arm].ratio * times[baseline].milliseconds / 1000 for arm in best}
+    first = times[baseline]
+    return measured, f"paired over {first.rounds} rounds ({first.device}, {first.commit})"
 
 
 def _by_loss(stage: StageResults) -> list[tuple[str, Ranked]]:

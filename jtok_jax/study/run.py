@@ -220,7 +220,7 @@ def _train(cell: Cell, config: Config, places: Places, bar: tqdm, *, data: str):
         raise StudyError(f"exit code {code}, see {console}: {last[:500]}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     device = _DEVICES.findall(console.read_text())[-1]  # this process leaves devices alone
-    return measured(cell, config, records, device=device, data=data, commit=_commit(places.root))
+    return measured(cell, config, records, device=device, data=data, commit=commit(places.root))
 
 
 def _show(bar: tqdm, metrics: pathlib.Path) -> None:
@@ -263,7 +263,7 @@ def _passing_on(process: subprocess.Popen) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _commit(root: pathlib.Path) -> str:
+def commit(root: pathlib.Path) -> str:
     """Of the code: the commit, "+" where files differ from it, or the version."""
     git = lambda *words: subprocess.run(
         ["git", *words], cwd=root, capture_output=True, text=True, check=True

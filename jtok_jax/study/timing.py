@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""How long a step of each arm takes, paired: every round runs one step of every arm."""
+
+import csv
+import dataclasses
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jtok_jax.config import Config
+from jtok_jax.data.loader import make_batch, open_source
+from jtok_jax.mesh import make_mesh, put_batch
+from jtok_jax.model.exchange import compiler_options
+from jtok_jax.study.run import Places, commit
+from jtok_jax.study.spec import Study, cells, expand, resolve, start
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import init_state, state_shardings
+from jtok_jax.training.step import make_train_step
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step over those of the baseline's in the same round."""
+
+    arm: str
+    ratio: float  # median of rounds
+    low: float  # 10th percentile
+    high: float  # 90th
+    milliseconds: float  # median
+    rounds: int
+    device: str
+    commit: str
+
+
+def step_times(path: pathlib.Path) -> dict[str, StepTime]:
+    """What `time_arms` wrote, by arm; empty if it did not run."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        kinds = StepTime.__annotations__.values()
+        lines = list(csv.reader(file))[1:]
+    times = [StepTime(*[k(v) for k, v in zip(kinds, line, strict=True)]) for line in lines]
+    return {one.arm: one for one in times}
+
+
+def time_arms(study: Study, places: Places, name: str, *, rounds: int) -> str:
+    """Time the arms of a study as they are in its first stage; RESULTS/NAME-steps.csv and Markdown.
+
+    All are compiled and held at once; the order of a round rotates.
+    """
+    first = expand(start(study), dataclasses.replace(study.stages[0], keep=0))
+    configs = {}
+    for cell in cells(study, study.stages[0], first):
+        configs.setdefault(cell.candidate.arm.name, resolve(cell, places.root, data=places.data))
+    arms = {arm: _Timed(config) for arm, config in configs.items()}
+    for number in tqdm(range(rounds), unit="round", desc="time"):
+        order = list(arms.values())
+        for arm in order[number % len(order) :] + order[: number % len(order)]:
+            arm.step()
+    seconds = {arm: np.array(timed.seconds[1:]) for arm, timed in arms.items()}
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    times = []
+    for arm, of_arm in seconds.items():
+        ratios = of_arm / seconds[study.baseline]
+        middle = float(np.median(ratios)), *map(float, np.percentile(ratios, (10, 90)))
+        about = 1000 * float(np.median(of_arm)), len(ratios), device, commit(places.root)
+        times.append(StepTime(arm, *middle, *about))
+    path = places.results / f"{name}-steps.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        text = lambda value: f"{value:.4g}" if isinstance(value, float) else value
+        writer.writerows([StepTime._fields, *[[text(value) for value in one] for one in times]])
+    return _markdown(times, study.baseline)
+
+
+class _Timed:
+    """A compiled step, its state and a batch; the first step is not counted."""
+
+    def __init__(self, config: Config):
+        mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
+        ids = make_batch(open_source(config).sequences(1))
+        self._batch = [put_batch(mesh, array) for array in ids]
+        self._state = init_state(config, optimizer, mesh)
+        run = jax.jit(
+            make_train_step(config, optimizer, mesh),
+            donate_argnums=0,
+            out_shardings=(state_shardings(config, optimizer, mesh), None),
+            compiler_options=compiler_options(mesh, jax.default_backend()),
+        )
+        self._run = run.lower(self._state, *self._batch).compile()
+        self.seconds: list[float] = []
+        self.step()
+
+    def step(self) -> None:
+        began = time.perf_counter()
+        self._state, _ = jax.block_until_ready(self._run(self._state, *self._batch))
+        self.seconds.append(time.perf_counter() - began)
+
+
+def _markdown(times: list[StepTime], baseline: str) -> str:
+    lines = [
+        f"| arm | step over {baseline}'s | 10th to 90th percentile | ms |",
+        "|---|---|---|---|",
+    ]
+    for one in times:
+        span = f"{one.low:.3f} to {one.high:.3f}"
+        lines.append(f"| {one.arm} | {one.ratio:.3f} | {span} | {one.milliseconds:.1f} |")
+    return "\n".join(lines)
