@@ -23,6 +23,16 @@ def from_config_dict(values: ml_collections.ConfigDict | dict) -> Config:
     return _build(Config, plain, "")
 
 
+def completed(saved: dict, default: dict | None = None) -> dict:
+    """What an earlier version saved, with the fields added since at their defaults.
+
+    A new field therefore starts at a value that changes nothing.
+    """
+    default = to_dict(Config()) if default is None else default
+    groups = {k: completed(saved.get(k, {}), v) for k, v in default.items() if isinstance(v, dict)}
+    return default | saved | groups
+
+
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
     """{'train.steps': 10, ...} of nested dicts."""
     flat = {}

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 import pytest
+from conftest import ROOT
 from small import DENSE, JTOK_M, MOE, one_device, training
 
 from jtok_jax.config import (
@@ -18,10 +19,11 @@ from jtok_jax.config import (
     TrainConfig,
     base_config,
 )
-from jtok_jax.config_dict import flatten, from_config_dict, to_dict
+from jtok_jax.config_dict import completed, flatten, from_config_dict, to_dict
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.jtok import operations
+from jtok_jax.training.checkpoint import require_same_config
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import _builder
 from jtok_jax.training.step import make_train_step
@@ -79,6 +81,21 @@ def test_missing_key_is_refused():
     del values["train"]["seed"]
     with pytest.raises(ConfigError, match=r"Missing key 'train.seed'"):
         from_config_dict(values)
+
+
+def test_what_an_earlier_version_saved_gets_later_fields_at_their_defaults():
+    saved = to_dict(changed(Config(), {"train.steps": 7, "model.jtok.top_k": 3}))
+    later = to_dict(Config())["train"]["seed"]
+    del saved["model"]["arms"], saved["train"]["seed"]
+    found = completed(saved)
+    assert from_config_dict(found) == changed(Config(), {"train.steps": 7, "model.jtok.top_k": 3})
+    assert found["train"]["seed"] == later
+    require_same_config(saved, from_config_dict(found), ROOT)
+    with pytest.raises(ConfigError, match="model.arms.names: '' in the run, 'bigram' now"):
+        require_same_config(saved, changed(Config(), {"model.arms.names": "bigram"}), ROOT)
+    saved["model"]["gone"] = 1
+    with pytest.raises(ConfigError, match=r"Unknown key 'model.gone'"):
+        from_config_dict(completed(saved))
 
 
 # Small runs whose programs are compared, and for each the fields changed on top of it.

@@ -5,6 +5,7 @@
 run      --study=configs/studies/X.py --data=FOLDER    train what is not in the table yet
 report   --study=configs/studies/X.py                  means, intervals, plots
 time     --study=configs/studies/X.py --data=FOLDER    steps of all arms, paired; on a quiet machine
+anatomy  --workdir=DIR --output=FOLDER                 what the tables of a run look like
 published                                              what the paper's two scaling lines imply
 """
 
@@ -12,6 +13,7 @@ import argparse
 import pathlib
 
 from jtok_jax.errors import exit_on_error
+from jtok_jax.study.anatomy import anatomy
 from jtok_jax.study.report import write_report
 from jtok_jax.study.run import Places, run_study
 from jtok_jax.study.scaling import published_table
@@ -45,6 +47,10 @@ def _time(options: argparse.Namespace) -> None:
     print(time_arms(study, places, name, rounds=options.rounds))
 
 
+def _anatomy(options: argparse.Namespace) -> None:
+    print(anatomy(options.workdir, options.output, removed=options.removed))
+
+
 def _published(options: argparse.Namespace) -> None:
     text = f"# The published scaling lines, refitted\n\n{published_table()}\n"
     (options.results / "published-lines.md").write_text(text)
@@ -68,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     published = commands.add_parser("published", help="what the paper's two scaling lines imply")
     published.set_defaults(run=_published)
+    looked = commands.add_parser("anatomy", help="what the trained tables of a run look like")
+    looked.add_argument("--workdir", required=True, type=pathlib.Path, help="of train.py")
+    looked.add_argument("--output", required=True, type=pathlib.Path, help="folder to write")
+    looked.add_argument("--removed", type=int, default=40, help="frequent tokens to try without")
+    looked.set_defaults(run=_anatomy)
     for command in (run, timed):
         command.add_argument("--data", default="", help="prepared corpus; default: the study's")
     for command in (run, timed, report):

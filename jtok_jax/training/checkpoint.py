@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
 from jtok_jax.config import Config
-from jtok_jax.config_dict import flatten, from_config_dict, to_dict
+from jtok_jax.config_dict import completed, flatten, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.params import to_logical, to_stored
@@ -174,7 +174,7 @@ def load_params(workdir: pathlib.Path) -> Saved:
             )
         step = checkpointer.latest.step
         found = _metadata(checkpointer, step, folder)
-        config = _anywhere(from_config_dict(found.custom_metadata["config"]))
+        config = _anywhere(from_config_dict(completed(found.custom_metadata["config"])))
         prefix = "params/"
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
@@ -238,7 +238,7 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
 def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> None:
     """Raise ConfigError with a diff if `saved` would give other numbers than `config`."""
-    old, new = flatten(saved), flatten(to_dict(config))
+    old, new = flatten(completed(saved)), flatten(to_dict(config))
     old["schedule.steps"] = old.get("schedule.steps") or old["train.steps"]
     new["schedule.steps"] = config.schedule_steps
     lines = [

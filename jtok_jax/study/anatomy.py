@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What the token tables of a finished run look like: as JSON, as Markdown, as a picture.
+
+Tables are [G, M, V, D] here, with M = 1 for JTok, without the rows of padding. A row counts as
+moved if its id was read and training took it further than `MOVED` from its initial value; other
+rows still hold noise, which would pass for rank, and for directions that differ.
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtok_jax.config import Config, ModelConfig
+from jtok_jax.data.loader import EvalBatch, Source, open_source
+from jtok_jax.data.tokenizer import FILE_NAME, load_tokenizer
+from jtok_jax.errors import ConfigError, DataError
+from jtok_jax.model.loss import cross_entropy
+from jtok_jax.model.params import Params, bind, init_params, to_logical
+from jtok_jax.training.checkpoint import Saved, load_params
+
+COUNTED = 4_000_000  # training tokens whose ids are counted at most, from the first batch on
+ROUTER_BATCHES, REMOVAL_BATCHES = 16, 4  # of evaluation.batch_size sequences, from the first on
+MOVED = 1e-3  # of the initial norm; rounding of the initial draw stays far below
+DECILES = ("never", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10")  # 10: the most frequent
+
+# Tables of the report; anatomy.json has their columns by the same names.
+SECTIONS = {
+    "rows": "Medians over tables and ids of a decile, 10 the most read. Norm: L2. Movement: the "
+    f"distance from the initial row over its norm. Moved: share of rows with more than {MOVED}.",
+    "tables": "Spearman: rank correlation with how often an id was read. Then of each table's "
+    "moved rows less their mean: effective rank (exp of the entropy of squared singular values), "
+    "share of the ten largest in their sum; and the share of that mean in the squared length.",
+    "cosines": "Of an id's moved rows, between the tables of a layer (JTok-M) or two layers "
+    "(JTok): mean over pairs, then over all tokens read, and over the ids of each decile.",
+    "layers": "Scale s, percentiles of its size; the router's entropy over log M, use of tables.",
+    "removal": "Of the most frequent tokens, those that cost most with their rows zero everywhere.",
+}
+
+
+def anatomy(
+    workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40, plot: bool = True
+) -> str:
+    """Markdown about the newest checkpoint of `workdir`; `output` gets it with JSON and SVG.
+
+    removed: so many of the most frequent tokens are taken out of the tables, one at a time.
+
+    Raises:
+        ConfigError: the model has no tables, or matplotlib is missing.
+        DataError: the data is not what the run was trained on.
+    """
+    saved = load_params(workdir)
+    if saved.config.model.tables_shape is None:
+        raise ConfigError(f"{workdir} has no token tables: its model.jtok.kind is none.")
+    if plot:
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ConfigError("The picture needs matplotlib; pip install -e '.[plot]'.") from error
+    source = open_source(saved.config)
+    if source.fingerprint != saved.data:
+        raise DataError(
+            f"data.path {saved.config.data.path!r} holds other data than {workdir} was trained on: "
+            "frequencies would be wrong. Restore its shards and tokenizer."
+        )
+    found = json.dumps(measure(saved, source, removed=removed), default=lambda x: x.tolist())
+    found = json.loads(found, parse_constant=lambda _: None)  # NaN: there was nothing to measure
+    text = as_markdown(found)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "anatomy.json").write_text(json.dumps(found, allow_nan=False) + "\n")
+    (output / "anatomy.md").write_text(text)
+    if plot:
+        figure = Figure(figsize=(13, 8), layout="constrained")
+        draw(found, figure)
+        figure.savefig(output / "anatomy.svg")
+    return text
+
+
+def deciles(count_V: np.ndarray) -> np.ndarray:
+    """[V], from 1 (the rarest tenth of the ids that occur) to 10; 0 for ids that never occur."""
+    order = np.argsort(count_V, kind="stable")[np.sum(count_V == 0) :]
+    decile_V = np.zeros(len(count_V), int)
+    decile_V[order] = 1 + 10 * np.arange(len(order)) // max(1, len(order))
+    return decile_V
+
+
+def by_decile(reduce: Callable, values: np.ndarray, decile_V: np.ndarray) -> list[float]:
+    """[11], `reduce` of `values` [..., V] over the ids of each decile; NaN where there are none."""
+    parts = [values[..., decile_V == decile] for decile in range(11)]
+    return [float(reduce(part)) if part.size else np.nan for part in parts]
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Correlation of the ranks of two vectors, equal values sharing a rank; NaN for a constant."""
+    ranks = []
+    for values in (x, y):
+        distinct, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        if len(distinct) < 2:
+            return np.nan
+        ranks.append((np.cumsum(count) - count / 2)[place])
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def movement(tables: np.ndarray, initial: np.ndarray) -> np.ndarray:
+    """L2 distance of rows [..., D] from the initial ones, in norms of those (or 1 for zeros)."""
+    norm = np.linalg.norm(initial, axis=-1)
+    return np.linalg.norm(tables - initial, axis=-1) / np.where(norm > 0, norm, 1)
+
+
+def spectrum(rows_RD: np.ndarray) -> dict[str, float | np.ndarray]:
+    """Of rows less their mean, see SECTIONS; NaN for ratios where no two rows differ."""
+    count, rows_RD = len(rows_RD), rows_RD.astype(np.float64)
+    mean_D = rows_RD.sum(axis=0) / max(count, 1)
+    centred_RD = rows_RD - mean_D
+    square_D = np.maximum(np.linalg.eigvalsh(centred_RD.T @ centred_RD)[::-1], 0)
+    share_D = square_D / (square_D.sum() or np.nan)
+    entropy = -np.sum(share_D * np.log(np.where(share_D > 0, share_D, 1)))
+    return {
+        "moved_rows": count,
+        "effective_rank": np.exp(entropy),
+        "top_10": share_D[:10].sum(),
+        "mean_row": count * np.sum(mean_D**2) / (np.sum(rows_RD**2) or np.nan),
+        "singular_values": np.sqrt(square_D),
+    }
+
+
+def mean_cosine(rows_SVD: np.ndarray, counted_SV: np.ndarray) -> np.ndarray:
+    """[V], cosine of an id's rows in S tables, mean over pairs of rows counted; NaN without one."""
+    norm = np.linalg.norm(rows_SVD, axis=-1, keepdims=True)
+    unit_SVD = rows_SVD / np.where(norm > 0, norm, 1) * counted_SV[..., None]
+    together_V = np.square(unit_SVD.sum(axis=0)).sum(axis=-1)  # every pair twice, and each alone
+    twice_V = together_V - np.square(unit_SVD).sum(axis=(0, -1))
+    num_V = counted_SV.sum(axis=0)
+    return np.where(num_V > 1, twice_V / np.maximum(num_V * (num_V - 1), 1), np.nan)
+
+
+def cosine_means(cosine_V: np.ndarray, count_V: np.ndarray) -> tuple[float, list[float]]:
+    """Over the ids that have a cosine: weighted by their counts; and [10], of each decile."""
+    has_V = ~np.isnan(cosine_V) & (count_V > 0)
+    weighted = np.average(cosine_V[has_V], weights=count_V[has_V]) if has_V.any() else np.nan
+    return weighted, by_decile(np.mean, cosine_V[has_V], deciles(count_V)[has_V])[1:]
+
+
+def measure(saved: Saved, source: Source, *, removed: int) -> dict:
+    """All figures: shares of 1, losses in nats, norms L2."""
+    config, model, jtok = saved.config, saved.config.model, saved.config.model.jtok
+    start = jax.jit(lambda key: init_params(model, key)["tables"])
+    initial_GMVD = _logical(model, start(jax.random.key(config.train.seed)))
+    tables_GMVD = _logical(model, saved.params["tables"])
+    step_tokens = config.train.batch_size * config.train.seq_len
+    steps = min(saved.step, -(-COUNTED // step_tokens))
+    inputs = (source.sequences(step)[:, :-1].ravel() for step in range(1, steps + 1))
+    count_V = sum(np.bincount(ids, minlength=model.vocab_size) for ids in inputs)
+    layers = list(jtok.table_layers(model.num_layers))
+    stack = list(map(str, layers)) if jtok.sharing == "per_layer" else ["shared"]
+    size_LD = np.abs(saved.params["blocks/jtok/scale"])[layers]
+    return {
+        "step": saved.step,
+        "model": f"{jtok.kind}, tables {list(model.tables_shape)} in layers {layers} of "
+        f"{model.num_layers} ({jtok.sharing}), norm {jtok.norm}",
+        "tokens_read": saved.step * step_tokens,
+        "tokens_counted": steps * step_tokens,
+        **_of_tables(stack, tables_GMVD, initial_GMVD, count_V),
+        "layers": {
+            "layer": layers,
+            "scale_rms": np.sqrt(np.mean(size_LD**2, axis=1)),
+            "scale_10_50_90_percent": np.percentile(size_LD, (10, 50, 90), axis=1).T,
+            **_router(model, saved.params, source),
+        },
+        **_removal(config, saved.params, source, removed),
+    }
+
+
+def _logical(model: ModelConfig, tables: jax.Array) -> np.ndarray:
+    tables = np.asarray(to_logical({"tables": tables})["tables"], np.float32)
+    return tables.reshape(len(tables), -1, *tables.shape[-2:])[:, :, : model.vocab_size]
+
+
+def _of_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V) -> dict:
+    decile_V, seen_V, pairs = deciles(count_V), count_V > 0, stack
+    norm_GMV, far_GMV = np.linalg.norm(tables_GMVD, axis=-1), movement(tables_GMVD, initial_GMVD)
+    moved_GMV = (far_GMV > MOVED) & seen_V
+    against = lambda x_GMV: [spearman(count_V[seen_V], x_V[seen_V]) for x_V in x_GMV.mean(axis=1)]
+    spectra = [
+        [spectrum(rows_VD[use_V]) for rows_VD, use_V in zip(rows_MVD, use_MV, strict=True)]
+        for rows_MVD, use_MV in zip(tables_GMVD, moved_GMV, strict=True)
+    ]
+    names = "moved_rows", "effective_rank", "top_10", "mean_row", "singular_values"
+    columns = {name: [[x[name] for x in layer] for layer in spectra] for name in names}
+    if tables_GMVD.shape[1] == 1:  # JTok: the tables of neighbouring layers take the place of M
+        pairs = list(map(", ".join, itertools.pairwise(stack)))
+        both = tables_GMVD, moved_GMV
+        tables_GMVD, moved_GMV = (np.concatenate([x[:-1], x[1:]], axis=1) for x in both)
+    cosines = [cosine_means(x_V, count_V) for x_V in map(mean_cosine, tables_GMVD, moved_GMV)]
+    return {
+        "initial_norm": np.median(np.linalg.norm(initial_GMVD, axis=-1)),
+        "singular_values": columns.pop("singular_values"),
+        "movement_by_decile": [by_decile(np.median, x_MV, decile_V) for x_MV in far_GMV],
+        "rows": {
+            "decile": DECILES,
+            "ids": np.bincount(decile_V, minlength=11),
+            "least_read": by_decile(np.min, count_V, decile_V),
+            "most_read": by_decile(np.max, count_V, decile_V),
+            "norm": by_decile(np.median, norm_GMV, decile_V),
+            "movement": by_decile(np.median, far_GMV, decile_V),
+            "moved": by_decile(np.mean, moved_GMV, decile_V),
+        },
+        "tables": {
+            "layer": stack,
+            "spearman_movement": against(far_GMV),
+            "spearman_norm": against(norm_GMV),
+            **columns,
+        },
+        "cosines": {
+            "layer": pairs,
+            "all_tokens": [mean for mean, _ in cosines],
+            "decile_1_to_10": [of_decile for _, of_decile in cosines],
+        },
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(model: ModelConfig, backbone: Params, tables: jax.Array, batch: EvalBatch):
+    """(loss sums, health) of a batch; one program whatever rows of the tables are zero."""
+    bound = bind(model, backbone | {"tables": tables})
+    output = bound(batch.ids_BT)
+    arrays = output.hidden_BTD, bound.head_DV, batch.targets_BT, batch.weights_BT
+    sums = cross_entropy(*arrays, vocab_size=model.vocab_size, chunk=model.loss_chunk)
+    return sums, output.health
+
+
+def _router(model: ModelConfig, params: Params, source: Source) -> dict:
+    """Means over some tokens of each batch."""
+    if model.jtok.kind == "jtok":
+        return {}
+    batches = itertools.islice(source.valid_batches(), ROUTER_BATCHES)
+    health = [jax.device_get(_forward(model, params, params["tables"], b)[1]) for b in batches]
+    layers, most = list(model.jtok.table_layers(model.num_layers)), np.log(model.jtok.num_tables)
+    mean = lambda name: np.mean([one[name][layers] for one in health], axis=0)
+    return {"router_entropy": mean("router_entropy") / (most or np.nan), "use": mean("router_load")}
+
+
+def _removal(config: Config, params: Params, source: Source, removed: int) -> dict:
+    model, tables, show = config.model, params["tables"], str
+    if config.data.source == "prepared":
+        tokenizer = load_tokenizer(pathlib.Path(config.data.path) / FILE_NAME)
+        show = lambda token: repr(tokenizer.decode([token], skip_special_tokens=False))
+    batches = list(itertools.islice(source.valid_batches(), REMOVAL_BATCHES))
+    ids = np.concatenate([batch.ids_BT[batch.weights_BT > 0] for batch in batches])
+    nats = lambda tables: sum(float(_forward(model, params, tables, b)[0].nats) for b in batches)
+    without = jax.jit(lambda tables, token: tables.at[..., token, :].set(0))
+    count_V, base = np.bincount(ids, minlength=model.vocab_size), nats(tables)
+    chosen = [int(i) for i in np.argsort(-count_V, kind="stable")[:removed] if count_V[i]]
+    more = {token: nats(without(tables, token)) - base for token in chosen}
+    chosen.sort(key=more.get, reverse=True)
+    return {
+        "validation_tokens": len(ids),
+        "validation_loss": base / len(ids),
+        "loss_without_rows": nats(jnp.zeros_like(tables)) / len(ids),
+        "removed_ids": chosen,
+        "removal": {
+            "token": list(map(show, chosen)),
+            "occurrences": count_V[chosen],
+            "nats_an_occurrence": [more[i] / count_V[i] for i in chosen],
+            "nats_per_1000_tokens": [1000 * more[i] / len(ids) for i in chosen],
+        },
+    }
+
+
+def as_markdown(found: dict) -> str:
+    """The figures of anatomy.json as short tables."""
+    parts = [
+        f"`python -m jtok_jax.study anatomy --workdir=...`\n\nStep {found['step']:,}: "
+        f"{found['model']}. Ids counted in {found['tokens_counted']:,} of {found['tokens_read']:,} "
+        f"tokens read; norm at the start {found['initial_norm']:.3f}. Loss of the first "
+        f"{found['validation_tokens']:,} validation tokens {found['validation_loss']:.4f} "
+        f"nats/token, {found['loss_without_rows']:.4f} with all rows zero.\n"
+    ]
+    for name, text in SECTIONS.items():
+        columns = found[name]
+        lines = [[column.replace("_", " ") for column in columns], ["---"] * len(columns)]
+        lines += list(zip(*columns.values(), strict=True))[: 10 if name == "removal" else None]
+        table = "".join(f"| {' | '.join(map(_show, line))} |\n" for line in lines)
+        parts.append(f"## {name.capitalize()}\n\n{text}\n\n{table}")
+    return "\n".join(parts)
+
+
+def _show(value: str | float | list | None) -> str:
+    """For a cell; text in quotes becomes code, whatever it holds."""
+    if isinstance(value, list):
+        return " ".join(map(_show, value))
+    if value is None or isinstance(value, str):
+        fence = "`" * (1 + value.count("`")) if value and value[0] in "'\"" else ""
+        return f"{fence}{value or '-'}{fence}".replace("|", "\\|")
+    return f"{value:,.{3 if abs(value) < 10 else 1}f}" if value % 1 else f"{value:,.0f}"
+
+
+def draw(found: dict, figure) -> None:
+    """Four panels of a matplotlib Figure from the figures of anatomy.json."""
+    (moves, variance), (cosines, removal) = figure.subplots(2, 2)
+    floats = functools.partial(np.array, dtype=float)  # None becomes NaN
+    names, cosine = found["tables"]["layer"], found["cosines"]
+    for g, name in enumerate(names):
+        blend = g / max(1, len(names) - 1)
+        colour = 0.1 + 0.8 * blend, 0.35, 0.8 - 0.7 * blend
+        label = f"layer {name}" if g % -(-len(names) // 8) == 0 else None
+        moves.plot(DECILES, floats(found["movement_by_decile"][g]), color=colour, label=label)
+        square_D = np.square(found["singular_values"][g]).sum(axis=0)
+        variance.semilogy(1 + np.arange(len(square_D)), square_D, color=colour)
+    curves = {f"decile {n}": [x[n - 1] for x in cosine["decile_1_to_10"]] for n in (10, 5, 1)}
+    for name, values in ({"all tokens": cosine["all_tokens"]} | curves).items():
+        cosines.plot(cosine["layer"], floats(values), "o-", label=name)
+    costs = found["removal"]["nats_per_1000_tokens"][:10]
+    plain = lambda text: text.encode("ascii", "backslashreplace").decode().replace("$", r"\$")
+    removal.barh(range(len(costs)), costs, color="#33608c")
+    removal.set_yticks(range(len(costs)), list(map(plain, found["removal"]["token"][:10])))
+    removal.invert_yaxis()
+    moves.set(title="Movement of rows", xlabel="decile of ids", ylabel="distance / initial norm")
+    variance.set(title="Squared singular values of moved rows", xlabel="direction")
+    cosines.set(title="Cosine of an id's moved rows", xlabel="layer", ylabel="mean cosine")
+    cosines.tick_params("x", rotation=90 if len(names) > 12 else 0)
+    removal.set(title="Rows of a token removed", xlabel="more nats per 1,000 tokens")
+    for panel in (moves, cosines):
+        panel.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
