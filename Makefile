@@ -49,7 +49,9 @@ test-latest:
 	$(LATEST)/bin/python -m pytest -n 2
 
 nightly: test-latest
-	NIGHTLY=1 $(LATEST)/bin/python -m pytest tests/nightly.py tests/test_layouts.py tests/test_hosts.py
+	NIGHTLY=1 $(LATEST)/bin/python -m pytest tests/nightly.py \
+		tests/test_layouts.py tests/test_hosts.py tests/test_packed.py tests/test_arms.py \
+		tests/test_study.py tests/test_anatomy.py tests/test_scaling.py
 
 clean:
 	rm -rf $(VENV) $(LATEST)

@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from pythons import oldest
 from small import KINDS, one_device
 from test_config import changed
 from test_data import run_config
@@ -21,6 +22,7 @@ from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.step import make_eval_step
 from train import train
 
+pytestmark = oldest
 RUNS = {
     "jtok in two layers": ("dense-jtok", {"layers": "0,2"}),
     "jtok_m": ("dense-jtok_m", {}),

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from pythons import oldest
 from small import DENSE, JTOK_M, gradients, random_ids, small_config, training
 
 from jtok_jax import flops
@@ -18,6 +19,7 @@ from jtok_jax.inference.generator import generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.model.params import bind, init_params
 
+pytestmark = oldest
 NAMES = [field.name for field in dataclasses.fields(ArmsConfig)][1:]
 SAME_AT_FIRST = ("adapter", "bigram", "deep_embed", "film", "mixture")
 BY_ID = ("bigram", "bigram_gate", "deep_embed", "low_rank", "token_gate", "value_embedding")

@@ -91,7 +91,7 @@ def test_what_an_earlier_version_saved_gets_later_fields_at_their_defaults():
     assert from_config_dict(found) == changed(Config(), {"train.steps": 7, "model.jtok.top_k": 3})
     assert found["train"]["seed"] == later
     require_same_config(saved, from_config_dict(found), ROOT)
-    with pytest.raises(ConfigError, match="model.arms.names: '' in the run, 'bigram' now"):
+    with pytest.raises(ConfigError, match=r"model.arms.names: '' in the run, 'bigram' now"):
         require_same_config(saved, changed(Config(), {"model.arms.names": "bigram"}), ROOT)
     saved["model"]["gone"] = 1
     with pytest.raises(ConfigError, match=r"Unknown key 'model.gone'"):

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from conftest import CACHE, ROOT
+from pythons import newest, oldest
 from small import prepare_small_corpus
 from test_resume import OVERRIDES, final_state, records, wait_for_step
 
@@ -25,10 +25,6 @@ RUN = OVERRIDES | {
     "evaluation.every": 30, "mesh.fsdp": 2, "mesh.table_columns": "data,fsdp",
     "train.heartbeat_seconds": HEARTBEAT, "train.start_seconds": 60,
 }  # fmt: skip
-# The time of two Pythons is shared.
-OLD, NIGHTLY = jax.version.__version_info__ < (0, 11), bool(os.environ.get("NIGHTLY"))
-newest = pytest.mark.skipif(OLD and not NIGHTLY, reason="runs on the newer Python, or NIGHTLY=1")
-oldest = pytest.mark.skipif(not (OLD or NIGHTLY), reason="runs on Python 3.11, or NIGHTLY=1")
 
 
 def environment(devices: int) -> dict[str, str]:

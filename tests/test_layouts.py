@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-import jax
+from pythons import NIGHTLY, OLD
 
 
 def on_eight_devices(which: str, *, optimize: bool) -> None:
@@ -33,7 +33,6 @@ def test_bits():
 def test_all_else():
     # Nearly all of the time goes into compiling what then runs for milliseconds.
     which = "not same_bits"
-    if jax.version.__version_info__ < (0, 11) and not os.environ.get("NIGHTLY"):
-        # The time of two Pythons is shared: JTok, experts and optimizers are for the newer one.
+    if OLD and not NIGHTLY:  # JTok, experts and optimizers are for the newer Python
         which = "jtok_m or alike or dropped or restores or room"
     on_eight_devices(which, optimize=False)

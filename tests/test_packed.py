@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jtok_kernels
 import numpy as np
 from jtok_kernels import Choice
+from pythons import oldest
 from small import KINDS
 
 import train as train_module
@@ -43,6 +44,7 @@ def losses(workdir) -> list[float]:
     return [json.loads(line)["loss"] for line in lines if '"loss"' in line]
 
 
+@oldest
 def test_packed_and_plain_runs_are_one_run(tmp_path, monkeypatch, capsys):
     """Same losses; checkpoints in logical shapes; either goes on where the other stopped."""
     plain, packed = tmp_path / "plain", tmp_path / "packed"

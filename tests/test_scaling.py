@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import pytest
+from pythons import oldest
 
 from jtok_jax.study import scaling
 from jtok_jax.study.scaling import PUBLISHED, Law
 
+pytestmark = oldest
 TEN = np.geomspace(1e7, 1e9, 10)
 THREE = np.array([[1e7, 1e8, 1e9], [3e9, 2e8, 1e9]]).repeat(2, axis=1)  # in 6 points
 LAWS = [Law(3e6, 5e8, 0.12, 0.13), Law(9e13, 5e13, 0.076, 0.095), Law(1e7, 1e9, 0.5, 0.2)]

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from pythons import oldest
 
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.study import Arm, Stage, Study
@@ -21,6 +22,7 @@ from jtok_jax.study.results import Result, Table, measured
 from jtok_jax.study.run import Places, StudyError, finished, run_study
 from jtok_jax.study.spec import cells, expand, going_on, identity, load_study, resolve, start
 
+pytestmark = oldest
 RATE = "optimizer.tables.learning_rate_multiplier"
 COMMON = {
     "model.vocab_size": 64, "model.model_dim": 16, "model.num_layers": 1, "model.num_heads": 2,
