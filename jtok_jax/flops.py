@@ -10,7 +10,7 @@ from jtok_jax.config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 VECTORS = ("norm", "scale", "bias")  # endings of names that no matmul uses and no decay touches
-TABLES = ("tables", "/table")  # endings of names of vectors by token: JTok's, and those of arms
+TABLES = ("tables", "table")  # endings of names of vectors by token: JTok's, and those of arms
 
 # Dense bfloat16 matmul FLOP/s of one chip, from the vendors' data sheets (without sparsity).
 PEAK_FLOPS = {

@@ -51,7 +51,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 INCREMENTS = {
     "adapter": lambda p, dm, x: dm + gelu(x @ p["down"]) @ p["up"],
-    "deep_embed": lambda p, dm, x: dm * p["table"][IDS],
+    "deep_embed": lambda p, dm, x: dm * (1 + p["table"][IDS]),
     "film": lambda p, dm, x: dm * (1 + x @ p["down"] @ p["gain"]) + x @ p["down"] @ p["shift"],
     "low_rank": lambda p, dm, x: dm * (1 + p["scale"] * rms(p["table"][IDS] @ p["out"])),
     "token_gate": lambda p, dm, x: dm * (1 + p["scale"] * rms(p["table"][IDS])),
@@ -136,7 +136,7 @@ def test_a_mixture_is_jtok_m():
 def test_ablations_of_a_mixture_are_those_of_their_formulas(changes):
     arm = dataclasses.replace(ArmsConfig().mixture, depth_scale=0.3, **changes)
     params, dm, x = drawn(arm, "layer_parameters"), normal(3, 5, 12), normal(3, 5, 12)[::-1]
-    logits = params["router"][IDS] if arm.router == "token" else None
+    logits = params["router_table"][IDS] if arm.router == "token" else None
     if arm.router == "hidden":
         logits = x @ params["router"]
     if arm.router == "random":

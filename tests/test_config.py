@@ -135,7 +135,7 @@ ON_TOP = {
     "model.jtok.gate_scale_init": (0.3, {"model.jtok.kind": "jtok"}),
     "optimizer.tables.stochastic_rounding": (False, {"model.jtok.table_dtype": "bfloat16"}),
     "schedule.decay_fraction": (0.5, {"schedule.kind": "wsd"}),
-    "model.arms.names": ("bigram", {}),
+    "model.arms.names": ("film", {}),
 }
 ARM_VALUES = {
     "width": 3, "rank": 3, "rows_per_id": 2, "norm": "l2", "eps": 1e-3, "scale_init": 0.5,
@@ -143,7 +143,10 @@ ARM_VALUES = {
     "depth_scale": 0.5, "router_init_std": 0.5,
 }  # fmt: skip
 ON_TOP |= {
-    f"model.arms.{arm}.{name}": (ARM_VALUES[name], {"model.arms.names": arm})
+    f"model.arms.{arm}.{name}": (
+        ARM_VALUES[name],
+        {"model.arms.names": arm, "optimizer.tables.kind": "adamw"},
+    )
     for arm, options in to_dict(Config())["model"]["arms"].items()
     if arm != "names"
     for name in options

@@ -19,8 +19,9 @@ from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.study import Arm, Stage, Study
 from jtok_jax.study.report import estimate, paired, write_report
 from jtok_jax.study.results import Result, Table, measured
-from jtok_jax.study.run import Places, StudyError, finished, run_study
+from jtok_jax.study.run import finished, run_study
 from jtok_jax.study.spec import cells, expand, going_on, identity, load_study, resolve, start
+from jtok_jax.study.trainer import Places, StudyError
 
 pytestmark = oldest
 RATE = "optimizer.tables.learning_rate_multiplier"
@@ -84,7 +85,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     assert after.count("\n") == 5
     assert "resumed at step" in second.with_name("console.txt").read_text()
     assert "100%" in done.stderr
-    text = write_report(load_study(file), Places(ROOT, runs, tmp_path), "killed")
+    text = write_report(load_study(str(file)), Places(ROOT, runs, tmp_path), "killed")
     assert text.count("600 steps") == 0
     assert "| dense |  | 2 |" in text
     for name in ("killed.md", "killed-curves.svg", "killed-cost.svg"):
@@ -207,11 +208,11 @@ def test_files_that_are_no_studies_are_refused(text, message, tmp_path):
     path = tmp_path / "study.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        load_study(path)
+        load_study(str(path))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.py")), ids=str)
 def test_every_study_of_the_repository_can_start(path):
-    study = load_study(path)
+    study = load_study(str(path))
     for cell in first_cells(study):
         assert resolve(cell, ROOT, data="folder").data.path == "folder"

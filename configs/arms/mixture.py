@@ -9,4 +9,5 @@ def get_config():
     config = base_config()
     config.model.jtok.kind = "none"
     config.model.arms.names = "mixture"
+    config.optimizer.tables.kind = "adamw"  # as the tables of all arms
     return config

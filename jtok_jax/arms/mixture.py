@@ -53,11 +53,11 @@ class Mixture:
             "table": Parameter("mvD", tables, std=self.init_std),
             "scale": Parameter("D", (sizes.dim,), start=self.scale_init),
         }
-        shapes = {"hidden": ("Dm", sizes.dim), "token": ("vm", sizes.vocab)}
-        if self.router in shapes:
-            axes, rows = shapes[self.router]
-            shape = rows, self.num_tables
-            parameters["router"] = Parameter(axes, shape, std=self.router_init_std)
+        std = self.router_init_std
+        if self.router == "hidden":
+            parameters["router"] = Parameter("Dm", (sizes.dim, self.num_tables), std=std)
+        if self.router == "token":
+            parameters["router_table"] = Parameter("vm", (sizes.vocab, self.num_tables), std=std)
         return parameters
 
     def increment(self, params: Params, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
@@ -73,7 +73,7 @@ class Mixture:
     def _logits(self, params: Params, seen: Seen) -> jax.Array:
         """float32 [B, T, n_e]."""
         if self.router == "token":
-            return params["router"][seen.ids_BT]
+            return params["router_table"][seen.ids_BT]
         if self.router == "random":  # a number in [0, 1) of every id and table
             places = jnp.arange(self.num_tables, dtype=jnp.uint32)
             words = mixed(seen.ids_BT[..., None].astype(jnp.uint32) + mixed(places))

@@ -4,7 +4,7 @@
 
 run      --study=configs/studies/X.py --data=FOLDER    train what is not in the table yet
 report   --study=configs/studies/X.py                  means, intervals, plots
-time     --study=configs/studies/X.py --data=FOLDER    steps of all arms, paired; on a quiet machine
+time     --study=configs/studies/X.py --data=FOLDER    steps of its last stage, in turn
 anatomy  --workdir=DIR --output=FOLDER                 what the tables of a run look like
 published                                              what the paper's two scaling lines imply
 """
@@ -15,10 +15,11 @@ import pathlib
 from jtok_jax.errors import exit_on_error
 from jtok_jax.study.anatomy import anatomy
 from jtok_jax.study.report import write_report
-from jtok_jax.study.run import Places, run_study
+from jtok_jax.study.run import run_study
 from jtok_jax.study.scaling import published_table
-from jtok_jax.study.spec import load_study
-from jtok_jax.study.timing import time_arms
+from jtok_jax.study.spec import load_study, study_name
+from jtok_jax.study.timing import time_candidates
+from jtok_jax.study.trainer import Places
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,13 +39,13 @@ def _run(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     places = Places(pathlib.Path.cwd(), pathlib.Path(), options.results)
-    print(write_report(load_study(options.study), places, options.study.stem))
+    print(write_report(load_study(options.study), places, options.study))
 
 
 def _time(options: argparse.Namespace) -> None:
     places = Places(pathlib.Path.cwd(), pathlib.Path(), options.results, options.data)
-    study, name = load_study(options.study), options.study.stem
-    print(time_arms(study, places, name, rounds=options.rounds))
+    study, name = load_study(options.study), study_name(options.study)
+    print(time_candidates(study, places, name, rounds=options.rounds))
 
 
 def _anatomy(options: argparse.Namespace) -> None:
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/studies"))
     run.add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
     run.set_defaults(run=_run)
-    timed = commands.add_parser("time", help="steps of all arms of a study, paired")
+    timed = commands.add_parser("time", help="steps of what the last stage trains, paired")
     timed.add_argument("--rounds", type=int, default=30)
     timed.set_defaults(run=_time)
     report = commands.add_parser("report", help="means, intervals and plots of a finished study")
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, timed):
         command.add_argument("--data", default="", help="prepared corpus; default: the study's")
     for command in (run, timed, report):
-        command.add_argument("--study", required=True, type=pathlib.Path)
+        command.add_argument("--study", required=True, help="FILE or FILE:ARGUMENT")
     for command in (run, timed, report, published):
         command.add_argument("--results", type=pathlib.Path, default=pathlib.Path("docs/results"))
     return parser

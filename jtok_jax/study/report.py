@@ -2,7 +2,6 @@
 # Copyright 2026 The jtok_jax authors
 """What a study found: means with intervals over seeds, differences seed by seed, plots."""
 
-import json
 import math
 import pathlib
 from typing import NamedTuple
@@ -12,9 +11,10 @@ from scipy import stats
 
 from jtok_jax.errors import ConfigError
 from jtok_jax.study.results import Result, Table
-from jtok_jax.study.run import Places, Ranked, StageResults, finished
-from jtok_jax.study.spec import Study
-from jtok_jax.study.timing import step_times
+from jtok_jax.study.run import Ranked, StageResults, finished
+from jtok_jax.study.spec import Study, study_name
+from jtok_jax.study.timing import StepTime, step_times
+from jtok_jax.study.trainer import Places
 
 
 class Estimate(NamedTuple):
@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
         return f"{self.mean:.4f}" + ("" if math.isnan(self.half) else f" +- {self.half:.4f}")
 
     def signed(self) -> str:
-        return f"{'+' if self.mean > 0 else ''}{self}"
+        return f"{'+' if 0 < self.mean < math.inf else ''}{self}"
 
 
 def estimate(values: list[float], *, level: float = 0.95) -> Estimate:
@@ -48,28 +48,29 @@ def paired(results: list[Result], baseline: list[Result]) -> Estimate:
     return estimate([result.val_loss - losses[result.seed] for result in common])
 
 
-def write_report(study: Study, places: Places, name: str) -> str:
-    """Markdown of a finished study; RESULTS/NAME.md and its plots.
+def write_report(study: Study, places: Places, file: str) -> str:
+    """Markdown of the study of `file`; RESULTS/NAME.md and its plots.
 
     Raises:
-        ConfigError: the study is not finished, or matplotlib is missing.
+        ConfigError: see `finished`; or matplotlib is missing.
     """
-    stages = finished(study, places)
+    name, (stages, lacking) = study_name(file), finished(study, places)
     baseline = stages[-1][study.baseline][0].results
-    best = {arm: ranked[0] for arm, ranked in stages[-1].items()}
+    best = {arm: ranked[0] for arm, ranked in stages[-1].items() if ranked}
     curves, trials = Table(places.results).curves(), _trials(stages)
-    seconds, how = _step_seconds(best, study.baseline, places.results / f"{name}-steps.csv")
+    every = [one for ranked in stages[-1].values() for one in ranked]
+    timed = step_times(places.results / f"{name}-steps.csv")
+    seconds, how = _step_seconds(every, best[study.baseline], timed)
     draw_curves(best, curves, seconds, places.results / f"{name}-curves.svg")
-    draw_cost(best, seconds, study.baseline, places.results / f"{name}-cost.svg")
+    draw_cost(best, seconds, best[study.baseline], places.results / f"{name}-cost.svg")
     parts = [
         f"# {study.question}",
-        f"`python -m jtok_jax.study run --study=configs/studies/{name}.py`, then `report`. "
-        + _circumstances([one for ranked in stages[-1].values() for one in ranked]),
+        f"`python -m jtok_jax.study run --study={file}`, then `report`. " + _circumstances(every),
         final_table(stages[-1], baseline, trials, seconds),
         "Mean and 95% interval (Student's t) over seeds; differences are taken seed by seed. "
         "eta: parameters of tables over those of the backbone. Trials: candidates of the arm "
         "that were trained to choose from, this one included. Step: seconds over the baseline's, "
-        f"{how}.",
+        f"{how}." + f" Failed or not yet run: {'; '.join(lacking)}." * bool(lacking),
         f"![loss against steps, FLOPs and seconds]({name}-curves.svg)",
         f"![loss against parameters and seconds]({name}-cost.svg)",
     ]
@@ -85,22 +86,22 @@ def final_table(
     stage: StageResults, baseline: list[Result], trials: dict[str, int], seconds: dict[str, float]
 ) -> str:
     """Markdown, a line a candidate, by loss."""
-    (base_step,) = {seconds[result.arm] for result in baseline}
     lines = [
         "| arm | chosen | seeds | val loss, nats/token | against the baseline | bits/byte "
         "| backbone | tables | eta | FLOPs | step | trials |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    (base,) = {seconds[one.candidate.name] for _, one in _by_loss(stage) if one.results == baseline}
     for arm, one in _by_loss(stage):
         first = one.results[0]
         lines.append(
-            f"| {arm} | {_chosen(first)} | {len(one.results)} "
+            f"| {arm} | {_chosen(one)} | {len(one.results)} "
             f"| {estimate([r.val_loss for r in one.results])} "
             f"| {paired(one.results, baseline).signed() if one.results != baseline else ''} "
             f"| {estimate([r.val_bpb for r in one.results])} | {_millions(first.backbone)} "
             f"| {_millions(first.tables)} | {first.tables / first.backbone:.2f} "
             f"| {first.train_flops:.2e} "
-            f"| {seconds[arm] / base_step:.2f} | {trials[arm]} |"
+            f"| {seconds[one.candidate.name] / base:.2f} | {trials[arm]} |"
         )
     return "\n".join(lines)
 
@@ -111,7 +112,7 @@ def stage_table(stage: StageResults) -> str:
     for arm, ranked in stage.items():
         for one in ranked:
             losses = estimate([result.val_loss for result in one.results])
-            lines.append(f"| {arm} | {_chosen(one.results[0])} | {losses} |")
+            lines.append(f"| {arm} | {_chosen(one)} | {losses} |")
     return "\n".join(lines)
 
 
@@ -128,7 +129,7 @@ def draw_curves(
         steps = np.array([step for step, _ in of_seeds[0]])
         losses = np.mean([[loss for _, loss in curve] for curve in of_seeds], axis=0)
         first, lowest = one.results[0], min(lowest, losses.min())
-        scales = 1, first.train_flops / first.steps, seconds[arm]
+        scales = 1, first.train_flops / first.steps, seconds[one.candidate.name]
         for axis, scale in zip(axes, scales, strict=True):
             axis.plot(steps * scale, losses, label=f"{arm} {one.loss:.3f}")
     for axis, label in zip(axes, ("steps", "training FLOPs", "seconds of steps"), strict=True):
@@ -143,7 +144,7 @@ def draw_curves(
 
 
 def draw_cost(
-    best: dict[str, Ranked], seconds: dict[str, float], baseline: str, path: pathlib.Path
+    best: dict[str, Ranked], seconds: dict[str, float], baseline: Ranked, path: pathlib.Path
 ) -> None:
     """Validation loss against parameters and against the time of a step."""
     figure, axes = _pyplot().subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
@@ -152,7 +153,8 @@ def draw_cost(
         if not math.isfinite(losses.mean):
             continue
         first = one.results[0]
-        places = (first.backbone + first.tables) / 1e6, seconds[arm] / seconds[baseline]
+        step = seconds[one.candidate.name] / seconds[baseline.candidate.name]
+        places = (first.backbone + first.tables) / 1e6, step
         half = 0 if math.isnan(losses.half) else losses.half
         for axis, place in zip(axes, places, strict=True):
             axis.errorbar(place, losses.mean, yerr=half, fmt="o", capsize=3)
@@ -169,19 +171,16 @@ def draw_cost(
 
 
 def _step_seconds(
-    best: dict[str, Ranked], baseline: str, path: pathlib.Path
+    every: list[Ranked], baseline: Ranked, times: dict[str, StepTime]
 ) -> tuple[dict[str, float], str]:
-    """Seconds of a step of every arm, and how they were measured."""
-    of_runs = {
-        arm: float(np.median([result.step_seconds for result in one.results]))
-        for arm, one in best.items()
-    }
-    times = step_times(path)
-    if not times.keys() >= best.keys():
-        return of_runs, "as the runs happened to find the machine"
-    measured = {arm: times[arm].ratio * times[baseline].milliseconds / 1000 for arm in best}
-    first = times[baseline]
-    return measured, f"paired over {first.rounds} rounds ({first.device}, {first.commit})"
+    """Seconds of a step of every candidate, and how they were measured."""
+    names = {one.candidate.name for one in every}
+    if not times.keys() >= names:
+        median = lambda one: float(np.median([result.step_seconds for result in one.results]))
+        return {o.candidate.name: median(o) for o in every}, "as the runs found the machine"
+    first = times[baseline.candidate.name]
+    seconds = {name: times[name].ratio * first.milliseconds / 1000 for name in names}
+    return seconds, f"paired over {first.rounds} rounds ({first.device}, {first.commit})"
 
 
 def _by_loss(stage: StageResults) -> list[tuple[str, Ranked]]:
@@ -190,12 +189,12 @@ def _by_loss(stage: StageResults) -> list[tuple[str, Ranked]]:
 
 
 def _trials(stages: list[StageResults]) -> dict[str, int]:
-    """Different candidates of every arm that were trained in stages before the last."""
-    tried: dict[str, set[str]] = {arm: set() for arm in stages[-1]}
-    for stage in stages[:-1]:
+    """Different candidates of every arm that were trained at all."""
+    tried: dict[str, set] = {arm: set() for arm in stages[-1]}
+    for stage in stages:
         for arm, ranked in stage.items():
-            tried[arm] |= {result.cell for one in ranked for result in one.results}
-    return {arm: max(len(cells), 1) for arm, cells in tried.items()}
+            tried[arm] |= {frozenset(one.candidate.chosen) for one in ranked}
+    return {arm: len(candidates) for arm, candidates in tried.items()}
 
 
 def _circumstances(ranked: list[Ranked]) -> str:
@@ -209,10 +208,10 @@ def _circumstances(ranked: list[Ranked]) -> str:
     )
 
 
-def _chosen(result: Result) -> str:
-    values = json.loads(result.chosen)
+def _chosen(one: Ranked) -> str:
     text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} {text(value)}" for key, value in values.items())
+    values = one.candidate.chosen
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {text(value)}" for key, value in values)
 
 
 def _millions(count: int) -> str:

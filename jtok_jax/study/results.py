@@ -5,15 +5,20 @@
 They belong into version control: a study goes on from a fresh clone where the table ends.
 """
 
+import contextlib
 import csv
+import fcntl
 import json
+import math
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError, DataError
-from jtok_jax.study.spec import Cell, identity
+from jtok_jax.study.spec import Cell, digest, identity
 
 CURVE_POINTS = 25
 
@@ -39,16 +44,26 @@ class Result(NamedTuple):
     device: str
     data: str  # fingerprint, shortened
     commit: str
+    config: str  # digest of all that decides the result
 
 
 class Table:
-    """Results by cell, on disk after every change."""
+    """Results by cell, on disk after every change; several studies may add at a time."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
-        self._results = {result.cell: result for result in _read(folder / "cells.csv")}
-        path = folder / "configs.json"
+        self._read()
+
+    def _read(self) -> None:
+        path = self._folder / "configs.json"
+        self._results = {result.cell: result for result in _read(self._folder / "cells.csv")}
         self._configs = json.loads(path.read_text()) if path.exists() else {"base": {}, "cells": {}}
+        unknown = self._results.keys() - self._configs["cells"].keys()
+        if unknown:
+            raise ConfigError(
+                f"{path} lacks the configuration of {', '.join(sorted(unknown)[:3])}, which are in "
+                "cells.csv; restore both files of one commit."
+            )
 
     def get(self, cell: Cell, config: Config, data: str | None = None) -> Result | None:
         """The finished run of `cell`, or None.
@@ -72,7 +87,8 @@ class Table:
             raise ConfigError(
                 f"{cell.name} ({cell.key}) is finished in {self._folder}, with another "
                 "configuration:\n" + "\n".join(lines) + "\nSet these fields in the arm or the "
-                "study as they were, or take its line out of cells.csv to run it again."
+                "study as they were; or, to run it again, take its line out of cells.csv and "
+                "delete its folder under --runs."
             )
         if data is not None and result.data != data:
             raise DataError(
@@ -83,6 +99,12 @@ class Table:
         return result
 
     def add(self, result: Result, config: Config, curve: list[tuple[int, float]]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with _locked(self._folder):
+            self._read()
+            self._add(result, config, curve)
+
+    def _add(self, result: Result, config: Config, curve: list[tuple[int, float]]) -> None:
         flat = json.loads(json.dumps(identity(config)))
         base = self._configs["base"] or flat
         differs = {key: value for key, value in flat.items() if base.get(key) != value}
@@ -91,7 +113,6 @@ class Table:
             "cells": self._configs["cells"] | {result.cell: differs},
         }
         self._results[result.cell] = result
-        self._folder.mkdir(parents=True, exist_ok=True)
         curves = [line for line in _lines(self._folder / "curves.csv") if line[0] != result.cell]
         curves += [[result.cell, step, f"{loss:.4f}"] for step, loss in curve]
         _write(self._folder / "curves.csv", ["cell", "step", "loss"], curves)
@@ -118,7 +139,8 @@ def measured(
     """The line of a run and its curve, from what it wrote into metrics.jsonl."""
     steps = [record for record in records if record["step"] > 0]
     last = steps[-1] if steps else {}
-    finished = last.get("step") == config.train.steps and last.get("val_loss") is not None
+    val_loss = last.get("val_loss") or math.nan
+    finished = last.get("step") == config.train.steps and math.isfinite(val_loss)
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len * config.train.steps
     durations = sorted(record["step_seconds"] for record in steps)
@@ -142,12 +164,23 @@ def measured(
         device=device,
         data=data,
         commit=commit,
+        config=digest(config),
     )
     losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
     size = -(-config.train.steps // CURVE_POINTS)
     parts = [losses[i : i + size] for i in range(0, len(losses), size)]
     mean = lambda part, place: sum(one[place] for one in part) / len(part)
     return result, [(round(mean(part, 0)), mean(part, 1)) for part in parts]
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _read(path: pathlib.Path) -> list[Result]:

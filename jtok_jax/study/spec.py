@@ -56,12 +56,20 @@ class Stage:
     vary: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     keep: int = 0
 
+    def __post_init__(self):
+        if self.steps < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(
+                f"A stage has {self.steps} steps and seeds {self.seeds}; expected at least 1 step "
+                "and seeds that are each named once."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Study:
     """A grid of arms, seeds and fields.
 
-    common: fields of all runs. baseline: the arm that others are compared with, seed by seed.
+    common: fields of all runs. stages: all but the last choose.
+    baseline: the arm that others are compared with, seed by seed.
     """
 
     question: str
@@ -69,6 +77,20 @@ class Study:
     arms: tuple[Arm, ...]
     stages: tuple[Stage, ...]
     baseline: str = "dense"
+
+    def __post_init__(self):
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"Two arms have one name: {', '.join(names)}.")
+        if self.baseline not in names:
+            raise ConfigError(f"The baseline {self.baseline!r} is none of {', '.join(names)}.")
+        if [bool(stage.keep) for stage in self.stages] != [True] * (len(self.stages) - 1) + [False]:
+            raise ConfigError("Every stage but the last chooses: `keep` at least 1, and 0 there.")
+        for stage in self.stages:
+            for key in stage.vary:
+                for name in key.rpartition(":")[0].split(","):
+                    if name and name not in names:
+                        raise ConfigError(f"{key!r} names no arm: there are {', '.join(names)}.")
 
 
 class Candidate(NamedTuple):
@@ -101,19 +123,22 @@ class Cell(NamedTuple):
         return f"{self.candidate.name}, {self.steps} steps, seed {self.seed}"
 
 
-def load_study(path: pathlib.Path) -> Study:
-    """The study of a file. Raises ConfigError if it cannot be read."""
+def study_name(text: str) -> str:
+    """What the results of the study FILE or FILE:ARGUMENT are called."""
+    path, _, argument = text.partition(":")
+    return "-".join([pathlib.Path(path).stem, *([argument] if argument else [])])
+
+
+def load_study(text: str) -> Study:
+    """The study of FILE or FILE:ARGUMENT. Raises ConfigError if it cannot be read."""
+    path, _, argument = text.partition(":")
     try:
-        study = runpy.run_path(str(path))["get_study"]()
+        get_study = runpy.run_path(path)["get_study"]
+        study = get_study(*([argument] if argument else []))
     except JtokError:
         raise
     except Exception as error:  # whatever the file raises: it is Python
         raise ConfigError(f"{path} gives no study: {error!r}.") from error
-    names = [arm.name for arm in study.arms]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"{path}: two arms have one name: {', '.join(names)}.")
-    if study.baseline not in names:
-        raise ConfigError(f"{path}: baseline {study.baseline!r} is none of {', '.join(names)}.")
     return study
 
 
@@ -125,14 +150,16 @@ def start(study: Study) -> dict[str, list[Candidate]]:
 def expand(candidates: dict[str, list[Candidate]], stage: Stage) -> dict[str, list[Candidate]]:
     """Candidates of every arm in `stage`: each of those that go on with all values it varies."""
     expanded = {
-        name: [
-            Candidate(old.arm, tuple((dict(old.chosen) | dict(values)).items()))
+        name: {
+            frozenset(chosen.items()): Candidate(old.arm, tuple(chosen.items()))
             for old in of_arm
             for values in _grid(old.arm, stage)
-        ]
+            for chosen in [dict(old.chosen) | dict(values)]
+        }
         for name, of_arm in candidates.items()
     }
-    return {name: some for name, some in expanded.items() if len(some) > 1 or not stage.keep}
+    several = {name: some for name, some in expanded.items() if len(some) > 1 or not stage.keep}
+    return {name: list(some.values()) for name, some in several.items()}
 
 
 def going_on(candidates: list[Candidate], stage: Stage) -> list[Candidate]:
@@ -198,7 +225,16 @@ def identity(config: Config) -> dict[str, object]:
     if jtok == "none" and not arms:
         idle += ("optimizer.tables.",)
     kept = {key: value for key, value in flat.items() if not key.startswith(PLACE + idle)}
-    return kept | {"model.jtok.kind": jtok}
+    return kept | {
+        "model.jtok.kind": jtok,
+        "model.moe.num_experts": config.model.moe.num_experts,
+    }
+
+
+def digest(config: Config) -> str:
+    """Of `identity`."""
+    text = json.dumps(identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def require_comparable(named: Mapping[str, Config]) -> None:

@@ -16,8 +16,9 @@ from jtok_jax.config import Config
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.mesh import make_mesh, put_batch
 from jtok_jax.model.exchange import compiler_options
-from jtok_jax.study.run import Places, commit
-from jtok_jax.study.spec import Study, cells, expand, resolve, start
+from jtok_jax.study.run import last_candidates
+from jtok_jax.study.spec import Study, cells, resolve
+from jtok_jax.study.trainer import Places, commit
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state, state_shardings
 from jtok_jax.training.step import make_train_step
@@ -26,7 +27,7 @@ from jtok_jax.training.step import make_train_step
 class StepTime(NamedTuple):
     """Seconds of a step over those of the baseline's in the same round."""
 
-    arm: str
+    candidate: str
     ratio: float  # median of rounds
     low: float  # 10th percentile
     high: float  # 90th
@@ -37,35 +38,40 @@ class StepTime(NamedTuple):
 
 
 def step_times(path: pathlib.Path) -> dict[str, StepTime]:
-    """What `time_arms` wrote, by arm; empty if it did not run."""
+    """What `time_candidates` wrote, by candidate; empty if it did not run."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:
         kinds = StepTime.__annotations__.values()
         lines = list(csv.reader(file))[1:]
     times = [StepTime(*[k(v) for k, v in zip(kinds, line, strict=True)]) for line in lines]
-    return {one.arm: one for one in times}
+    return {one.candidate: one for one in times}
 
 
-def time_arms(study: Study, places: Places, name: str, *, rounds: int) -> str:
-    """Time the arms of a study as they are in its first stage; RESULTS/NAME-steps.csv and Markdown.
+def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> str:
+    """Time what the last stage of a study trains; RESULTS/NAME-steps.csv and Markdown.
 
     All are compiled and held at once; the order of a round rotates.
+
+    Raises:
+        ConfigError: a stage before it is not finished.
     """
-    first = expand(start(study), dataclasses.replace(study.stages[0], keep=0))
-    configs = {}
-    for cell in cells(study, study.stages[0], first):
-        configs.setdefault(cell.candidate.arm.name, resolve(cell, places.root, data=places.data))
-    arms = {arm: _Timed(config) for arm, config in configs.items()}
+    candidates = last_candidates(study, places)
+    stage = dataclasses.replace(study.stages[-1], seeds=study.stages[-1].seeds[:1])
+    arms = {
+        cell.candidate.name: _Timed(resolve(cell, places.root, data=places.data))
+        for cell in cells(study, stage, candidates)
+    }
     for number in tqdm(range(rounds), unit="round", desc="time"):
         order = list(arms.values())
         for arm in order[number % len(order) :] + order[: number % len(order)]:
             arm.step()
     seconds = {arm: np.array(timed.seconds[1:]) for arm, timed in arms.items()}
+    baseline = candidates[study.baseline][0].name
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     times = []
     for arm, of_arm in seconds.items():
-        ratios = of_arm / seconds[study.baseline]
+        ratios = of_arm / seconds[baseline]
         middle = float(np.median(ratios)), *map(float, np.percentile(ratios, (10, 90)))
         about = 1000 * float(np.median(of_arm)), len(ratios), device, commit(places.root)
         times.append(StepTime(arm, *middle, *about))
@@ -75,7 +81,7 @@ def time_arms(study: Study, places: Places, name: str, *, rounds: int) -> str:
         writer = csv.writer(file, lineterminator="\n")
         text = lambda value: f"{value:.4g}" if isinstance(value, float) else value
         writer.writerows([StepTime._fields, *[[text(value) for value in one] for one in times]])
-    return _markdown(times, study.baseline)
+    return _markdown(times, baseline)
 
 
 class _Timed:
@@ -109,5 +115,5 @@ def _markdown(times: list[StepTime], baseline: str) -> str:
     ]
     for one in times:
         span = f"{one.low:.3f} to {one.high:.3f}"
-        lines.append(f"| {one.arm} | {one.ratio:.3f} | {span} | {one.milliseconds:.1f} |")
+        lines.append(f"| {one.candidate} | {one.ratio:.3f} | {span} | {one.milliseconds:.1f} |")
     return "\n".join(lines)

@@ -116,14 +116,15 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
     column_shards: parts of a table's row, each on a device.
     """
     counts = flops.count(config.model, seq_len=config.train.seq_len)
-    optimizer = make_optimizer(config)
+    optimizer, own = make_optimizer(config), math.prod(config.model.tables_shape or [0])
+    dense = "backbone" + " and of arms" * bool(config.model.arms.names)
     rows = [
         ("backbone", counts.backbone, "parameters"),
         ("tables", counts.tables, f"parameters, {_mebibytes(counts.table_bytes)} MiB"),
         ("total", counts.total, "parameters"),
         ("active", counts.active, "parameters a token, tables left out"),
-        ("optimizer", 8 * counts.backbone, "bytes of AdamW moments of the backbone"),
-        *_table_state(config, optimizer, counts.tables),
+        ("optimizer", 8 * (counts.total - own), f"bytes of AdamW moments of the {dense}"),
+        *_table_state(config, optimizer),
         ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
     ]
     lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows]
@@ -140,14 +141,14 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _table_state(config: Config, optimizer: Optimizer, tables: int) -> list[tuple]:
+def _table_state(config: Config, optimizer: Optimizer) -> list[tuple]:
     if optimizer.tables is None:
         return []
     table = jax.ShapeDtypeStruct(config.model.tables_shape, config.model.jtok.table_dtype)
     leaves = jax.tree.leaves(jax.eval_shape(optimizer.tables.init, table))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     kind = config.optimizer.tables.kind
-    return [("", size, f"bytes of {kind} state, {size / tables:.2f} a table parameter")]
+    return [("", size, f"bytes of {kind} state, {size / table.size:.2f} a table parameter")]
 
 
 def _mebibytes(size: int) -> str:

@@ -11,6 +11,7 @@ from jtok_kernels import RowOptimizer
 
 from jtok_jax import flops
 from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
 from jtok_jax.flops import TABLES, VECTORS
 
 
@@ -61,7 +62,11 @@ def split_tables(params: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], ja
 
 
 def make_optimizer(config: Config) -> Optimizer:
-    """AdamW of the backbone, and what `optimizer.tables.kind` names for the tables."""
+    """AdamW of the backbone, and what `optimizer.tables.kind` names for the tables.
+
+    Raises:
+        ConfigError: that is not adamw, and arms have tables.
+    """
     options, tables = config.optimizer, config.optimizer.tables
     rate = schedule(config)
     adamw = {"learning_rate": rate, "b1": options.b1, "b2": options.b2, "eps": options.eps}
@@ -74,6 +79,11 @@ def make_optimizer(config: Config) -> Optimizer:
         ),
     }  # fmt: skip
     labels = {name: group(name) for name in flops.parameter_axes(config.model) if name != "tables"}
+    if "tables" in labels.values() and tables.kind != "adamw":
+        raise ConfigError(
+            f"optimizer.tables.kind is {tables.kind!r}, but tables of arms "
+            f"({config.model.arms.names}) take dense gradients; set adamw."
+        )
     used = {name: groups[name] for name in groups if name in labels.values()}
     backbone = optax.partition(used, labels)
     if config.model.tables_shape is None:
