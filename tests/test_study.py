@@ -15,13 +15,17 @@ import pytest
 from conftest import ROOT
 from pythons import oldest
 
-from jtok_jax.errors import ConfigError, DataError
+from jtok_jax.arms import ArmsConfig
+from jtok_jax.config import JtokConfig
+from jtok_jax.errors import ConfigError, DataError, WorkdirError
 from jtok_jax.study import Arm, Stage, Study
 from jtok_jax.study.report import estimate, paired, write_report
 from jtok_jax.study.results import Result, Table, measured
-from jtok_jax.study.run import finished, run_study
-from jtok_jax.study.spec import cells, expand, going_on, identity, load_study, resolve, start
-from jtok_jax.study.trainer import Places, StudyError
+from jtok_jax.study.run import finished, last_candidates, run_study
+from jtok_jax.study.spec import cells, expand, identity, load_study, resolve, start
+from jtok_jax.study.timing import time_candidates
+from jtok_jax.study.trainer import Places, Stop, StudyError
+from jtok_jax.training.guards import WorkdirLock
 
 pytestmark = oldest
 RATE = "optimizer.tables.learning_rate_multiplier"
@@ -45,17 +49,22 @@ def first_cells(study: Study):
     return cells(study, study.stages[0], expand(start(study), study.stages[0]))
 
 
-def filled(folder: pathlib.Path, study: Study, losses: dict[str, float]) -> Places:
-    """The table of a study whose runs all ended at the loss of their arm, plus a tenth a seed."""
+def fill(folder: pathlib.Path, wanted, losses) -> Places:
+    """Lines of the table for runs that ended at losses(cell); None: not finite."""
     table = Table(folder)
-    for cell in first_cells(study):
-        loss = losses[cell.candidate.arm.name] + cell.seed / 10
+    for cell in wanted:
+        loss, config = losses(cell), resolve(cell, ROOT)
         records = [{"step": s, "loss": loss, "step_seconds": 0.5} for s in range(1, cell.steps + 1)]
-        records[-1] |= {"val_loss": loss, "val_bpb": loss / 3}
-        config = resolve(cell, ROOT)
+        if loss is not None:
+            records[-1] |= {"val_loss": loss, "val_bpb": loss / 3}
         result, curve = measured(cell, config, records, device="d", data="x", commit="c")
         table.add(result, config, curve)
     return Places(ROOT, folder / "runs", folder)
+
+
+def filled(folder: pathlib.Path, losses: dict[str, float]) -> Places:
+    """All runs of STUDY at the loss of their arm, plus a tenth a seed."""
+    return fill(folder, first_cells(STUDY), lambda c: losses[c.candidate.arm.name] + c.seed / 10)
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path):
@@ -85,9 +94,9 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     assert after.count("\n") == 5
     assert "resumed at step" in second.with_name("console.txt").read_text()
     assert "100%" in done.stderr
-    text = write_report(load_study(str(file)), Places(ROOT, runs, tmp_path), "killed")
-    assert text.count("600 steps") == 0
+    text = write_report(load_study(str(file)), Places(ROOT, runs, tmp_path), str(file))
     assert "| dense |  | 2 |" in text
+    assert "Failed or not yet run" not in text
     for name in ("killed.md", "killed-curves.svg", "killed-cost.svg"):
         assert (tmp_path / name).stat().st_size > 500
 
@@ -96,7 +105,7 @@ def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path, capsys):
     bad = Arm("bad", "configs/arms/jtok.py", {"model.jtok.implementation": "mosaic_gpu"})
     study = dataclasses.replace(STUDY, arms=(bad, ARMS[0]), stages=(Stage(steps=5),))
     places = Places(ROOT, tmp_path / "runs", tmp_path / "results")
-    with pytest.raises(StudyError, match="1 of the study's runs failed"):
+    with pytest.raises(StudyError, match="1 runs failed, see above"):
         run_study(study, places, keep_checkpoints=False)
     told = capsys.readouterr()
     assert "FAILED bad, 5 steps, seed 0: exit code 2" in told.err
@@ -106,27 +115,107 @@ def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path, capsys):
     assert not list(places.runs.glob("*/checkpoints"))
 
 
-def test_the_best_go_on_and_finished_runs_serve_later_stages():
-    stages = (
-        Stage(10, vary={"model.init_std": (0.1, 0.2, 0.3), f"bigram:{RATE}": (1.0, 3.0)}, keep=2),
-        Stage(10, vary={f"bigram:{RATE}": (3.0, 9.0)}, keep=1),
-        Stage(20, seeds=(0, 1)),
-    )
-    study = dataclasses.replace(STUDY, stages=stages)
-    first = expand(start(study), stages[0])
-    assert {name: len(some) for name, some in first.items()} == {"dense": 3, "bigram": 6}
-    best = {name: going_on(some[::-1], stages[0]) for name, some in first.items()}
-    assert [one.name for one in best["bigram"]] == [
-        "bigram init_std=0.3 learning_rate_multiplier=3",
-        "bigram init_std=0.3 learning_rate_multiplier=1",
-    ]
-    second = expand(best, stages[1])
-    keys = lambda stage, some: {cell.key for cell in cells(study, stage, some)}
-    assert len(keys(stages[1], second) & keys(stages[0], first)) == 3  # dense 2, bigram at 3.0
-    last = expand({name: going_on(some, stages[1]) for name, some in second.items()}, stages[2])
-    assert [(c.seed, c.candidate.arm.name) for c in cells(study, stages[2], last)] == [
-        (0, "dense"), (0, "bigram"), (1, "dense"), (1, "bigram"),
-    ]  # fmt: skip
+TWO_STAGES = dataclasses.replace(STUDY, stages=(
+    Stage(10, vary={"model.init_std": (0.1, 0.2, 0.3), f"bigram:{RATE}": (1.0, 3.0)}, keep=2),
+    Stage(10, vary={f"bigram:{RATE}": (3.0, 9.0)}, keep=1),
+    Stage(20, seeds=(0, 1)),
+))  # fmt: skip
+
+
+def by_init(cell) -> float | None:
+    """The larger the initial values the better, then the smaller the rate; 0.3 at 1.0 diverges."""
+    init, rate = (cell.fields.get(key, 1.0) for key in ("model.init_std", RATE))
+    return None if (init, rate) == (0.3, 1.0) else 5 - init + rate / 1000
+
+
+def test_the_best_go_on_from_stage_to_stage(tmp_path):
+    one, two, _ = TWO_STAGES.stages
+    first = expand(start(TWO_STAGES), one)
+    places = fill(tmp_path, cells(TWO_STAGES, one, first), by_init)
+    with pytest.raises(ConfigError, match=r"2 runs are not in .*multiplier=9, 10 steps"):
+        last_candidates(TWO_STAGES, places)
+    best = {"dense": first["dense"][:0:-1], "bigram": [first["bigram"][i] for i in (5, 2)]}
+    second = expand(best, two)
+    names = [candidate.name for candidate in second["bigram"]]
+    assert names == [f"bigram init_std={i} learning_rate_multiplier={r}"
+                     for i in (0.3, 0.2) for r in (3, 9)]  # fmt: skip
+    fill(tmp_path, cells(TWO_STAGES, two, second), by_init)
+    last = last_candidates(TWO_STAGES, places)
+    assert {name: [one.name for one in some] for name, some in last.items()} == {
+        "dense": ["dense init_std=0.3"],
+        "bigram": ["bigram init_std=0.3 learning_rate_multiplier=3"],
+    }
+
+
+def test_a_candidate_that_comes_up_twice_counts_once():
+    one, two, _ = TWO_STAGES.stages
+    some = {"bigram": expand(start(TWO_STAGES), one)["bigram"][:2]}  # 0.1 at 1.0 and at 3.0
+    assert [c.name.rsplit("=", 1)[1] for c in expand(some, two)["bigram"]] == ["3", "9"]
+
+
+def test_a_run_that_diverged_comes_last_and_is_told(tmp_path):
+    study = dataclasses.replace(STUDY, stages=(Stage(10, vary={f"bigram:{RATE}": (1.0, 3.0)}),))
+    wanted = cells(study, study.stages[0], expand(start(study), study.stages[0]))
+    places = fill(tmp_path, wanted, lambda c: None if c.fields.get(RATE) == 1.0 else 3.0)
+    stages, lacking = finished(study, places)
+    assert [one.loss for one in stages[0]["bigram"]] == [3.0, np.inf]
+    assert not lacking
+    text = write_report(study, places, "x")
+    assert "| bigram | learning_rate_multiplier 1 | 1 | diverged | diverged | diverged |" in text
+
+
+def test_switching_something_on_is_another_configuration(tmp_path):
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
+    (cell,) = [c for c in first_cells(STUDY) if c.seed == 0 and c.candidate.arm.name == "dense"]
+    config = resolve(cell, ROOT)
+    table = Table(places.results)
+    assert table.get(cell, config)
+    moe = dataclasses.replace(config.model.moe, num_experts=2)
+    for changes in ({"moe": moe}, {"jtok": JtokConfig(kind="jtok")}, {"arms": ArmsConfig("film")}):
+        other = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+        with pytest.raises(ConfigError, match="in the table"):
+            table.get(cell, other)
+
+
+def test_two_studies_add_to_one_table(tmp_path):
+    first, second = first_cells(STUDY)[:2]
+    tables = Table(tmp_path), Table(tmp_path)
+    for table, cell in zip(tables, (first, second), strict=True):
+        config = resolve(cell, ROOT)
+        records = [{"step": 600, "loss": 1.0, "step_seconds": 1.0, "val_loss": 1.0, "val_bpb": 1.0}]
+        table.add(*measured(cell, config, records, device="", data="", commit="")[:1], config, [])
+    assert all(Table(tmp_path).get(cell, resolve(cell, ROOT)) for cell in (first, second))
+
+
+def test_requests_to_stop_are_passed_on_and_kept():
+    with Stop() as stop:
+        process = subprocess.Popen(["sleep", "60"])
+        asks = lambda: stop.asked or os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(process, asks) == -signal.SIGTERM
+        assert stop.asked
+        late = subprocess.Popen(["sleep", "60"])
+        assert stop.wait(late, lambda: None) == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_left_of_a_killed_study_stops_the_next(tmp_path):
+    study = dataclasses.replace(STUDY, stages=(Stage(steps=5),))
+    places = Places(ROOT, tmp_path / "runs", tmp_path / "results")
+    with (
+        WorkdirLock(places.runs / first_cells(study)[0].key),
+        pytest.raises(WorkdirError, match=f"in use by a trainer with pid {os.getpid()}"),
+    ):
+        run_study(study, places, keep_checkpoints=False)
+
+
+def test_step_times_are_paired_and_used_by_the_report(tmp_path):
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
+    assert "as the runs found the machine" in write_report(STUDY, places, "x.py")
+    found = time_candidates(STUDY, places, "x", rounds=3)
+    assert "| dense | 1.000 | 1.000 to 1.000 |" in found
+    lines = (tmp_path / "x-steps.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["candidate", "dense", "bigram"]
+    assert "paired over 3 rounds (1 x cpu, " in write_report(STUDY, places, "x.py")
 
 
 @pytest.mark.parametrize(("arm", "message"), [
@@ -147,7 +236,7 @@ def test_arms_that_cannot_be_compared_are_refused(arm, message, tmp_path):
 
 
 def test_a_changed_configuration_under_a_finished_run_is_refused(tmp_path):
-    places = filled(tmp_path, STUDY, {"dense": 3.0, "bigram": 2.5})
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
     configs = tmp_path / "configs.json"
     configs.write_text(configs.read_text().replace('"optimizer.b1": 0.9', '"optimizer.b1": 0.8'))
     with pytest.raises(ConfigError, match=r"dense, .*\n  optimizer.b1: 0.8 in the table, 0.9 now"):
@@ -155,21 +244,28 @@ def test_a_changed_configuration_under_a_finished_run_is_refused(tmp_path):
 
 
 def test_other_data_under_a_finished_run_are_refused(tmp_path):
-    places = filled(tmp_path, STUDY, {"dense": 3.0, "bigram": 2.5})
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
     with pytest.raises(DataError, match="Losses on different texts cannot be compared"):
         run_study(STUDY, places, keep_checkpoints=False)
 
 
-def test_a_report_needs_all_runs(tmp_path):
-    places = filled(tmp_path, STUDY, {"dense": 3.0, "bigram": 2.5})
+def test_a_report_tells_which_runs_there_are_none_of(tmp_path):
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
     longer = dataclasses.replace(STUDY, stages=(Stage(steps=600, seeds=(0, 1, 2)),))
-    with pytest.raises(ConfigError, match=r"2 runs are not in .*dense, 600 steps, seed 2"):
+    assert "Failed or not yet run: dense, 600 steps, seed 2; bigram" in (
         write_report(longer, places, "x")
+    )
+    none = dataclasses.replace(STUDY, stages=(Stage(steps=7),))
+    with pytest.raises(ConfigError, match=r"2 runs are not in .*dense, 7 steps, seed 0"):
+        write_report(none, places, "x")
+    (tmp_path / "configs.json").unlink()
+    with pytest.raises(ConfigError, match="lacks the configuration of"):
+        write_report(STUDY, places, "x")
 
 
 def test_reports_tell_means_and_differences_seed_by_seed(tmp_path):
     """Seeds differ by a tenth, the arms by half at every seed."""
-    text = write_report(STUDY, filled(tmp_path, STUDY, {"dense": 3.0, "bigram": 2.5}), "x")
+    text = write_report(STUDY, filled(tmp_path, {"dense": 3.0, "bigram": 2.5}), "x")
     assert "| 2.5500 +- 0.6353 | -0.5000 +- 0.0000 |" in text  # t(0.975, 1) = 12.706
     assert "| 3.0500 +- 0.6353 |  |" in text
 
@@ -184,7 +280,7 @@ def test_intervals_cover_the_mean_as_often_as_they_say():
 
 
 def test_differences_are_taken_between_equal_seeds():
-    result = Result("c", "a", "{}", 1, 0, "finished", *[0.0] * 2, *[1] * 4, *[1.0] * 3, "", "", "")
+    result = Result("c", "a", "{}", 1, 0, "finished", *[0.0] * 2, *[1] * 4, *[1.0] * 3, *[""] * 4)
     of = lambda losses: [result._replace(seed=s, val_loss=x) for s, x in losses.items()]
     found = paired(of({0: 1.0, 1: 2.0, 5: 9.0}), of({1: 2.5, 0: 1.4}))
     assert found.mean == pytest.approx(-0.45)
@@ -201,8 +297,11 @@ def test_what_is_off_does_not_decide_a_result():
 
 @pytest.mark.parametrize(("text", "message"), [
     ("x = 1", "gives no study: KeyError"),
-    (FILE.replace("'bigram', config", "'dense', config"), "two arms have one name"),
+    (FILE.replace("'bigram', config", "'dense', config"), "Two arms have one name"),
     (FILE.replace("baseline='dense'", "baseline='base'"), "baseline 'base' is none of dense"),
+    (FILE.replace("keep=0),)", "keep=1),)"), "Every stage but the last chooses"),
+    (FILE.replace("seeds=(0, 1)", "seeds=(1, 1)"), "each named once"),
+    (FILE.replace("vary={}", "vary={'jtokm:model.init_std': (1,)}"), "names no arm"),
 ])  # fmt: skip
 def test_files_that_are_no_studies_are_refused(text, message, tmp_path):
     path = tmp_path / "study.py"
