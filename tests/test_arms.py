@@ -13,7 +13,7 @@ from small import DENSE, JTOK_M, gradients, random_ids, small_config, training
 from jtok_jax import flops
 from jtok_jax.arms import ArmsConfig, Seen, Sizes
 from jtok_jax.arms.hashing import bigram_rows
-from jtok_jax.config import ModelConfig
+from jtok_jax.config import Config, ModelConfig, OptimizerConfig, TableOptimizerConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.inference.generator import generate
 from jtok_jax.inference.sampling import Sampling
@@ -27,8 +27,15 @@ SIZES = Sizes(vocab=30, dim=12, kv_heads=2, head_dim=6)
 IDS = np.random.default_rng(0).integers(0, 30, (3, 5))
 
 
+ADAMW = OptimizerConfig(tables=TableOptimizerConfig(kind="adamw"))
+
+
 def model_with(names: str) -> ModelConfig:
     return dataclasses.replace(DENSE, arms=ArmsConfig(names=names))
+
+
+def run_with(model: ModelConfig) -> Config:
+    return dataclasses.replace(small_config(model), optimizer=ADAMW)
 
 
 def drawn(arm, method: str, seed: int = 1) -> dict[str, np.ndarray]:
@@ -111,11 +118,9 @@ def test_a_mixture_is_jtok_m():
         ArmsConfig().mixture, depth_scale=(2 * layers) ** -0.5, num_tables=JTOK_M.num_tables,
         top_k=JTOK_M.top_k, norm=JTOK_M.norm, eps=JTOK_M.eps,
     )  # fmt: skip
-    ours = small_config(
-        dataclasses.replace(DENSE, arms=ArmsConfig(names="mixture", mixture=mixture))
-    )
+    ours = run_with(dataclasses.replace(DENSE, arms=ArmsConfig(names="mixture", mixture=mixture)))
     jtok = dataclasses.replace(JTOK_M, balance_weight=0.0)
-    theirs = small_config(dataclasses.replace(DENSE, jtok=jtok))
+    theirs = run_with(dataclasses.replace(DENSE, jtok=jtok))
     params = init_params(theirs.model, jax.random.key(0))
     renamed = {"tables": "table", "blocks/jtok/scale": "scale", "blocks/jtok/router": "router"}
     names = {name: f"blocks/arms/mixture/{renamed[name]}" for name in renamed}
@@ -170,7 +175,7 @@ def test_no_token_sees_a_later_one(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_of_an_arm_learns(name):
-    config = small_config(model_with(name))
+    config = run_with(model_with(name))
     state, step, _ = training(config)
     ids = random_ids(DENSE, 4, 16)
     first = state.params
@@ -182,7 +187,7 @@ def test_every_parameter_of_an_arm_learns(name):
 
 def test_tables_of_arms_have_the_options_of_token_tables():
     """Rate 0 keeps them as they are, and them alone."""
-    config = small_config(model_with("token_gate"))
+    config = run_with(model_with("token_gate"))
     tables = dataclasses.replace(config.optimizer.tables, learning_rate_multiplier=0.0)
     optimizer = dataclasses.replace(config.optimizer, tables=tables)
     state, step, _ = training(dataclasses.replace(config, optimizer=optimizer))
@@ -194,7 +199,7 @@ def test_tables_of_arms_have_the_options_of_token_tables():
 
 def test_arms_go_together_and_with_token_tables():
     model = dataclasses.replace(model_with("bigram,token_gate"), jtok=JTOK_M)
-    state, step, _ = training(small_config(model))
+    state, step, _ = training(run_with(model))
     ids = random_ids(DENSE, 4, 16)
     after, metrics = step(state, ids, ids)
     assert np.isfinite(metrics.loss)
@@ -215,6 +220,11 @@ def test_flops_are_those_of_the_matrices():
     assert count("mixture") - count("") == router
     for name in set(BY_ID) - {"low_rank"}:
         assert count(name) == count("")
+
+
+def test_tables_of_arms_refuse_optimizers_they_do_not_have():
+    with pytest.raises(ConfigError, match=r"kind is 'lazy_adam', but tables of arms \(bigram\)"):
+        training(small_config(model_with("bigram")))
 
 
 @pytest.mark.parametrize("names", ["jtok", "bigram, film", "film,film", ","])
