@@ -15,10 +15,12 @@ import pytest
 from conftest import ROOT
 from pythons import oldest
 
+from jtok_jax import flops
 from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import JtokConfig
 from jtok_jax.errors import ConfigError, DataError, WorkdirError
 from jtok_jax.study import Arm, Stage, Study
+from jtok_jax.study.fit import write_fit
 from jtok_jax.study.report import estimate, paired, write_report
 from jtok_jax.study.results import Result, Table, measured
 from jtok_jax.study.run import finished, last_candidates, run_study
@@ -268,6 +270,39 @@ def test_reports_tell_means_and_differences_seed_by_seed(tmp_path):
     text = write_report(STUDY, filled(tmp_path, {"dense": 3.0, "bigram": 2.5}), "x")
     assert "| 2.5500 +- 0.6353 | -0.5000 +- 0.0000 |" in text  # t(0.975, 1) = 12.706
     assert "| 3.0500 +- 0.6353 |  |" in text
+
+
+SIZES = tuple(
+    Arm(f"dense{width}", "configs/arms/dense.py", {"model.ffn_dim": width})
+    for width in (64, 80, 96)
+)
+MIXED = tuple(
+    Arm(f"jtok_m {tables}/{used}", "configs/arms/jtok_m.py",
+        {"model.jtok.num_tables": tables, "model.jtok.top_k": used, "model.ffn_dim": 64})
+    for tables, used in ((2, 1), (4, 1), (4, 2), (8, 8))
+)  # fmt: skip
+
+
+def test_a_fit_finds_the_size_that_an_arm_is_worth(tmp_path):
+    """Losses made with gamma = 0.3 eta^-0.5 rho^0.25."""
+    study = Study("?", COMMON, SIZES + MIXED, (Stage(steps=5),), baseline="dense64")
+
+    def loss(cell):
+        config = resolve(cell, ROOT)
+        counts, jtok = flops.count(config.model, seq_len=16), config.model.jtok
+        eta, rho = counts.tables / counts.backbone, jtok.top_k / jtok.num_tables
+        gain = 1 + 0.3 * eta**0.5 * rho**0.25 if eta else 1
+        return 4 * (counts.backbone * gain) ** -0.07
+
+    places = fill(tmp_path, first_cells(study), loss)
+    text = write_fit(study, places, "x.py")
+    assert "gamma = 0.300 eta^-0.500 rho^0.250, r2 1.000, over 4 candidates" in text
+    assert "| jtok_m 4/1 |" in text
+    assert "*" in text.split("jtok_m 8/8")[1].split("\n")[0]  # beyond the largest dense
+    assert "*" not in text.split("| jtok_m 2/1")[1].split("\n")[0]
+    few = dataclasses.replace(study, arms=SIZES[:2] + MIXED)
+    with pytest.raises(ConfigError, match=r"has 2 sizes .*; a line through them needs 3"):
+        write_fit(few, places, "x.py")
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():

@@ -5,6 +5,7 @@
 run      --study=configs/studies/X.py --data=FOLDER    train what is not in the table yet
 report   --study=configs/studies/X.py                  means, intervals, plots
 time     --study=configs/studies/X.py --data=FOLDER    steps of its last stage, in turn
+fit      --study=configs/studies/X.py                  what size of dense model each arm is worth
 anatomy  --workdir=DIR --output=FOLDER                 what the tables of a run look like
 published                                              what the paper's two scaling lines imply
 """
@@ -14,6 +15,7 @@ import pathlib
 
 from jtok_jax.errors import exit_on_error
 from jtok_jax.study.anatomy import anatomy
+from jtok_jax.study.fit import write_fit
 from jtok_jax.study.report import write_report
 from jtok_jax.study.run import run_study
 from jtok_jax.study.scaling import published_table
@@ -40,6 +42,11 @@ def _run(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     places = Places(pathlib.Path.cwd(), pathlib.Path(), options.results)
     print(write_report(load_study(options.study), places, options.study))
+
+
+def _fit(options: argparse.Namespace) -> None:
+    places = Places(pathlib.Path.cwd(), pathlib.Path(), options.results)
+    print(write_fit(load_study(options.study), places, options.study))
 
 
 def _time(options: argparse.Namespace) -> None:
@@ -75,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
     published = commands.add_parser("published", help="what the paper's two scaling lines imply")
     published.set_defaults(run=_published)
+    fit = commands.add_parser("fit", help="what size of dense model each arm is worth")
+    fit.set_defaults(run=_fit)
     looked = commands.add_parser("anatomy", help="what the trained tables of a run look like")
     looked.add_argument("--workdir", required=True, type=pathlib.Path, help="of train.py")
     looked.add_argument("--output", required=True, type=pathlib.Path, help="folder to write")
@@ -82,9 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     looked.set_defaults(run=_anatomy)
     for command in (run, timed):
         command.add_argument("--data", default="", help="prepared corpus; default: the study's")
-    for command in (run, timed, report):
+    for command in (run, timed, report, fit):
         command.add_argument("--study", required=True, help="FILE or FILE:ARGUMENT")
-    for command in (run, timed, report, published):
+    for command in (run, timed, report, fit, published):
         command.add_argument("--results", type=pathlib.Path, default=pathlib.Path("docs/results"))
     return parser
 
