@@ -123,7 +123,7 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
     bar.shown = 0
     last = console.read_text().rstrip().rpartition("\n")[2][:500]
     if code == Preempted.exit_code or (code and stop.asked):
-        raise Preempted(f"{cell.name}: {last} The same command goes on.")
+        raise Preempted(f"Stopped in {cell.name}: {last}")
     if code == WorkdirError.exit_code:
         raise WorkdirError(
             f"{cell.name}: {last} It is left of a study that was killed: wait or stop it."
