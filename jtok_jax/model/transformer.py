@@ -175,23 +175,16 @@ class Transformer(nnx.Module):
             if max(stacks) >= 0:
                 tables = self.tables[...]
                 rows = Lookup(tables, stack, ids_BT, plan, row_grads_layer, exchange, ids_of_group)
-            run = lambda lookup: block(
-                h_BTD,
-                ids_BT,
-                by=by,
-                attend=lambda q, k, v: attend(q, k, v, cache),
-                lookup=lookup,
-                mesh=mesh,
-            )
+            mine = {"by": by, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
+            run = lambda lookup: block(h_BTD, ids_BT, lookup=lookup, **mine)
             if rows is None or min(stacks) >= 0:
                 h_BTD, kept, aux = run(rows)
             else:  # some layers carry tables and some do not
                 h_BTD, kept, aux = _either(stack >= 0, lambda: run(rows), lambda: run(None))
             return constrain(h_BTD), (kept, aux)
 
-        h_BTD = constrain(self.embed[ids_BT].astype(config.compute_dtype))
-        if config.arms.names:
-            h_BTD = self.arms.embed(h_BTD, ids_BT)
+        h_BTD = self.embed[ids_BT].astype(config.compute_dtype)
+        h_BTD = constrain(self.arms.embed(h_BTD, ids_BT) if config.arms.names else h_BTD)
         layers = params, np.array(stacks, np.int32), row_grads, cache
         h_BTD, (kept, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
