@@ -154,7 +154,9 @@ class TokenTables(nnx.Module):
         form = {"norm": jtok.norm, "eps": jtok.eps, "depth_scale": None}
         if routed:
             form["depth_scale"] = (2 * config.num_layers) ** -0.5
-        if lookup.exchange:
+        if lookup.exchange:  # else the norm, which is all that uses e alone, waits for e at once
+            dm_BTD, e_BTD = jax.lax.optimization_barrier((dm_BTD, ahead.e_BTD))
+            ahead = ahead._replace(e_BTD=e_BTD)
             out = lookup.exchange.add(tilde_BTD, dm_BTD, ahead.e_BTD, scale, **form)
         else:
             out = self._modulate(tilde_BTD, dm_BTD, routed, lookup, form)
