@@ -39,14 +39,14 @@ lint: $(VENV)/dev
 	$(VENV)/bin/lint-imports
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 --dist=worksteal
 
 test-latest:
 	@python=$$($(FIND_LATEST)); \
 	if [ -z "$$python" ]; then echo "SKIPPED: no Python 3.12 or newer runs on this machine"; exit 0; fi; \
 	set -e; $$python -m venv $(LATEST); \
 	$(LATEST)/bin/python -m pip install --quiet -c constraints/py312.txt -e '.[dev,aot]'; \
-	$(LATEST)/bin/python -m pytest -n 2
+	$(LATEST)/bin/python -m pytest -n 2 --dist=worksteal
 
 nightly: test-latest
 	NIGHTLY=1 $(LATEST)/bin/python -m pytest tests/nightly.py \

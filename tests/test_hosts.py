@@ -136,7 +136,7 @@ def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
-@newest
+@oldest
 def test_another_number_of_processes_sees_the_same_batches_and_losses(alone, corpus, tmp_path):
     process = start(["train.py", *settings(tmp_path, corpus, {})], devices=4)
     [(code, _, err)] = ends([process])

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-from pythons import NIGHTLY, OLD
+from pythons import newest
 
 
 def on_eight_devices(which: str, *, optimize: bool) -> None:
@@ -30,9 +30,7 @@ def test_bits():
     on_eight_devices("same_bits", optimize=True)
 
 
+@newest
 def test_all_else():
-    # Nearly all of the time goes into compiling what then runs for milliseconds.
-    which = "not same_bits"
-    if OLD and not NIGHTLY:  # JTok, experts and optimizers are for the newer Python
-        which = "jtok_m or alike or dropped or restores or room"
-    on_eight_devices(which, optimize=False)
+    """Nearly all of the time goes into compiling what then runs for milliseconds."""
+    on_eight_devices("not same_bits", optimize=False)
