@@ -72,7 +72,7 @@ INCREMENTS = {
 def test_increments_are_those_of_their_formulas(name):
     arm = getattr(ArmsConfig(), name)
     params, dm, x = drawn(arm, "layer_parameters"), normal(3, 5, 12), 0.5 * normal(3, 5, 12)
-    found = arm.increment(params, dm, Seen(IDS, None, x))
+    found = arm.increment(params, dm, Seen(IDS, None, x, None))
     np.testing.assert_allclose(found, INCREMENTS[name](params, dm, x), rtol=2e-5, atol=2e-5)
 
 
@@ -136,17 +136,18 @@ def test_a_mixture_is_jtok_m():
 
 
 @pytest.mark.parametrize("changes", [
-    {"router": "token"}, {"router": "random"}, {"weights": "softmax"}, {"norm": "none"},
+    {"router": "before"}, {"router": "token"}, {"router": "random"}, {"weights": "softmax"},
+    {"norm": "none"},
 ], ids=str)  # fmt: skip
 def test_ablations_of_a_mixture_are_those_of_their_formulas(changes):
     arm = dataclasses.replace(ArmsConfig().mixture, depth_scale=0.3, **changes)
     params, dm, x = drawn(arm, "layer_parameters"), normal(3, 5, 12), normal(3, 5, 12)[::-1]
     logits = params["router_table"][IDS] if arm.router == "token" else None
-    if arm.router == "hidden":
+    if arm.router in ("hidden", "before"):
         logits = x @ params["router"]
     if arm.router == "random":
         assert "router" not in params
-        logits = np.asarray(arm._logits(params, Seen(IDS, None, None)))
+        logits = np.asarray(arm._logits(params, Seen(IDS, None, None, None)))
         assert np.ptp(logits) > 0.5
         assert len(np.unique(logits.reshape(-1, 5), axis=0)) == len(np.unique(IDS))  # by id alone
     choice = np.argsort(-logits, axis=-1)[..., : arm.top_k]
@@ -155,8 +156,30 @@ def test_ablations_of_a_mixture_are_those_of_their_formulas(changes):
     weights = size / size.sum(axis=-1, keepdims=True)
     e = np.sum(weights[..., None] * params["table"][choice, IDS[..., None]], axis=-2)
     e = e if arm.norm == "none" else rms(e)
-    found = arm.increment(params, dm, Seen(IDS, x, None))
+    streams = (-x, None, x) if arm.router == "before" else (x, None, -x)
+    found = arm.increment(params, dm, Seen(IDS, *streams))
     np.testing.assert_allclose(found, dm + 0.3 * params["scale"] * e, rtol=1e-4, atol=1e-5)
+
+
+def test_a_router_can_read_the_stream_of_the_layer_before():
+    """The first layer reads its own, the second what entered the first."""
+    models = [
+        dataclasses.replace(DENSE, num_layers=2, arms=ArmsConfig(names="mixture", mixture=mixture))
+        for mixture in (dataclasses.replace(ArmsConfig().mixture, router=r, router_init_std=1.0)
+                        for r in ("hidden", "before"))
+    ]  # fmt: skip
+    params, ids = init_params(models[0], jax.random.key(0)), random_ids(DENSE, 2, 9)
+
+    def same(changes: dict) -> bool:
+        hidden = [bind(model, params | changes)(ids).hidden_BTD for model in models]
+        return np.array_equal(*hidden)
+
+    scale = "blocks/arms/mixture/scale"
+    first, second = (np.float32([[a], [b]]) + 0 * params[scale] for a, b in ((1, 0), (0, 1)))
+    assert same({scale: first})
+    assert not same({scale: second})
+    idle = {n: 0 * params[n] for n in ("blocks/attention/out", "blocks/ffn/down")}
+    assert same({scale: second} | idle)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -237,7 +260,7 @@ def test_names_that_are_no_arms_are_refused(names):
     ("film", {"rank": 0}, "model.arms.film.rank is 0; expected at least 1"),
     ("low_rank", {"norm": "max"}, "model.arms.low_rank.norm is 'max'; expected one of l2, rms"),
     ("mixture", {"top_k": 6}, r"top_k \(K\) is 6; num_tables \(n_e\) is 5"),
-    ("mixture", {"router": "none"}, "expected one of hidden, token, random"),
+    ("mixture", {"router": "none"}, "expected one of hidden, before, token, random"),
     ("token_gate", {"init_std": -1.0}, "model.arms.token_gate.init_std is -1.0"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(name, options, message):

@@ -14,7 +14,7 @@ from jtok_kernels import mixed, reference
 from jtok_jax.arms.parameter import Parameter, Params, Seen, Sizes, check
 from jtok_jax.errors import ConfigError
 
-ROUTERS = ("hidden", "token", "random")
+ROUTERS = ("hidden", "before", "token", "random")
 WEIGHTS = ("sigmoid", "softmax")
 
 
@@ -24,7 +24,9 @@ class Mixture:
 
     num_tables: int = 5
     top_k: int = 2
-    router: str = "hidden"  # hidden state | token: a row of logits by id | random: fixed, by id
+    # hidden: the layer's input | before: that of the layer before it, so that rows can be read a
+    # layer ahead (the first layer's its own) | token: logits by id | random: fixed, by id
+    router: str = "hidden"
     weights: str = "sigmoid"  # over their sum, or softmax of the chosen logits
     norm: str = "rms"  # l2 | rms | none
     eps: float = 1e-6
@@ -54,7 +56,7 @@ class Mixture:
             "scale": Parameter("D", (sizes.dim,), start=self.scale_init),
         }
         std = self.router_init_std
-        if self.router == "hidden":
+        if self.router in ("hidden", "before"):
             parameters["router"] = Parameter("Dm", (sizes.dim, self.num_tables), std=std)
         if self.router == "token":
             parameters["router_table"] = Parameter("vm", (sizes.vocab, self.num_tables), std=std)
@@ -79,5 +81,5 @@ class Mixture:
             words = mixed(seen.ids_BT[..., None].astype(jnp.uint32) + mixed(places))
             return words.astype(jnp.float32) * 2.0**-32
         highest = jax.lax.Precision.HIGHEST
-        x_BTD = seen.pre_BTD.astype(jnp.float32)
-        return jnp.dot(x_BTD, params["router"], precision=highest)
+        x_BTD = seen.before_BTD if self.router == "before" else seen.pre_BTD
+        return jnp.dot(x_BTD.astype(jnp.float32), params["router"], precision=highest)

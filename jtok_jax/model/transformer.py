@@ -82,8 +82,11 @@ class Block(nnx.Module):
         attend: Attend,
         lookup: Lookup | None,
         mesh: Mesh | None,
+        before_BTD: jax.Array | None,
     ) -> tuple[jax.Array, object, BlockAux]:
-        """(h', kept by attend, aux). `lookup` None means that this layer carries no tables."""
+        """(h', kept by attend, aux). `lookup` None means that this layer carries no tables;
+        `before` is the input of the layer before, where an arm may want it.
+        """
         eps = self.config.norm_eps
         pre_BTD = rms_norm(h_BTD, self.attention.norm[...], eps=eps)
         ahead = None
@@ -103,7 +106,8 @@ class Block(nnx.Module):
         else:
             dm_BTD = self.ffn(post_BTD)
         if arms:
-            dm_BTD = arms.increment(dm_BTD, Seen(ids_BT, pre_BTD, post_BTD))
+            before_BTD = rms_norm(before_BTD, self.attention.norm[...], eps=eps)
+            dm_BTD = arms.increment(dm_BTD, Seen(ids_BT, pre_BTD, post_BTD, before_BTD))
         health = {"hidden_std": jnp.std(h_BTD.astype(jnp.float32))}
         if lookup is None:
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
@@ -168,7 +172,8 @@ class Transformer(nnx.Module):
         stacks = config.jtok.table_of_layer(config.num_layers)
         graph, params = nnx.split(self.blocks)
 
-        def body(h_BTD, layer):
+        def body(streams, layer):
+            h_BTD, before_BTD = streams
             params, stack, row_grads_layer, cache = layer
             block = nnx.merge(graph, params)
             rows = None
@@ -176,17 +181,20 @@ class Transformer(nnx.Module):
                 tables = self.tables[...]
                 rows = Lookup(tables, stack, ids_BT, plan, row_grads_layer, exchange, ids_of_group)
             mine = {"by": by, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
+            mine["before_BTD"] = before_BTD
             run = lambda lookup: block(h_BTD, ids_BT, lookup=lookup, **mine)
             if rows is None or min(stacks) >= 0:
-                h_BTD, kept, aux = run(rows)
+                out_BTD, kept, aux = run(rows)
             else:  # some layers carry tables and some do not
-                h_BTD, kept, aux = _either(stack >= 0, lambda: run(rows), lambda: run(None))
-            return constrain(h_BTD), (kept, aux)
+                out_BTD, kept, aux = _either(stack >= 0, lambda: run(rows), lambda: run(None))
+            return (constrain(out_BTD), before(h_BTD)), (kept, aux)
 
         h_BTD = self.embed[ids_BT].astype(config.compute_dtype)
         h_BTD = constrain(self.arms.embed(h_BTD, ids_BT) if config.arms.names else h_BTD)
         layers = params, np.array(stacks, np.int32), row_grads, cache
-        h_BTD, (kept, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
+        before = lambda h_BTD: h_BTD if config.arms.names else None
+        streams = h_BTD, before(h_BTD)
+        (h_BTD, _), (kept, aux) = jax.lax.scan(_remat(body, config.remat), streams, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = aux.health | {"final_std": jnp.std(h_BTD.astype(jnp.float32))}
         return Output(hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
