@@ -5,19 +5,27 @@
     python -m jtok_jax.study run --study=configs/studies/parameterisation.py --data=FOLDER
 
 Halving in stages on one seed with short runs: six starts; learning rates of tables for the two
-best; decay and the size of all initial values; the learning rate of everything. The best three of
+best; decay and the size of all initial values; the learning rate of everything. The best two of
 each kind go the full length with three other seeds, as does dense with the better of two sizes and
-of four learning rates. 64 runs of 1 to 4 minutes on two CPU cores.
+of four learning rates. A third of each kind, with the other norm and the same size of rows at the
+start, is what the first two leave open: is it the norm, or the size it gives? 64 runs of 1 to 4
+minutes on two CPU cores.
 """
 
 from jtok_jax.study import Arm, Stage, Study
 
 SQRT_DIM = 128**0.5
+SCREENED, RATES = "dense,jtok,jtok_m", (1.5e-3, 3e-3, 6e-3, 12e-3)
 TABLES = {
     "optimizer.tables.learning_rate_multiplier": 3.0,
     "optimizer.tables.weight_decay": 0.0,
     "optimizer.tables.b1": 0.9,
     "optimizer.tables.b2": 0.95,
+}
+CHOSEN = TABLES | {
+    "optimizer.tables.learning_rate_multiplier": 10.0,
+    "optimizer.tables.weight_decay": 0.1,
+    "model.jtok.norm": "rms",
 }
 
 
@@ -42,6 +50,12 @@ def get_study():
             Arm("dense", "configs/arms/dense.py", keep=1),
             Arm("jtok", "configs/arms/jtok.py", TABLES),
             Arm("jtok_m", "configs/arms/jtok_m.py", TABLES),
+            Arm("jtok_rms", "configs/arms/jtok.py", CHOSEN | {
+                "model.jtok.gate_scale_init": 1.0, "optimizer.learning_rate": 6e-3,
+            }),
+            Arm("jtok_m_rms", "configs/arms/jtok_m.py", CHOSEN | {
+                "model.jtok.mixture_scale_init": 1 / SQRT_DIM, "optimizer.learning_rate": 3e-3,
+            }),
         ),
         stages=(
             Stage(
@@ -67,7 +81,7 @@ def get_study():
                 },
                 keep=1,
             ),
-            Stage(steps=200, vary={"optimizer.learning_rate": (1.5e-3, 3e-3, 6e-3, 12e-3)}, keep=3),
+            Stage(steps=200, vary={f"{SCREENED}:optimizer.learning_rate": RATES}, keep=2),
             Stage(steps=400, seeds=(1, 2, 3)),
         ),
-    )
+    )  # fmt: skip
