@@ -24,7 +24,15 @@ from jtok_jax.study.fit import write_fit
 from jtok_jax.study.report import estimate, paired, write_report
 from jtok_jax.study.results import Result, Table, measured
 from jtok_jax.study.run import finished, last_candidates, run_study
-from jtok_jax.study.spec import cells, expand, identity, load_study, resolve, start
+from jtok_jax.study.spec import (
+    cells,
+    expand,
+    identity,
+    load_study,
+    require_comparable,
+    resolve,
+    start,
+)
 from jtok_jax.study.timing import time_candidates
 from jtok_jax.study.trainer import Places, Stop, StudyError
 from jtok_jax.training.guards import WorkdirLock
@@ -346,8 +354,12 @@ def test_files_that_are_no_studies_are_refused(text, message, tmp_path):
         load_study(str(path))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.py")), ids=str)
-def test_every_study_of_the_repository_can_start(path):
-    study = load_study(str(path))
-    for cell in first_cells(study):
-        assert resolve(cell, ROOT, data="folder").data.path == "folder"
+STUDIES = sorted(path.name for path in (ROOT / "configs" / "studies").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "arms.py:h100", "ablations.py:h100"])
+def test_every_study_of_the_repository_can_start(name):
+    study = load_study(str(ROOT / "configs" / "studies" / name))
+    configs = {cell.name: resolve(cell, ROOT, data="folder") for cell in first_cells(study)}
+    assert all(config.data.path == "folder" for config in configs.values())
+    require_comparable(configs)
