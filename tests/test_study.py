@@ -276,9 +276,14 @@ def test_a_report_tells_which_runs_there_are_none_of(tmp_path):
 
 def test_reports_tell_means_and_differences_seed_by_seed(tmp_path):
     """Seeds differ by a tenth, the arms by half at every seed."""
-    text = write_report(STUDY, filled(tmp_path, {"dense": 3.0, "bigram": 2.5}), "x")
-    assert "| 2.5500 +- 0.6353 | -0.5000 +- 0.0000 |" in text  # t(0.975, 1) = 12.706
-    assert "| 3.0500 +- 0.6353 |  |" in text
+    arms = ARMS[0], dataclasses.replace(ARMS[1], tried=7)  # in another study
+    study = dataclasses.replace(STUDY, arms=arms)
+    text = write_report(study, filled(tmp_path, {"dense": 3.0, "bigram": 2.5}), "x")
+    first, second = (line for line in text.splitlines() if "+- 0.6353" in line)
+    assert "| 2.5500 +- 0.6353 | -0.5000 +- 0.0000 |" in first  # t(0.975, 1) = 12.706
+    assert first.endswith("| 7 |")
+    assert "| 3.0500 +- 0.6353 |  |" in second
+    assert second.endswith("| 1 |")
 
 
 SIZES = tuple(

@@ -189,12 +189,14 @@ def _by_loss(stage: StageResults) -> list[tuple[str, Ranked]]:
 
 
 def _trials(stages: list[StageResults]) -> dict[str, int]:
-    """Different candidates of every arm that were trained at all."""
+    """Different candidates of every arm that were trained at all, here or to choose from before."""
     tried: dict[str, set] = {arm: set() for arm in stages[-1]}
     for stage in stages:
         for arm, ranked in stage.items():
             tried[arm] |= {frozenset(one.candidate.chosen) for one in ranked}
-    return {arm: len(candidates) for arm, candidates in tried.items()}
+    before = {arm: max((one.candidate.arm.tried for one in ranked), default=0)
+              for arm, ranked in stages[-1].items()}  # fmt: skip
+    return {arm: max(len(here), before[arm]) for arm, here in tried.items()}
 
 
 def _circumstances(ranked: list[Ranked]) -> str:

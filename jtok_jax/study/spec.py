@@ -35,12 +35,14 @@ class Arm:
     """One of what is compared: a config file, and fields on top of it.
 
     keep: at most so many of its candidates go on from a stage; 0: as many as the stage says.
+    tried: candidates of it that another study chose from; the report counts them.
     """
 
     name: str
     config: str
     fields: Fields = dataclasses.field(default_factory=dict)
     keep: int = 0
+    tried: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
