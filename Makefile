@@ -51,7 +51,8 @@ test-latest:
 nightly: test-latest
 	NIGHTLY=1 $(LATEST)/bin/python -m pytest tests/nightly.py \
 		tests/test_layouts.py tests/test_hosts.py tests/test_packed.py tests/test_arms.py \
-		tests/test_study.py tests/test_anatomy.py tests/test_scaling.py
+		tests/test_study.py tests/test_anatomy.py tests/test_scaling.py \
+		tests/test_resume.py tests/test_mesh.py
 
 clean:
 	rm -rf $(VENV) $(LATEST)
