@@ -7,13 +7,12 @@
 
 One seed: a difference below the spread over seeds that arms.py shows says nothing. Each arm changes
 one thing in the JTok-M of arms.py, whose run it shares. `mixture` is JTok-M without its balance
-loss, in plain autodiff. On two CPU cores six of the runs of 3 to 4 minutes; on one H100 all.
+loss, in plain autodiff. On two CPU cores three of the runs of 3 minutes; on one H100 all.
 """
 
 from jtok_jax.study import Arm, Stage, Study
 
-ON_CPU = ("jtok_m", "depth_scale_off", "norm_off", "router_token", "router_random",
-          "with_bigram")  # fmt: skip
+ON_CPU = ("jtok_m", "router_random", "with_bigram")
 
 
 COMMON = {

@@ -6,10 +6,11 @@
 
 Halving in stages on one seed with short runs: six starts; learning rates of tables for the two
 best; decay and the size of all initial values; the learning rate of everything. The best two of
-each kind go the full length with three other seeds, as does dense with the better of two sizes and
-of four learning rates. A third of each kind, with the other norm and the same size of rows at the
-start, is what the first two leave open: is it the norm, or the size it gives? 64 runs of 1 to 4
-minutes on two CPU cores.
+each kind go the full length with three other seeds, as does dense with two sizes of initial values
+and four learning rates to choose from; with the second of these too, as short runs may want another
+than long ones. A third of each kind, with the other norm and the same size of rows at the start, is
+what the first two leave open: is it the norm, or the size it gives? 67 runs of 1 to 4 minutes on
+two CPU cores.
 """
 
 from jtok_jax.study import Arm, Stage, Study
@@ -50,6 +51,9 @@ def get_study():
             Arm("dense", "configs/arms/dense.py", keep=1),
             Arm("jtok", "configs/arms/jtok.py", TABLES),
             Arm("jtok_m", "configs/arms/jtok_m.py", TABLES),
+            Arm("dense_3e-3", "configs/arms/dense.py", {
+                "model.init_std": 0.088, "optimizer.learning_rate": 3e-3,
+            }),
             Arm("jtok_rms", "configs/arms/jtok.py", CHOSEN | {
                 "model.jtok.gate_scale_init": 1.0, "optimizer.learning_rate": 6e-3,
             }),
