@@ -33,7 +33,7 @@ def get_study(device="cpu"):
     common = COMMON[device]
     dim, layers = common["model.model_dim"], common["model.num_layers"]
     trained = {
-        "model.init_std": 0.02, "optimizer.learning_rate": 3e-3,
+        "model.init_std": 0.02, "optimizer.learning_rate": 6e-3,
         "optimizer.tables.learning_rate_multiplier": 10.0, "optimizer.tables.weight_decay": 0.1,
         "optimizer.tables.b1": 0.9, "optimizer.tables.b2": 0.95,
     }  # fmt: skip
@@ -48,7 +48,7 @@ def get_study(device="cpu"):
             name, "configs/arms/mixture.py", trained | _under("model.arms.mixture", same | changed)
         )
 
-    gate = trained | {"optimizer.learning_rate": 6e-3}  # as JTok
+    gate = trained | {"optimizer.learning_rate": 3e-3}  # as JTok
     # Two rows of standard deviation 0.02, with weights near 1/2, have this norm.
     unnormed = 0.02 * (dim / 2) ** 0.5
     arms = (
@@ -70,7 +70,7 @@ def get_study(device="cpu"):
         jtok_m("with_jtok", "jtok_m_token_gate"),
         jtok_m("with_bigram", "jtok_m_bigram"),
         Arm("jtok_with_bigram", "configs/arms/jtok_bigram.py",
-            gate | {"model.jtok.norm": "rms", "model.jtok.gate_scale_init": 1.0}),
+            gate | {"model.jtok.norm": "l2", "model.jtok.gate_scale_init": dim**0.5}),
         Arm("jtok_by_bigram", "configs/arms/bigram_gate.py", gate),
     )  # fmt: skip
     if device == "cpu":

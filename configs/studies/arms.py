@@ -41,11 +41,11 @@ def get_study(device="cpu"):
         "optimizer.tables.b1": 0.9, "optimizer.tables.b2": 0.95,
         "optimizer.tables.weight_decay": 0.1, MULTIPLIER: 10.0,
     }  # fmt: skip
-    jtok = tables | {STD: 0.02, RATE: 6e-3, "model.jtok.norm": "rms"}
-    jtok["model.jtok.gate_scale_init"] = 1.0
-    jtok_m = tables | {STD: 0.02, RATE: 3e-3, "model.jtok.norm": "l2"}
-    jtok_m["model.jtok.mixture_scale_init"] = 1.0
     rate = {RATE: 6e-3}
+    jtok = tables | {STD: 0.02, RATE: 3e-3, "model.jtok.norm": "l2"}
+    jtok["model.jtok.gate_scale_init"] = dim**0.5
+    jtok_m = tables | rate | {STD: 0.02, "model.jtok.norm": "l2"}
+    jtok_m["model.jtok.mixture_scale_init"] = 1.0
     dense = rate | {STD: 0.088}
     expert = 3 * dim * (ffn // 2)
     experts = round((2 * expert + 5 * vocab * dim) / expert)  # of two and five tables, in a layer

@@ -31,7 +31,7 @@ def get_study():
 
     dense = {"model.init_std": 0.088, "optimizer.learning_rate": 6e-3}
     jtok_m = {
-        "model.init_std": 0.02, "optimizer.learning_rate": 3e-3,
+        "model.init_std": 0.02, "optimizer.learning_rate": 6e-3,
         "optimizer.tables.learning_rate_multiplier": 10.0, "optimizer.tables.weight_decay": 0.1,
         "model.jtok.norm": "l2", "model.jtok.mixture_scale_init": 1.0,
     }  # fmt: skip
