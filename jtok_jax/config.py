@@ -65,7 +65,7 @@ class JtokConfig:
     norm: str = "rms"  # open: l2 | rms; rms equals l2 with the scale times sqrt(D)
     eps: float = 1e-6  # open: added to the norm of a row
     gate_scale_init: float = 1.0  # open: s of JTok; with l2 and 1.0 the gate hardly moves
-    mixture_scale_init: float = 0.0  # open: s of JTok-M; 0 starts as the backbone exactly
+    mixture_scale_init: float = 0.1  # open: s of JTok-M; 0 starts as the backbone exactly
     table_init_std: float = 0.02  # open: standard deviation of a table entry
     table_dtype: str = "float32"  # open: float32 | bfloat16
     layers: str = "all"  # open: all | odd | even | indices such as "0,2,5"
@@ -218,7 +218,7 @@ class TableOptimizerConfig:
     """The optimizer of the token tables (jtok_kernels/row_optimizers.py). All open in the paper."""
 
     kind: str = "lazy_adam"  # adamw (dense) | lazy_adam | rowwise_adam | rowwise_adagrad
-    learning_rate_multiplier: float = 1.0
+    learning_rate_multiplier: float = 10.0  # of optimizer.learning_rate
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.95

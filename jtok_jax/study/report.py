@@ -147,7 +147,10 @@ def draw_cost(
     best: dict[str, Ranked], seconds: dict[str, float], baseline: Ranked, path: pathlib.Path
 ) -> None:
     """Validation loss against parameters and against the time of a step."""
-    figure, axes = _pyplot().subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    pyplot = _pyplot()
+    from matplotlib import ticker
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for arm, one in best.items():
         losses = estimate([result.val_loss for result in one.results])
         if not math.isfinite(losses.mean):
@@ -162,6 +165,9 @@ def draw_cost(
                 arm, (place, losses.mean), xytext=(5, 4), textcoords="offset points", fontsize=8
             )
     axes[0].set(xscale="log", xlabel="parameters, tables included, millions")
+    axes[0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[0].xaxis.set_minor_locator(ticker.NullLocator())
+    axes[0].xaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("validation loss, nats/token (95%)")
     axes[1].set_xlabel("seconds a step over the baseline's")
     for axis in axes:
