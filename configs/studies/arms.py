@@ -8,7 +8,7 @@
 All in one decoder, on the same batches, three seeds. dense, JTok and JTok-M start as
 configs/studies/parameterisation.py found best, and share its runs; the others choose the size of
 initial values, then a learning rate, on one seed with short runs. wider_dense has the step time of
-JTok-M, experts have its number of parameters. On two CPU cores 21 runs of 1 to 4 minutes beside
+JTok-M, experts have its number of parameters. On two CPU cores 23 runs of 1 to 4 minutes beside
 those shared; on one H100 all arms, bfloat16, 52M tokens (3.5 passes over a corpus of 15M).
 """
 
@@ -82,7 +82,7 @@ def get_study(device="cpu"):
             Stage(
                 steps=trial,
                 vary={
-                    f"{','.join(by_table)}:{MULTIPLIER}": (3.0, 10.0),
+                    f"{','.join(by_table)}:{MULTIPLIER}": (1.0, 3.0, 10.0),
                     f"{','.join(by_rate)}:{RATE}": (3e-3, 6e-3),
                 },
                 keep=1,
