@@ -18,6 +18,7 @@ from pythons import oldest
 from jtok_jax import flops
 from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import JtokConfig
+from jtok_jax.config import OptimizerConfig
 from jtok_jax.errors import ConfigError, DataError, WorkdirError
 from jtok_jax.study import Arm, Stage, Study
 from jtok_jax.study.fit import write_fit
@@ -338,7 +339,7 @@ def test_differences_are_taken_between_equal_seeds():
 def test_what_is_off_does_not_decide_a_result():
     dense, bigram = (resolve(cell, ROOT) for cell in first_cells(STUDY)[:2])
     assert not any(key.startswith("optimizer.tables") for key in identity(dense))
-    assert identity(bigram)[RATE] == 1.0
+    assert identity(bigram)[RATE] == OptimizerConfig().tables.learning_rate_multiplier
     assert [key for key in identity(bigram) if key.startswith("model.arms")] == [
         "model.arms.names", "model.arms.bigram.rows_per_id",
     ]  # fmt: skip
