@@ -17,8 +17,7 @@ from pythons import oldest
 
 from jtok_jax import flops
 from jtok_jax.arms import ArmsConfig
-from jtok_jax.config import JtokConfig
-from jtok_jax.config import OptimizerConfig
+from jtok_jax.config import JtokConfig, OptimizerConfig
 from jtok_jax.errors import ConfigError, DataError, WorkdirError
 from jtok_jax.study import Arm, Stage, Study
 from jtok_jax.study.fit import write_fit
