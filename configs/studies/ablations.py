@@ -10,33 +10,22 @@ one thing in the JTok-M of arms.py, whose run it shares. `mixture` is JTok-M wit
 loss, in plain autodiff. On two CPU cores three of the runs of 3 minutes; on one H100 all.
 """
 
+import pathlib
+
 from jtok_jax.study import Arm, Stage, Study
+from jtok_jax.study.spec import load_study
 
 ON_CPU = ("jtok_m", "router_random", "with_bigram")
 
 
-COMMON = {
-    "cpu": {
-        "model.compute_dtype": "float32", "model.model_dim": 128, "model.num_layers": 4,
-        "train.batch_size": 16, "evaluation.batch_size": 16, "checkpoint.every": 150,
-    },
-    "h100": {
-        "model.compute_dtype": "bfloat16", "model.model_dim": 384, "model.num_layers": 8,
-        "model.ffn_dim": 1024, "model.num_heads": 6, "model.num_kv_heads": 6,
-        "train.batch_size": 128, "evaluation.batch_size": 64, "checkpoint.every": 10_000,
-    },
-}  # fmt: skip
-STEPS = {"cpu": 400, "h100": 1600}
-
-
 def get_study(device="cpu"):
-    common = COMMON[device]
-    dim, layers = common["model.model_dim"], common["model.num_layers"]
-    trained = {
-        "model.init_std": 0.02, "optimizer.learning_rate": 6e-3,
-        "optimizer.tables.learning_rate_multiplier": 10.0, "optimizer.tables.weight_decay": 0.1,
-        "optimizer.tables.b1": 0.9, "optimizer.tables.b2": 0.95,
-    }  # fmt: skip
+    whole = load_study(f"{pathlib.Path(__file__).with_name('arms.py')}:{device}")
+    fields = {arm.name: arm.fields for arm in whole.arms}
+    dim, layers = whole.common["model.model_dim"], whole.common["model.num_layers"]
+    trained, gate = (
+        {key: value for key, value in fields[name].items() if not key.startswith("model.jtok.")}
+        for name in ("jtok_m", "jtok")
+    )
 
     def jtok_m(name, file="jtok_m", **changed):
         fields = {"norm": "l2", "mixture_scale_init": 1.0} | changed
@@ -48,7 +37,6 @@ def get_study(device="cpu"):
             name, "configs/arms/mixture.py", trained | _under("model.arms.mixture", same | changed)
         )
 
-    gate = trained | {"optimizer.learning_rate": 3e-3}  # as JTok
     # Two rows of standard deviation 0.02, with weights near 1/2, have this norm.
     unnormed = 0.02 * (dim / 2) ** 0.5
     arms = (
@@ -77,14 +65,11 @@ def get_study(device="cpu"):
         arms = tuple(arm for arm in arms if arm.name in ON_CPU)
     return Study(
         question=__doc__.splitlines()[0],
-        common=common | {
-            "model.vocab_size": 4096, "train.seq_len": 256, "checkpoint.keep": 1,
-            "evaluation.every": 10_000,
-        },
+        common=whole.common,
         arms=arms,
-        stages=(Stage(steps=STEPS[device], seeds=(1,)),),
+        stages=(Stage(steps=whole.stages[-1].steps, seeds=(1,)),),
         baseline="jtok_m",
-    )  # fmt: skip
+    )
 
 
 def _under(prefix, fields):

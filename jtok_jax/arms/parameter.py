@@ -26,9 +26,7 @@ class Seen(NamedTuple):
     ids_BT: jax.Array
     pre_BTD: jax.Array  # normed input of attention
     post_BTD: jax.Array  # normed input of the feed-forward
-    before_BTD: (
-        jax.Array
-    )  # as pre_BTD, of the stream that entered the layer before; the first's own
+    before_BTD: jax.Array  # as pre_BTD, of the layer before; the first layer's own
 
 
 class Parameter(NamedTuple):
