@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from pythons import newest
 
 
@@ -31,6 +32,7 @@ def test_bits():
 
 
 @newest
-def test_all_else():
+@pytest.mark.parametrize("which", ["every_layout", "not every_layout and not same_bits"])
+def test_all_else(which):
     """Nearly all of the time goes into compiling what then runs for milliseconds."""
-    on_eight_devices("not same_bits", optimize=False)
+    on_eight_devices(which, optimize=False)
