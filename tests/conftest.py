@@ -5,10 +5,11 @@
 import os
 import pathlib
 
-# Hundreds of small programs are compiled here and run once; must be set before JAX starts.
-FLAGS = os.environ.get("XLA_FLAGS", "")
+from pythons import FAST_TO_COMPILE
+
+FLAGS = os.environ.get("XLA_FLAGS", "")  # before anything is added; must be set before JAX starts
 if "optimization_level" not in FLAGS:
-    os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {FAST_TO_COMPILE}"
 
 # The CPU also where a GPU or a compile-only plugin is at hand; JAX_PLATFORMS=cuda overrides it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

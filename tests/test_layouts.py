@@ -8,12 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from pythons import newest
+from conftest import FLAGS
+from pythons import FAST_TO_COMPILE, oldest
 
 
 def on_eight_devices(which: str, *, optimize: bool) -> None:
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    flags += f" --xla_backend_optimization_level={3 if optimize else 0}"
+    level = "--xla_backend_optimization_level=3" if optimize else FAST_TO_COMPILE
+    flags = f"{FLAGS} --xla_force_host_platform_device_count=8 {level}"
     file = pathlib.Path(__file__).with_name("eight_devices.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:xdist", str(file), "-k", which],
@@ -31,7 +32,7 @@ def test_bits():
     on_eight_devices("same_bits", optimize=True)
 
 
-@newest
+@oldest
 @pytest.mark.parametrize("which", ["every_layout", "not every_layout and not same_bits"])
 def test_all_else(which):
     """Nearly all of the time goes into compiling what then runs for milliseconds."""
