@@ -7,7 +7,7 @@ import pathlib
 
 from pythons import FAST_TO_COMPILE
 
-FLAGS = os.environ.get("XLA_FLAGS", "")  # before anything is added; must be set before JAX starts
+FLAGS = os.environ.get("XLA_FLAGS", "")  # must be set before JAX starts
 if "optimization_level" not in FLAGS:
     os.environ["XLA_FLAGS"] = f"{FLAGS} {FAST_TO_COMPILE}"
 

@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import FLAGS
-from pythons import FAST_TO_COMPILE, oldest
+from pythons import FAST_TO_COMPILE, newest, oldest
 
 
 def on_eight_devices(which: str, *, optimize: bool) -> None:
     level = "--xla_backend_optimization_level=3" if optimize else FAST_TO_COMPILE
-    flags = f"{FLAGS} --xla_force_host_platform_device_count=8 {level}"
+    flags = os.environ["XLA_FLAGS"].replace(FAST_TO_COMPILE, level)
+    flags += " --xla_force_host_platform_device_count=8"
     file = pathlib.Path(__file__).with_name("eight_devices.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:xdist", str(file), "-k", which],
@@ -27,13 +27,16 @@ def on_eight_devices(which: str, *, optimize: bool) -> None:
     assert " passed" in done.stdout
 
 
+@newest
 def test_bits():
     """Of optimized programs: only in those are products and sums fused, in some layouts."""
     on_eight_devices("same_bits", optimize=True)
 
 
 @oldest
-@pytest.mark.parametrize("which", ["every_layout", "not every_layout and not same_bits"])
+@pytest.mark.parametrize(
+    "which", ["trains_as_one_device", "not (trains_as_one_device or same_bits)"]
+)
 def test_all_else(which):
     """Nearly all of the time goes into compiling what then runs for milliseconds."""
     on_eight_devices(which, optimize=False)
