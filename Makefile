@@ -14,7 +14,7 @@ help:
 	@echo "make quickstart   train, checkpoint and sample a small JTok-M model (about 4 minutes on 2 cores)"
 	@echo "make test         the whole test suite, and make lint"
 	@echo "make test-latest  the test suite on Python 3.12 or newer with the newest pins"
-	@echo "make nightly      the largest model compiled for TPUs and H100s, every table layout (long)"
+	@echo "make nightly      that with every test, and the largest model compiled for TPUs and H100s (long)"
 	@echo "make clean        remove the virtual environments (runs/ and data/ stay)"
 
 $(VENV)/run: pyproject.toml constraints/py311.txt constraints/py312.txt
@@ -46,13 +46,10 @@ test-latest:
 	if [ -z "$$python" ]; then echo "SKIPPED: no Python 3.12 or newer runs on this machine"; exit 0; fi; \
 	set -e; $$python -m venv $(LATEST); \
 	$(LATEST)/bin/python -m pip install --quiet -c constraints/py312.txt -e '.[dev,aot]'; \
-	$(LATEST)/bin/python -m pytest -n 2 --dist=worksteal
+	$(LATEST)/bin/python -m pytest -n 2 --dist=worksteal $(SELECT)
 
-nightly: test-latest
-	NIGHTLY=1 $(LATEST)/bin/python -m pytest tests/nightly.py \
-		tests/test_layouts.py tests/test_hosts.py tests/test_packed.py tests/test_arms.py \
-		tests/test_study.py tests/test_anatomy.py tests/test_scaling.py \
-		tests/test_resume.py tests/test_mesh.py
+nightly:
+	NIGHTLY=1 $(MAKE) test-latest SELECT='tests tests/nightly.py'
 
 clean:
 	rm -rf $(VENV) $(LATEST)

@@ -6,15 +6,21 @@ import jax
 import jax.numpy as jnp
 import kernel_oracle
 import numpy as np
+import pytest
 from jtok_kernels import jtok, jtok_m, pack_rows, reference, row_plan
 from jtok_kernels.choose import FIRST_JAX
 from kernel_oracle import Inputs
+from pythons import oldest
 
 KERNELS = jax.version.__version_info__ >= FIRST_JAX
 IMPLEMENTATIONS = ["xla", "mosaic_tpu:interpret"]
 IMPLEMENTATIONS += ["mosaic_gpu:interpret"] * KERNELS  # make test-latest has it
 if jax.default_backend() == "gpu":  # JAX_PLATFORMS=cuda pytest tests/test_modulate.py
     IMPLEMENTATIONS = ["xla", "mosaic_gpu"]
+each_implementation = pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(x, marks=[oldest] * (x == "mosaic_tpu:interpret")) for x in IMPLEMENTATIONS],
+)
 GPU_KERNELS = next((name for name in IMPLEMENTATIONS if name.startswith("mosaic_gpu")), None)
 OPERATIONS = ["jtok", "jtok_m"]
 DEPTH_SCALE = 0.3

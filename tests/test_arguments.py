@@ -18,7 +18,7 @@ from jtok_kernels import (
     rowwise_adagrad,
     update_rows,
 )
-from operations import IMPLEMENTATIONS, inputs, run
+from operations import IMPLEMENTATIONS, each_implementation, inputs, run
 
 choosing = sys.modules["jtok_kernels.choose"]  # the package's `choose` is the function
 
@@ -102,7 +102,7 @@ def test_row_gradients_of_one_table_are_refused_for_several():
         jtok_m(*stream, ids, choice, weights, jnp.float32(x.scale), **options)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("operation", ["jtok", "jtok_m"])
 def test_a_broken_row_nobody_reads_breaks_nothing(implementation, operation):
     """The plan has places without an id; what they read must not reach a gradient."""
@@ -113,7 +113,7 @@ def test_a_broken_row_nobody_reads_breaks_nothing(implementation, operation):
     assert all(np.all(np.isfinite(value)) for value in results)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("ids", [[-7, 23], [1 << 30, -(1 << 31)]])
 def test_ids_outside_stay_inside_the_table(implementation, ids):
     """As the nearest inside, forward and backward, in every implementation."""

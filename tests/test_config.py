@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import pytest
 from conftest import ROOT
+from pythons import oldest
 from small import DENSE, JTOK_M, MOE, one_device, training
 
 from jtok_jax.config import (
@@ -27,6 +28,8 @@ from jtok_jax.training.checkpoint import require_same_config
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import _builder
 from jtok_jax.training.step import make_train_step
+
+pytestmark = oldest
 
 
 def changed(config: Config, changes: dict[str, object]) -> Config:

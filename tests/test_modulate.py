@@ -11,9 +11,9 @@ from kernel_oracle import Inputs
 from operations import (
     CASES,
     DEPTH_SCALE,
-    IMPLEMENTATIONS,
     OPERATIONS,
     close,
+    each_implementation,
     expected,
     inputs,
     run,
@@ -24,7 +24,7 @@ from operations import (
 @pytest.mark.parametrize("norm", ["l2", "rms"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_values_and_gradients_equal_float64(implementation, operation, case, norm):
     x, eps = inputs(case), 1e-3
     forward, grads = expected(operation, x, norm, eps)
@@ -44,7 +44,7 @@ def test_values_and_gradients_equal_float64(implementation, operation, case, nor
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_zero_rows_give_the_gradient_of_the_limit(implementation, operation):
     x = inputs("repeated", zero_row=True)
     forward, grads = expected(operation, x, "l2", 0.1)
@@ -57,7 +57,7 @@ def test_zero_rows_give_the_gradient_of_the_limit(implementation, operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_bfloat16_errs_at_most_as_the_reference_does(implementation, operation):
     """Root mean square errors against float64, at most 1.5 times those of reference.py."""
     x = inputs("more tokens than rows", "bfloat16")
@@ -105,7 +105,7 @@ def shuffled(x: Inputs, shuffle: np.ndarray) -> Inputs:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_row_gradients_repeat_bit_for_bit(implementation, operation):
     """Over runs, and when tokens of other ids move: a row's sum depends on its own tokens alone."""
     x = inputs("primes")
@@ -122,7 +122,7 @@ def test_row_gradients_repeat_bit_for_bit(implementation, operation):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_with_ranks_any_shuffle_gives_the_bits_of_row_gradients(implementation, operation):
     """Ordinary floats, tokens of equal ids among each other; without ranks their order shows."""
     x, rng = inputs("primes"), np.random.default_rng(4)
@@ -140,7 +140,7 @@ def test_with_ranks_any_shuffle_gives_the_bits_of_row_gradients(implementation, 
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_a_tight_bound_gives_the_same_bits_and_an_overflow_nan(implementation, operation):
     x = inputs("primes")
     used = np.unique(x.ids).size
@@ -189,7 +189,7 @@ def test_a_dense_gradient_is_that_of_a_plain_gather(operation):
     close(jax.grad(single)(tables), grads.tables, "dense gradient", 1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_mix_rows_and_norm_add_make_the_whole_from_column_shards(implementation):
     """mix_rows on parts of the columns, norm_add on the whole: values and gradients of jtok_m."""
     x = inputs("unique")
@@ -223,7 +223,7 @@ def test_mix_rows_and_norm_add_make_the_whole_from_column_shards(implementation)
     close(dense, grads.tables, "row gradients", 1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@each_implementation
 def test_mix_rows_of_one_table_are_its_rows(implementation):
     x = inputs("repeated")
     table, ids, g = jnp.float32(x.tables[0]), jnp.int32(x.ids), jnp.float32(x.g)

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from jtok_kernels import pack_rows, row_plan, unpack_rows
 from operations import CASES
+from pythons import oldest
+
+pytestmark = oldest
 
 
 @pytest.mark.parametrize("microbatches", [0, 1, 3])

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tolerances
+from pythons import oldest
 from small import KINDS, gradients, random_ids, small_config, training
 
 from jtok_jax.config import OptimizerConfig, ScheduleConfig, TableOptimizerConfig
@@ -20,6 +21,7 @@ from jtok_jax.training.optimizer import group, schedule, split_tables
 
 replace = dataclasses.replace
 JTOK_M = KINDS["dense-jtok_m"]
+pytestmark = oldest
 
 
 def _leaves_equal(a, b) -> bool:
