@@ -12,8 +12,8 @@ WORKDIR ?= runs/quickstart
 
 help:
 	@echo "make quickstart   train, checkpoint and sample a small JTok-M model (about 4 minutes on 2 cores)"
-	@echo "make test         the whole test suite, and make lint"
-	@echo "make test-latest  the test suite on Python 3.12 or newer with the newest pins"
+	@echo "make test         the test suite, and make lint"
+	@echo "make test-latest  what depends on the versions, on Python 3.12 or newer with the newest pins"
 	@echo "make nightly      that with every test, and the largest model compiled for TPUs and H100s (long)"
 	@echo "make clean        remove the virtual environments (runs/ and data/ stay)"
 

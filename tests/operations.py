@@ -2,6 +2,8 @@
 # Copyright 2026 The jtok_jax authors
 """The table operations on small inputs, in every implementation that this machine can run."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import kernel_oracle
@@ -10,7 +12,7 @@ import pytest
 from jtok_kernels import jtok, jtok_m, pack_rows, reference, row_plan
 from jtok_kernels.choose import FIRST_JAX
 from kernel_oracle import Inputs
-from pythons import oldest
+from pythons import COMPILER_OPTIONS, oldest
 
 KERNELS = jax.version.__version_info__ >= FIRST_JAX
 IMPLEMENTATIONS = ["xla", "mosaic_tpu:interpret"]
@@ -86,7 +88,7 @@ def run(
     options["implementation"] = implementation
     scale, weights = jnp.float32(x.scale), jnp.float32(x.weights)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def both(h, delta, weights, scale, stack, g):
         if operation == "jtok":
             zeros = jnp.zeros((size, dim))

@@ -14,5 +14,7 @@ NIGHTLY = bool(os.environ.get("NIGHTLY"))
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0"
 if OLD:
     FAST_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+# For jax.jit, where bits are compared: with the emitters that users have.
+COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": True} if OLD else {}
 newest = pytest.mark.skipif(OLD and not NIGHTLY, reason="runs on the newer Python, or NIGHTLY=1")
 oldest = pytest.mark.skipif(not (OLD or NIGHTLY), reason="runs on Python 3.11, or NIGHTLY=1")

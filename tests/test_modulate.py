@@ -152,7 +152,7 @@ def test_a_tight_bound_gives_the_same_bits_and_an_overflow_nan(implementation, o
         np.testing.assert_array_equal(first[index], tight[index], err_msg=name)
     assert tight[2].shape[1] == used < first[2].shape[1]
     np.testing.assert_array_equal(first[2][:, :used], tight[2])
-    np.testing.assert_allclose(first[0], over[0], rtol=1e-5, atol=1e-6)  # it knows no plan
+    np.testing.assert_array_equal(first[0], over[0])  # the forward pass knows no plan
     made_with_the_plan = {"jtok": (1, 2, 4), "jtok_m": (2, 3, 4)}[operation]
     assert all(np.any(np.isnan(over[index])) for index in made_with_the_plan)
 
