@@ -4,6 +4,7 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 import stat
@@ -296,6 +297,19 @@ def test_a_failure_of_one_process_ends_all_with_its_code_and_reason(corpus, tmp_
     assert (code, code_1) == (5, 5), err + err_1
     assert "DataError: made up" in err_1
     assert re.search(r"HostError: process 1 of 2 \(.*\) has ended: DataError: made up", err)
+
+
+@oldest
+def test_a_save_that_fails_on_one_process_ends_all_at_once(corpus, tmp_path):
+    """Its files may grow no further, as on a full disk; Orbax would hold all for 20 minutes."""
+    first, second = start_two(settings(tmp_path, corpus, {"train.steps": 5000}))
+    wait_for_step(first, tmp_path, 13)
+    resource.prlimit(second.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    (code, _, err), (code_1, _, err_1) = ends([first, second], timeout=3 * HEARTBEAT)
+    assert (code, code_1) == (4, 4), err + err_1
+    assert re.search(r"CheckpointError: Save of step \d+ under .* failed: .*File too large", err_1)
+    assert re.search(r"HostError: process 1 of 2 \(.*\) has ended: CheckpointError: Save of", err)
+    assert "Traceback" not in err + err_1
 
 
 @newest

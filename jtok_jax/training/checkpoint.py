@@ -31,6 +31,7 @@ from jtok_jax.training.state import TrainState, non_finite
 # The training loop asks; Orbax asks about older steps from a thread, which would undo the count.
 orbax.checkpoint.utils.reached_preemption = lambda step: False
 
+_POLL_SECONDS = 1.0
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
 # What may change when a run goes on. The contents of data.path are checked by their fingerprint,
@@ -50,6 +51,7 @@ class Checkpoints:
         keep = ocp.training.preservation_policies.LatestN(config.checkpoint.keep)
         self._folder = workdir.absolute() / FOLDER
         self._config, self._data, self._pending, self._step = config, data, None, None
+        self._noted = _NotedFailure()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             preservation_policy=keep,
@@ -89,14 +91,16 @@ class Checkpoints:
             response = self._checkpointer.save_async(step, leaves, custom_metadata=metadata)
         self._pending = step, response
 
-    def check(self) -> None:
-        """Raise CheckpointError now if a save in the background has failed; do not wait."""
+    def check(self, seconds: float = 0.0) -> None:
+        """Wait so long for the save under way. Raises CheckpointError if it failed."""
         if self._pending is None:
             return
         step, response = self._pending
         with self._failure(step):
+            if self._noted.error:
+                raise self._noted.error
             try:
-                response.result(timeout=0)
+                response.result(timeout=seconds)
             except TimeoutError as error:
                 if error.args:  # one of Orbax's own says what took too long; ours says nothing
                     raise
@@ -105,11 +109,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait for the save under way. Raises CheckpointError if it failed."""
-        if self._pending is None:
-            return
-        (step, response), self._pending = self._pending, None
-        with self._failure(step):
-            response.result()
+        while self._pending is not None:
+            self.check(_POLL_SECONDS)
 
     def close(self) -> None:
         try:
@@ -117,6 +118,7 @@ class Checkpoints:
         finally:
             with self._failure(self._step):  # a failed save is told again here
                 self._checkpointer.close()
+            self._noted.close()
 
     @contextlib.contextmanager
     def _failure(self, step: int) -> Iterator[None]:
@@ -147,6 +149,29 @@ class Checkpoints:
         leaves = _load(self._checkpointer, step, wanted)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
+
+
+class _NotedFailure(logging.Filter):
+    """Why a save in the background failed here, taken from Orbax's log when it says so.
+
+    Of several processes Orbax lets no save end before those of all others have, and the others
+    wait for the one that failed: its response would tell it after Orbax's limit of 20 minutes.
+    The tracebacks it logs are left out; the error raised says it once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.error: BaseException | None = None
+        logging.getLogger("absl").addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        failed = record.exc_info and "orbax" in pathlib.Path(record.pathname).parts
+        if failed:
+            self.error = record.exc_info[1]
+        return not failed
+
+    def close(self) -> None:
+        logging.getLogger("absl").removeFilter(self)
 
 
 class Saved(NamedTuple):
@@ -276,9 +301,9 @@ def _require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
 
 
 def _metadata(checkpointer, step: int, folder: pathlib.Path):
-    _quiet()
     try:
-        found = checkpointer.metadata(step)
+        with _quiet():
+            found = checkpointer.metadata(step)
         if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
             raise ValueError("its metadata is incomplete")
         return found
@@ -295,9 +320,9 @@ def _before(folder: pathlib.Path, step: int) -> str:
 
 
 def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
-    _quiet()
     try:
-        return checkpointer.load(step, wanted)
+        with _quiet():
+            return checkpointer.load(step, wanted)
     except Exception as error:
         raise CheckpointError(
             f"Checkpoint step {step} is damaged: {error}. Move its folder away to go on from "
@@ -305,10 +330,18 @@ def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
         ) from error
 
 
-def _quiet() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """A failed load logs every leaf with a traceback; the error raised says it once."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
