@@ -32,6 +32,7 @@ from jtok_jax.training.state import TrainState, non_finite
 orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
+_SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
 FOLDER = "checkpoints"
 CONFIG_FILE = "config.json"
 # What may change when a run goes on. The contents of data.path are checked by their fingerprint,
@@ -165,7 +166,7 @@ class _NotedFailure(logging.Filter):
         logging.getLogger("absl").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        failed = record.exc_info and "orbax" in pathlib.Path(record.pathname).parts
+        failed = record.levelno >= logging.ERROR and record.exc_info and record.module in _SAVING
         if failed:
             self.error = record.exc_info[1]
         return not failed
