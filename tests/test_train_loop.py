@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -271,6 +272,7 @@ def test_a_failed_save_stops_the_run(config, tmp_path, monkeypatch, error):
     with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*(300 s|disk full)"):
         train(config, tmp_path)
     assert records(tmp_path)[-1]["step"] <= 5
+    assert not logging.getLogger("absl").filters  # of the next run in this process
 
 
 def test_a_start_that_failed_does_not_claim_the_workdir(config, tmp_path):

@@ -114,12 +114,12 @@ class Checkpoints:
             self.check(_POLL_SECONDS)
 
     def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            with self._failure(self._step):  # a failed save is told again here
-                self._checkpointer.close()
-            self._noted.close()
+        with contextlib.closing(self._noted):
+            try:
+                self.wait()
+            finally:
+                with self._failure(self._step):  # a failed save is told again here
+                    self._checkpointer.close()
 
     @contextlib.contextmanager
     def _failure(self, step: int) -> Iterator[None]:
