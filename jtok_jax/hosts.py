@@ -41,6 +41,7 @@ _POLL_SECONDS = 1.0
 _OF_ALL = (NonFiniteError, Preempted)  # errors that all processes raise at the same step
 _OF_XLA = (jax.errors.JaxRuntimeError, ValueError)  # a status that XLA has no class for: ValueError
 _STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+_OF_A_DISK = "os_error_code"  # in what TensorStore raises, in the words of XLA
 _PEER_IS_GONE = re.compile(r"\b(gloo|nccl|unavailable|connection|socket|peer|heartbeat)\b", re.I)
 
 
@@ -177,17 +178,16 @@ class Hosts:
         broken = _of_the_runtime(error)
         if broken:
             code, reason = self._who_is_gone(f"{type(broken).__name__}: {broken}".splitlines()[0])
-        elif not isinstance(error, JtokError):
-            traceback.print_exception(error)
-        print(reason, file=sys.stderr, flush=True)
         self.announce(code, reason)
+        if not broken and not isinstance(error, JtokError):
+            _tell("".join(traceback.format_exception(error)).rstrip())
+        _tell(reason)
         self._exit(code)
 
     def _who_is_gone(self, reason: str) -> tuple[int, str]:
         """(exit code, reason) after an error that says that another process is gone."""
         hint = "" if self.lead else f"; if JAX aborts here, it was {self.name(0)}"
-        text = f"HostError: lost another process ({reason}). Asking who is left{hint}."
-        print(text, file=sys.stderr, flush=True)
+        _tell(f"HostError: lost another process ({reason}). Asking who is left{hint}.")
         here = set()
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is left to ask
             self._put(f"asked/{self.process}", "")
@@ -215,7 +215,7 @@ class Hosts:
             told = self._told()
             if told and not self._ended.wait(GRACE_SECONDS):
                 self._ending = True
-                os.write(2, f"HostError: {told}\n".encode())
+                _tell(f"HostError: {told}")
                 self._exit(told.exit_code)
 
     def _exit(self, code: int) -> None:
@@ -224,7 +224,8 @@ class Hosts:
                 self._client.wait_at_barrier("jtok/leaving", int(1000 * self._leave_seconds))
         if self.lead:  # its end is the end of the runtime, which aborts who is still there
             time.sleep(2 * _POLL_SECONDS)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(code)
 
     def finish(self) -> None:
@@ -271,10 +272,17 @@ class Hosts:
 ALONE = Hosts()
 
 
+def _tell(text: str) -> None:
+    """To stderr, which may be a file on a disk that is full."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
 def _of_the_runtime(error: BaseException | None) -> Exception | None:
     """The error of an exchange with another process that is, or that caused, `error`."""
     for found in (error, getattr(error, "__cause__", None)):
         own = isinstance(found, JtokError) or not isinstance(found, _OF_XLA)
+        own |= _OF_A_DISK in str(found)
         if not own and _STATUS.match(str(found)) and _PEER_IS_GONE.search(str(found)):
             return found
     return None

@@ -19,8 +19,7 @@ from pythons import newest, oldest
 from small import prepare_small_corpus
 from test_resume import OVERRIDES, final_state, records, wait_for_step
 
-STEPS = 60
-HEARTBEAT = 20
+STEPS, HEARTBEAT = 60, 20
 RUN = OVERRIDES | {
     "train.steps": STEPS, "train.batch_size": 8, "evaluation.batch_size": 8, "checkpoint.every": 10,
     "evaluation.every": 30, "mesh.fsdp": 2, "mesh.table_columns": "data,fsdp",
@@ -71,8 +70,12 @@ def start_two(
 
 def ends(processes, timeout: float = 200) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of each."""
-    found = [(process, *process.communicate(timeout=timeout)) for process in processes]
-    return [(process.returncode, out, err) for process, out, err in found]
+    try:
+        found = [(process, *process.communicate(timeout=timeout)) for process in processes]
+        return [(process.returncode, out, err) for process, out, err in found]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -306,10 +309,9 @@ def test_a_save_that_fails_on_one_process_ends_all_at_once(corpus, tmp_path):
     wait_for_step(first, tmp_path, 13)
     resource.prlimit(second.pid, resource.RLIMIT_FSIZE, (1000, 1000))
     (code, _, err), (code_1, _, err_1) = ends([first, second], timeout=3 * HEARTBEAT)
-    assert (code, code_1) == (4, 4), err + err_1
+    assert (code, code_1, "Traceback" in err + err_1) == (4, 4, False), err + err_1
     assert re.search(r"CheckpointError: Save of step \d+ under .* failed: .*File too large", err_1)
     assert re.search(r"HostError: process 1 of 2 \(.*\) has ended: CheckpointError: Save of", err)
-    assert "Traceback" not in err + err_1
 
 
 @newest
@@ -317,9 +319,7 @@ def test_the_end_of_process_0_ends_the_other_within_the_heartbeat(corpus, tmp_pa
     first, second = start_two(settings(tmp_path, corpus, {"train.steps": 5000}))
     wait_for_step(first, tmp_path, 5)
     first.kill()
-    killed = time.monotonic()
-    _, (code, _, err) = ends([first, second])
-    assert time.monotonic() - killed < HEARTBEAT
+    _, (code, _, err) = ends([first, second], timeout=HEARTBEAT)
     assert code not in (0, 42)
     assert "lost another process" in err or "leader task was preempted/died" in err
 

@@ -163,6 +163,25 @@ def test_a_candidate_that_comes_up_twice_counts_once():
     assert [c.name.rsplit("=", 1)[1] for c in expand(some, two)["bigram"]] == ["3", "9"]
 
 
+def test_a_run_that_two_stages_choose_from_is_one_trial(tmp_path):
+    arms = ARMS[0], dataclasses.replace(ARMS[1], fields=ARMS[1].fields | {RATE: 3.0})
+    stages = (
+        Stage(10, vary={"bigram:model.init_std": (0.1, 0.2)}, keep=1),
+        Stage(10, vary={f"bigram:{RATE}": (3.0, 9.0)}, keep=1),
+        Stage(20),
+    )
+    study = dataclasses.replace(STUDY, arms=arms, stages=stages)
+    best = start(study)
+    larger = lambda cell: 15 - sum(cell.fields.get(key, 0.0) for key in ("model.init_std", RATE))
+    for stage in stages:  # the last candidate is the best
+        candidates = expand(best, stage)
+        places = fill(tmp_path, cells(study, stage, candidates), larger)
+        best |= {arm: some[-1:] for arm, some in candidates.items()}
+    lines = write_report(study, places, "x").splitlines()
+    line = next(line for line in lines if line.startswith("| bigram"))
+    assert line.endswith("| 3 |")
+
+
 def test_a_run_that_diverged_comes_last_and_is_told(tmp_path):
     study = dataclasses.replace(STUDY, stages=(Stage(10, vary={f"bigram:{RATE}": (1.0, 3.0)}),))
     wanted = cells(study, study.stages[0], expand(start(study), study.stages[0]))

@@ -275,6 +275,25 @@ def test_a_failed_save_stops_the_run(config, tmp_path, monkeypatch, error):
     assert not logging.getLogger("absl").filters  # of the next run in this process
 
 
+def test_a_save_that_failed_in_the_log_alone_stops_the_run(config, tmp_path, monkeypatch, caplog):
+    """As of one of several processes, whose response does not end before those of the others."""
+
+    class Waiting:
+        def result(self, timeout=None):
+            raise TimeoutError
+
+    def save(*_, **__):
+        for error in (OSError("disk full"), RuntimeError("all saves failed")):
+            told = {"levelno": logging.ERROR, "module": "future", "exc_info": (None, error, None)}
+            logging.getLogger("absl").handle(logging.makeLogRecord(told))
+        return Waiting()
+
+    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_async", save)
+    with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*disk full"):
+        train(config, tmp_path)
+    assert caplog.messages == ["A save failed: OSError('disk full')"]
+
+
 def test_a_start_that_failed_does_not_claim_the_workdir(config, tmp_path):
     with pytest.raises(ConfigError, match="not an NVIDIA GPU"):
         train(changed(config, {"model.attention": "cudnn"}), tmp_path)

@@ -51,10 +51,10 @@ def get_study(device="cpu"):
     experts = round((2 * expert + 5 * vocab * dim) / expert)  # of two and five tables, in a layer
     moe = {"num_experts": experts, "top_k": 2, "expert_dim": ffn // 2}
     arms = [
-        Arm("dense", "configs/arms/dense.py", dense, tried=6),
+        Arm("dense", "configs/arms/dense.py", dense, tried=5),
         Arm("wider_dense", "configs/arms/dense.py", dense | {"model.ffn_dim": WIDER[device]}),
-        Arm("jtok", "configs/arms/jtok.py", jtok, tried=24),
-        Arm("jtok_m", "configs/arms/jtok_m.py", jtok_m, tried=24),
+        Arm("jtok", "configs/arms/jtok.py", jtok, tried=19),
+        Arm("jtok_m", "configs/arms/jtok_m.py", jtok_m, tried=19),
         Arm("bigram", "configs/arms/bigram.py",
             tables | rate | {"model.arms.bigram.rows_per_id": layers}),
         Arm("moe", "configs/arms/moe.py", rate | {f"model.moe.{k}": v for k, v in moe.items()}),

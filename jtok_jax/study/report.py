@@ -68,8 +68,8 @@ def write_report(study: Study, places: Places, file: str) -> str:
         f"`python -m jtok_jax.study run --study={file}`, then `report`. " + _circumstances(every),
         final_table(stages[-1], baseline, trials, seconds),
         "Mean and 95% interval (Student's t) over seeds; differences are taken seed by seed. "
-        "eta: parameters of tables over those of the backbone. Trials: candidates of the arm "
-        "that were trained to choose from, this one included. Step: seconds over the baseline's, "
+        "eta: parameters of tables over those of the backbone. Trials: different runs "
+        "that the values of the arm were chosen from. Step: seconds over the baseline's, "
         f"{how}." + f" Failed or not yet run: {'; '.join(lacking)}." * bool(lacking),
         f"![loss against steps, FLOPs and seconds]({name}-curves.svg)",
         f"![loss against parameters and seconds]({name}-cost.svg)",
@@ -195,14 +195,14 @@ def _by_loss(stage: StageResults) -> list[tuple[str, Ranked]]:
 
 
 def _trials(stages: list[StageResults]) -> dict[str, int]:
-    """Different candidates of every arm that were trained at all, here or to choose from before."""
+    """Different runs that the values of every arm were chosen from, here or before; 1: of none."""
     tried: dict[str, set] = {arm: set() for arm in stages[-1]}
-    for stage in stages:
+    for stage in stages[:-1]:
         for arm, ranked in stage.items():
-            tried[arm] |= {frozenset(one.candidate.chosen) for one in ranked}
-    before = {arm: max((one.candidate.arm.tried for one in ranked), default=0)
+            tried[arm] |= {result.cell for one in ranked for result in one.results}
+    before = {arm: max((one.candidate.arm.tried for one in ranked), default=1)
               for arm, ranked in stages[-1].items()}  # fmt: skip
-    return {arm: max(len(here), before[arm]) for arm, here in tried.items()}
+    return {arm: max(len(here), before[arm], 1) for arm, here in tried.items()}
 
 
 def _circumstances(ranked: list[Ranked]) -> str:

@@ -52,13 +52,13 @@ class Checkpoints:
         keep = ocp.training.preservation_policies.LatestN(config.checkpoint.keep)
         self._folder = workdir.absolute() / FOLDER
         self._config, self._data, self._pending, self._step = config, data, None, None
-        self._noted = _NotedFailure()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             preservation_policy=keep,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
+        self._noted = _NotedFailure()
 
     def latest_step(self) -> int | None:
         latest = self._checkpointer.latest
@@ -118,8 +118,9 @@ class Checkpoints:
             try:
                 self.wait()
             finally:
-                with self._failure(self._step):  # a failed save is told again here
-                    self._checkpointer.close()
+                if not self._noted.error:  # else Orbax waits for the other processes
+                    with self._failure(self._step):  # a failed save is told again here
+                        self._checkpointer.close()
 
     @contextlib.contextmanager
     def _failure(self, step: int) -> Iterator[None]:
@@ -127,9 +128,11 @@ class Checkpoints:
             yield
         except Exception as error:
             self._pending = None
+            what = f"Save of step {step} under {self._folder} failed: {error!r}. Earlier ones are"
+            if (self._folder / str(step)).exists():  # it gets its name when all of it is there
+                what = f"After the save of step {step} under {self._folder}: {error!r}. It is"
             raise CheckpointError(
-                f"Save of step {step} under {self._folder} failed: {error!r}. Earlier checkpoints "
-                "are intact. Free space or mend the folder, then run the same command again."
+                f"{what} intact. Free space or mend the folder, then run the same command again."
             ) from error
 
     def restore(self, abstract: TrainState) -> TrainState:
@@ -157,7 +160,7 @@ class _NotedFailure(logging.Filter):
 
     Of several processes Orbax lets no save end before those of all others have, and the others
     wait for the one that failed: its response would tell it after Orbax's limit of 20 minutes.
-    The tracebacks it logs are left out; the error raised says it once.
+    Of the same failure told several times the first is left in the log, on one line.
     """
 
     def __init__(self):
@@ -166,10 +169,14 @@ class _NotedFailure(logging.Filter):
         logging.getLogger("absl").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        failed = record.levelno >= logging.ERROR and record.exc_info and record.module in _SAVING
-        if failed:
-            self.error = record.exc_info[1]
-        return not failed
+        if record.levelno < logging.ERROR or not record.exc_info or record.module not in _SAVING:
+            return True
+        error, first = record.exc_info[1], self.error is None
+        self.error = self.error or error
+        if isinstance(error, OSError | ValueError):  # of file systems; others keep their traceback
+            record.msg, record.args = f"A save failed: {error!r}", ()
+            record.exc_info = record.exc_text = None
+        return first
 
     def close(self) -> None:
         logging.getLogger("absl").removeFilter(self)
