@@ -6,8 +6,10 @@
     python -m jtok_jax.study run --study=configs/studies/ablations.py:h100 --data=FOLDER
 
 One seed: a difference below the spread over seeds that arms.py shows says nothing. Each arm changes
-one thing in the JTok-M of arms.py, whose run it shares. `mixture` is JTok-M without its balance
-loss, in plain autodiff. On two CPU cores three of the runs of 3 minutes; on one H100 all.
+one thing in the JTok-M of arms.py, whose run it shares, with two exceptions: `mixture` is JTok-M in
+plain autodiff and without balance loss, so its arms belong beside balance_off, and
+even_layers_of_ten belongs beside even_layers. On two CPU cores three of the runs of 3 minutes; on
+one H100 all.
 """
 
 import pathlib

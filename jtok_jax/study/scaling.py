@@ -261,8 +261,8 @@ def published_table() -> str:
         f"\n| claimed | | | {reduction:.1%} | {saved:.1%} |\n\n"
         f"The claimed saving is 1 - 10^({gap} / {base.slope}), but log2 L of the two lines differs "
         f"by {gaps.max():.4f} to {gaps.min():.4f} at these budgets and by "
-        f"{base.intercept - other.intercept:.4f} at log10 C = 0, at no budget by {gap}: that would "
-        f"be {1 - 2**-gap:.1%} less loss, and {reduction:.1%} less is worth {implied:.1%}.\n"
+        f"{base.intercept - other.intercept:.4f} at log10 C = 0, at none of these by {gap}: that "
+        f"would be {1 - 2**-gap:.1%} less loss, and {reduction:.1%} less is worth {implied:.1%}.\n"
     )
 
 
