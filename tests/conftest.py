@@ -7,12 +7,12 @@ import pathlib
 
 from pythons import FAST_TO_COMPILE
 
-FLAGS = os.environ.get("XLA_FLAGS", "")  # must be set before JAX starts
-if "optimization_level" not in FLAGS:
-    os.environ["XLA_FLAGS"] = f"{FLAGS} {FAST_TO_COMPILE}"
-
 # The CPU also where a GPU or a compile-only plugin is at hand; JAX_PLATFORMS=cuda overrides it.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Both must be set before JAX starts.
+PLATFORMS = os.environ.setdefault("JAX_PLATFORMS", "cpu")
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if PLATFORMS == "cpu" and "optimization_level" not in FLAGS:  # others as users have them
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {FAST_TO_COMPILE}"
 
 import jax
 import pytest
