@@ -6,10 +6,10 @@
     python -m jtok_jax.study run --study=configs/studies/ablations.py:h100 --data=FOLDER
 
 One seed: a difference below the spread over seeds that arms.py shows says nothing. Each arm changes
-one thing in the JTok-M of arms.py, whose run it shares, with two exceptions: `mixture` is JTok-M in
-plain autodiff and without balance loss, so its arms belong beside balance_off, and
-even_layers_of_ten belongs beside even_layers. On two CPU cores three of the runs of 3 minutes; on
-one H100 all.
+one thing in JTok-M as arms.py starts it, with these exceptions: `mixture` is JTok-M in plain
+autodiff and without balance loss, so its arms belong beside balance_off; even_layers_of_ten belongs
+beside even_layers; and jtok_with_bigram and jtok_by_bigram beside jtok, which starts and learns as
+in arms.py. On two CPU cores three of the runs of 3 minutes; on one H100 all.
 """
 
 import pathlib
@@ -24,14 +24,19 @@ def get_study(device="cpu"):
     whole = load_study(f"{pathlib.Path(__file__).with_name('arms.py')}:{device}")
     fields = {arm.name: arm.fields for arm in whole.arms}
     dim, layers = whole.common["model.model_dim"], whole.common["model.num_layers"]
+    jtok = fields["jtok"]
     trained, gate = (
         {key: value for key, value in fields[name].items() if not key.startswith("model.jtok.")}
         for name in ("jtok_m", "jtok")
     )
+    # Gates of arms start as JTok's do, tables by bigram have as many rows as in arms.py.
+    as_gate = {"norm": "l2", "scale_init": dim**0.5}
+    by_bigram = _under("model.arms.bigram", {"rows_per_id": layers})
 
-    def jtok_m(name, file="jtok_m", **changed):
+    def jtok_m(name, file="jtok_m", beside=(), **changed):
         fields = {"norm": "l2", "mixture_scale_init": 1.0} | changed
-        return Arm(name, f"configs/arms/{file}.py", trained | _under("model.jtok", fields))
+        fields = _under("model.jtok", fields) | dict(beside)
+        return Arm(name, f"configs/arms/{file}.py", trained | fields)
 
     def mixture(name, **changed):
         same = {"norm": "l2", "scale_init": 1.0, "depth_scale": (2 * layers) ** -0.5}
@@ -57,11 +62,12 @@ def get_study(device="cpu"):
         jtok_m("even_layers_of_ten", layers="even", num_tables=10),
         jtok_m("even_layers", layers="even"),
         jtok_m("shared", sharing="shared"),
-        jtok_m("with_jtok", "jtok_m_token_gate"),
-        jtok_m("with_bigram", "jtok_m_bigram"),
-        Arm("jtok_with_bigram", "configs/arms/jtok_bigram.py",
-            gate | {"model.jtok.norm": "l2", "model.jtok.gate_scale_init": dim**0.5}),
-        Arm("jtok_by_bigram", "configs/arms/bigram_gate.py", gate),
+        jtok_m("with_jtok", "jtok_m_token_gate", _under("model.arms.token_gate", as_gate)),
+        jtok_m("with_bigram", "jtok_m_bigram", by_bigram),
+        Arm("jtok", "configs/arms/jtok.py", jtok),
+        Arm("jtok_with_bigram", "configs/arms/jtok_bigram.py", jtok | by_bigram),
+        Arm("jtok_by_bigram", "configs/arms/bigram_gate.py",
+            gate | _under("model.arms.bigram_gate", as_gate)),
     )  # fmt: skip
     if device == "cpu":
         arms = tuple(arm for arm in arms if arm.name in ON_CPU)

@@ -5,17 +5,24 @@
     python -m jtok_jax.study run --study=configs/studies/arms.py --data=FOLDER
     python -m jtok_jax.study run --study=configs/studies/arms.py:h100 --data=FOLDER
 
-All in one decoder, on the same batches, three seeds. dense, JTok and JTok-M start as
-configs/studies/parameterisation.py found best, and share its runs; the others choose the size of
-initial values, then a learning rate, on one seed with short runs. wider_dense has the step time of
-JTok-M, experts have its number of parameters. On two CPU cores 23 runs of 1 to 4 minutes beside
-those shared; on one H100 all arms, bfloat16, 52M tokens (3.5 passes over a corpus of 15M).
+All in one decoder, on the same batches, three seeds. wider_dense is to have the step time of
+JTok-M (`study time` tells; for the H100 the width is a guess until then), experts have its number
+of parameters.
+
+On two CPU cores, 23 runs of 1 to 4 minutes: dense, JTok and JTok-M start as
+configs/studies/parameterisation.py found best, and share its runs. These two table models were
+chosen among two at full length on the very seeds that are shown, the other arms by short runs on
+another seed alone, with the tables' weight decay found for JTok-M: read their distance with that in
+mind. On one H100, bfloat16, 52M tokens (3.5 passes over a corpus of 15M): every arm chooses its
+learning rates and initial values alike, on a seed of its own; weight decay on tables only where
+rows are normalised, so that it takes nothing from them.
 """
 
 from jtok_jax.study import Arm, Stage, Study
 
 MULTIPLIER, RATE = "optimizer.tables.learning_rate_multiplier", "optimizer.learning_rate"
 STD = "model.init_std"
+VOCAB = 4096
 
 
 COMMON = {
@@ -35,58 +42,77 @@ WIDER = {"cpu": 496, "h100": 1280}  # feed-forward of a dense model with the ste
 
 def get_study(device="cpu"):
     common, (trial, steps) = COMMON[device], STEPS[device]
-    dim, layers = common["model.model_dim"], common["model.num_layers"]
-    ffn, vocab = common.get("model.ffn_dim", 344), 4096
-    tables = {
-        "optimizer.tables.b1": 0.9, "optimizer.tables.b2": 0.95,
-        "optimizer.tables.weight_decay": 0.1, MULTIPLIER: 10.0,
-    }  # fmt: skip
-    rate = {RATE: 6e-3}
-    jtok = tables | {STD: 0.02, RATE: 3e-3, "model.jtok.norm": "l2"}
-    jtok["model.jtok.gate_scale_init"] = dim**0.5
-    jtok_m = tables | rate | {STD: 0.02, "model.jtok.norm": "l2"}
-    jtok_m["model.jtok.mixture_scale_init"] = 1.0
-    dense = rate | {STD: 0.088}
-    expert = 3 * dim * (ffn // 2)
-    experts = round((2 * expert + 5 * vocab * dim) / expert)  # of two and five tables, in a layer
-    moe = {"num_experts": experts, "top_k": 2, "expert_dim": ffn // 2}
-    arms = [
-        Arm("dense", "configs/arms/dense.py", dense, tried=5),
-        Arm("wider_dense", "configs/arms/dense.py", dense | {"model.ffn_dim": WIDER[device]}),
-        Arm("jtok", "configs/arms/jtok.py", jtok, tried=19),
-        Arm("jtok_m", "configs/arms/jtok_m.py", jtok_m, tried=19),
-        Arm("bigram", "configs/arms/bigram.py",
-            tables | rate | {"model.arms.bigram.rows_per_id": layers}),
-        Arm("moe", "configs/arms/moe.py", rate | {f"model.moe.{k}": v for k, v in moe.items()}),
-        Arm("value_embedding", "configs/arms/value_embedding.py", tables | rate),
-    ]  # fmt: skip
-    if device == "h100":
-        arms += [
-            Arm("deep_embed", "configs/arms/deep_embed.py", tables | rate),
-            Arm("film", "configs/arms/film.py", rate),
-            Arm("adapter", "configs/arms/adapter.py", rate),
-            Arm("low_rank", "configs/arms/low_rank.py", tables | rate),
-        ]
-    others = [arm.name for arm in arms[4:]]
-    by_table = [name for name in others if name not in ("moe", "film", "adapter")]
-    by_rate = [name for name in others if name not in by_table]
+    arms = make_arms(device, common)
+    names = [arm.name for arm in arms]
+    choose = choose_on_cpu if device == "cpu" else choose_on_h100
     return Study(
         question=__doc__.splitlines()[0],
         common=common | {
-            "model.vocab_size": vocab, "train.seq_len": 256, "checkpoint.keep": 1,
+            "model.vocab_size": VOCAB, "train.seq_len": 256, "checkpoint.keep": 1,
             "evaluation.every": 10_000,
         },
-        arms=tuple(arms),
+        arms=arms,
         stages=(
-            Stage(steps=trial, vary={f"{','.join(others)}:{STD}": (0.02, 0.088)}, keep=1),
-            Stage(
-                steps=trial,
-                vary={
-                    f"{','.join(by_table)}:{MULTIPLIER}": (1.0, 3.0, 10.0),
-                    f"{','.join(by_rate)}:{RATE}": (3e-3, 6e-3),
-                },
-                keep=1,
-            ),
+            *(Stage(steps=trial, vary=vary, keep=1) for vary in choose(names, common)),
             Stage(steps=steps, seeds=(1, 2, 3)),
         ),
     )  # fmt: skip
+
+
+def make_arms(device, common):
+    """Every arm as it starts."""
+    tried = {"dense": 5, "jtok": 19, "jtok_m": 19} if device == "cpu" else {}
+    dim, layers = common["model.model_dim"], common["model.num_layers"]
+    ffn = common.get("model.ffn_dim", 344)
+    normed = {
+        "optimizer.tables.b1": 0.9, "optimizer.tables.b2": 0.95,
+        "optimizer.tables.weight_decay": 0.1, MULTIPLIER: 10.0,
+    }  # fmt: skip
+    # On the CPU with the decay of the others, as those runs were made.
+    tables = normed if device == "cpu" else normed | {"optimizer.tables.weight_decay": 0.0}
+    rate = {RATE: 6e-3}
+    jtok = normed | {STD: 0.02, RATE: 3e-3, "model.jtok.norm": "l2"}
+    jtok["model.jtok.gate_scale_init"] = dim**0.5
+    jtok_m = normed | rate | {STD: 0.02, "model.jtok.norm": "l2"}
+    jtok_m["model.jtok.mixture_scale_init"] = 1.0
+    dense = rate | {STD: 0.088}
+    wider = dense | {"model.ffn_dim": WIDER[device]}
+    expert = 3 * dim * (ffn // 2)
+    experts = round((2 * expert + 5 * VOCAB * dim) / expert)  # of two and five tables, in a layer
+    moe = {"num_experts": experts, "top_k": 2, "expert_dim": ffn // 2}
+    moe = rate | {f"model.moe.{key}": value for key, value in moe.items()}
+    bigram = tables | rate | {"model.arms.bigram.rows_per_id": layers}
+    low_rank = {"norm": "l2", "scale_init": dim**0.5}
+    low_rank = normed | rate | {f"model.arms.low_rank.{key}": v for key, v in low_rank.items()}
+    fields = {
+        "dense": dense, "wider_dense": wider, "jtok": jtok, "jtok_m": jtok_m, "bigram": bigram,
+        "moe": moe, "value_embedding": tables | rate,
+    }  # fmt: skip
+    if device == "h100":
+        fields |= {
+            "deep_embed": tables | rate, "film": rate, "adapter": rate, "low_rank": low_rank,
+        }  # fmt: skip
+    file = lambda name: f"configs/arms/{name.removeprefix('wider_')}.py"
+    return tuple(Arm(name, file(name), of, tried=tried.get(name, 0)) for name, of in fields.items())
+
+
+def choose_on_cpu(names, common):
+    """What short runs choose from: initial values, then a rate, of what has no study of its own."""
+    others, by_table = names[4:], [name for name in names[4:] if name != "moe"]
+    return (
+        {f"{','.join(others)}:{STD}": (0.02, 0.088)},
+        {f"{','.join(by_table)}:{MULTIPLIER}": (1.0, 3.0, 10.0), f"moe:{RATE}": (3e-3, 6e-3)},
+    )
+
+
+def choose_on_h100(names, common):
+    """The learning rate, that of the tables over it, then initial values, of every arm."""
+    of = lambda *some: ",".join(name for name in names if name in some)
+    return (
+        {RATE: (1.5e-3, 3e-3, 6e-3)},
+        {
+            f"{of('jtok', 'jtok_m', 'low_rank')}:{MULTIPLIER}": (3.0, 10.0, 30.0),
+            f"{of('bigram', 'value_embedding', 'deep_embed')}:{MULTIPLIER}": (0.3, 1.0, 3.0, 10.0),
+        },
+        {STD: (0.02, common["model.model_dim"] ** -0.5)},
+    )

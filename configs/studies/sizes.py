@@ -6,8 +6,9 @@
     python -m jtok_jax.study fit --study=configs/studies/sizes.py
 
 Two backbones, each with n_e tables a layer of which K are read: rho = K / n_e, and eta grows with
-n_e. Four sizes of dense model are the line on which N_eff is read. One seed, 26M tokens, for one
-H100; all start and learn as configs/studies/parameterisation.py found best.
+n_e. Five sizes of dense model are the curve on which N_eff is read. For one H100: every model
+chooses its learning rate by short runs, then sees 26M tokens, with one seed; the rest as
+configs/studies/parameterisation.py found best.
 """
 
 from jtok_jax.study import Arm, Stage, Study
@@ -17,6 +18,7 @@ SIZES = {  # width: layers, heads, feed-forward
     256: (6, 4, 704),
     384: (8, 6, 1024),
     512: (8, 8, 1408),
+    640: (10, 10, 1728),
 }
 TABLES = ((2, 1), (4, 1), (4, 2), (4, 4), (8, 2), (16, 4))  # n_e, K
 
@@ -29,9 +31,8 @@ def get_study():
             "model.num_kv_heads": heads, "model.ffn_dim": ffn,
         }  # fmt: skip
 
-    dense = {"model.init_std": 0.088, "optimizer.learning_rate": 6e-3}
     jtok_m = {
-        "model.init_std": 0.02, "optimizer.learning_rate": 6e-3,
+        "model.init_std": 0.02,
         "optimizer.tables.learning_rate_multiplier": 10.0, "optimizer.tables.weight_decay": 0.1,
         "model.jtok.norm": "l2", "model.jtok.mixture_scale_init": 1.0,
     }  # fmt: skip
@@ -43,7 +44,11 @@ def get_study():
             "checkpoint.every": 10_000, "checkpoint.keep": 1,
         },
         arms=(
-            *(Arm(f"dense_{dim}", "configs/arms/dense.py", backbone(dim) | dense) for dim in SIZES),
+            *(
+                Arm(f"dense_{dim}", "configs/arms/dense.py",
+                    backbone(dim) | {"model.init_std": dim**-0.5})
+                for dim in SIZES
+            ),
             *(
                 Arm(f"jtok_m_{dim}_{count}_{top_k}", "configs/arms/jtok_m.py",
                     backbone(dim) | jtok_m
@@ -52,6 +57,9 @@ def get_study():
                 for count, top_k in TABLES
             ),
         ),
-        stages=(Stage(steps=800, seeds=(1,)),),
+        stages=(
+            Stage(steps=200, vary={"optimizer.learning_rate": (1.5e-3, 3e-3, 6e-3)}, keep=1),
+            Stage(steps=800, seeds=(1,)),
+        ),
         baseline="dense_256",
     )  # fmt: skip

@@ -78,7 +78,7 @@ def anatomy(
     if plot:
         figure = Figure(figsize=(13, 8), layout="constrained")
         draw(found, figure)
-        figure.savefig(output / "anatomy.svg")
+        figure.savefig(output / "anatomy.svg", metadata={"Date": None})
     return text
 
 

@@ -2,19 +2,21 @@
 # Copyright 2026 The jtok_jax authors
 """What size of dense model each arm is worth: N_eff, gamma and how it depends on eta and rho.
 
-All runs of a study see the same tokens, so the baseline's losses over its sizes are one line, log
-loss over log parameters; the size at which it meets an arm's loss is N_eff = N_c (1 + eta gamma),
-Eq. 14 of arXiv 2602.00800. N_c is all of the backbone: the paper does not say whether embedding
-and head count.
+All runs of a study see the same tokens, so the baseline's losses over its sizes are one curve; the
+size at which it meets an arm's loss is N_eff = N_c (1 + eta gamma), Eq. 14 of arXiv 2602.00800.
+Between sizes log loss is taken to be straight over log parameters, not over all of them: at a
+fixed number of tokens Eq. 5 bends. N_c is all of the backbone: the paper does not say whether
+embedding and head count.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from jtok_jax.errors import ConfigError
 from jtok_jax.study.run import Ranked, StageResults, finished
-from jtok_jax.study.scaling import PowerLaw, fit_gamma, gamma, power_law
+from jtok_jax.study.scaling import fit_gamma, gamma
 from jtok_jax.study.spec import Study, cells, resolve, study_name
 from jtok_jax.study.trainer import Places
 
@@ -28,7 +30,7 @@ class Worth(NamedTuple):
     loss: float
     eta: float  # parameters of tables over those of the backbone
     rho: float  # K / n_e of JTok-M, 1 of JTok
-    gain: float  # N_eff / N_c
+    gain: float  # N_eff / N_c; nan if it diverged, infinite where no float holds it
     inside: bool  # N_eff is among the baseline's sizes; else extrapolated
 
 
@@ -43,52 +45,66 @@ def write_fit(study: Study, places: Places, file: str) -> str:
     (*_, last), lacking = finished(study, places)
     if lacking:
         raise ConfigError(f"Runs are missing: {'; '.join(lacking[:3])} ... Run the study first.")
-    line, found = worth(study, last, places)
+    sizes, found = worth(study, last, places)
+    losses = "; ".join(f"{size / 1e6:.2f}M {loss:.4f}" for size, loss in sizes)
     lines = [
         f"# {study.question}",
-        f"`python -m jtok_jax.study fit --study={file}`. Baseline: loss = "
-        f"2^({line.intercept:.4f} {line.slope:+.4f} log10 N), r2 {line.r2:.4f}. N_eff: the size at "
-        "which it has the arm's loss; * beyond the sizes trained. eta: parameters of tables over "
-        "N_c, the backbone. gamma = (N_eff / N_c - 1) / eta.",
+        f"`python -m jtok_jax.study fit --study={file}`. Baseline, parameters and loss: {losses}; "
+        "N_eff: the size at which it has the arm's loss, log loss straight over log N between two "
+        "sizes; * beyond the sizes trained. eta: parameters of tables over N_c, the backbone. "
+        "gamma = (N_eff / N_c - 1) / eta.",
         "| candidate | val loss | eta | rho | N_eff / N_c | gamma |\n|---|---|---|---|---|---|",
     ]
     for one in found:
-        value = f"{gamma(one.gain, one.eta):.3f}" if one.eta else ""
-        beyond = "" if one.inside else " *"
-        lines[-1] += (
-            f"\n| {one.name} | {one.loss:.4f} | {one.eta:.2f} | {one.rho:.2f} "
-            f"| {one.gain:.3f}{beyond} | {value} |"
-        )
-    lines.append(_gamma_law([one for one in found if one.eta and one.gain > 1]))
+        ratios = f"diverged | {one.eta:.2f} | {one.rho:.2f} | |"
+        if math.isfinite(one.loss):
+            value = f"{gamma(one.gain, one.eta):.3f}" if one.eta else ""
+            gain = f"{one.gain:.3f}" + " *" * (not one.inside)
+            ratios = f"{one.loss:.4f} | {one.eta:.2f} | {one.rho:.2f} | {gain} | {value}"
+        lines[-1] += f"\n| {one.name} | {ratios} |"
+    lines.append(_gamma_law([one for one in found if one.eta and math.isfinite(one.loss)]))
     text = "\n\n".join(lines) + "\n"
     (places.results / f"{study_name(file)}-fit.md").write_text(text)
     return text
 
 
-def worth(study: Study, last: StageResults, places: Places) -> tuple[PowerLaw, list[Worth]]:
-    """The baseline's line over its sizes, and what every other candidate is worth on it."""
+def worth(
+    study: Study, last: StageResults, places: Places
+) -> tuple[list[tuple[int, float]], list[Worth]]:
+    """The baseline's sizes with their losses, and what every other candidate is worth on them."""
     (base,) = [arm for arm in study.arms if arm.name == study.baseline]
-    sizes = {arm.name for arm in study.arms if arm.config == base.config}
-    dense = [last[name][0] for name in sizes]
-    counts = np.array([one.results[0].backbone for one in dense])
+    names = {arm.name for arm in study.arms if arm.config == base.config}
+    sizes = sorted((last[name][0].results[0].backbone, last[name][0].loss) for name in names)
+    counts, losses = (np.array(values) for values in zip(*sizes, strict=True))
     if len(set(counts.tolist())) < SIZES:
         raise ConfigError(
             f"The baseline {study.baseline} has {len(set(counts.tolist()))} sizes (arms of "
-            f"{base.config}); a line through them needs {SIZES}."
+            f"{base.config}); a curve through them needs {SIZES}."
         )
-    try:
-        line = power_law(counts, np.array([one.loss for one in dense]))
-    except ValueError as error:
-        raise ConfigError(f"No line through the baseline's sizes: {error}") from error
+    if not np.all(np.diff(losses) < 0) or not np.all(np.diff(counts)):
+        raise ConfigError(
+            f"The baseline's losses do not fall with its size: {sizes}. Tune each size, or average "
+            "over more seeds."
+        )
     found = []
-    for one in [one for name, some in last.items() if name not in sizes for one in some]:
-        first, size = one.results[0], float(line.compute(one.loss))  # over N, not over FLOPs
-        inside = bool(counts.min() <= size <= counts.max())
+    for one in [one for name, some in last.items() if name not in names for one in some]:
+        first, size = one.results[0], _size_with(one.loss, counts, losses)
+        inside = bool(counts[0] <= size <= counts[-1])
         eta, gain = first.tables / first.backbone, size / first.backbone
         found.append(
             Worth(one.candidate.name, one.loss, eta, _rho(study, one, places), gain, inside)
         )
-    return line, found
+    return sizes, found
+
+
+def _size_with(loss: float, counts: np.ndarray, losses: np.ndarray) -> float:
+    """Parameters at `loss` on the segments through the sizes; the outer ones go on."""
+    if not math.isfinite(loss):
+        return math.nan
+    segment = int(np.clip(np.searchsorted(-losses, -loss) - 1, 0, len(losses) - 2))
+    x, y = np.log(counts[segment : segment + 2]), np.log(losses[segment : segment + 2])
+    with np.errstate(over="ignore"):
+        return float(np.exp(x[0] + (math.log(loss) - y[0]) * (x[1] - x[0]) / (y[1] - y[0])))
 
 
 def _rho(study: Study, one: Ranked, places: Places) -> float:
@@ -102,7 +118,9 @@ def _gamma_law(found: list[Worth]) -> str:
         law = fit_gamma(*(np.array([getattr(o, n) for o in found]) for n in ("eta", "rho", "gain")))
     except ValueError as error:
         return f"No law of gamma over eta and rho: {error}"
+    beyond = sum(not one.inside for one in found)
     return (
         f"gamma = {law.scale:.3f} eta^{law.eta_exponent:.3f} rho^{law.rho_exponent:.3f}, r2 "
-        f"{law.r2:.3f}, over {len(found)} candidates; the form is ours, the paper gives none."
+        f"{law.r2:.3f}, over {len(found)} candidates, {beyond} of them beyond the sizes trained; "
+        "the form is ours, the paper gives none."
     )

@@ -41,11 +41,15 @@ def estimate(values: list[float], *, level: float = 0.95) -> Estimate:
     return Estimate(mean, float(stats.t.ppf((1 + level) / 2, count - 1)) * deviation / count**0.5)
 
 
-def paired(results: list[Result], baseline: list[Result]) -> Estimate:
-    """Difference of validation losses, seed by seed; a seed is one order of the data."""
+def paired(results: list[Result], baseline: list[Result]) -> Estimate | None:
+    """Difference of validation losses, seed by seed; a seed is one order of the data.
+
+    None if they have no seed in common.
+    """
     losses = {result.seed: result.val_loss for result in baseline}
     common = [result for result in results if result.seed in losses]
-    return estimate([result.val_loss - losses[result.seed] for result in common])
+    differences = [result.val_loss - losses[result.seed] for result in common]
+    return estimate(differences) if common else None
 
 
 def write_report(study: Study, places: Places, file: str) -> str:
@@ -66,10 +70,11 @@ def write_report(study: Study, places: Places, file: str) -> str:
     parts = [
         f"# {study.question}",
         f"`python -m jtok_jax.study run --study={file}`, then `report`. " + _circumstances(every),
-        final_table(stages[-1], baseline, trials, seconds),
+        final_table(stages, baseline, trials, seconds),
         "Mean and 95% interval (Student's t) over seeds; differences are taken seed by seed. "
         "eta: parameters of tables over those of the backbone. Trials: different runs "
-        "that the values of the arm were chosen from. Step: seconds over the baseline's, "
+        "that the values of the arm were chosen from; the lowest or highest of those tried may not "
+        "be the best there is. Step: seconds over the baseline's, "
         f"{how}." + f" Failed or not yet run: {'; '.join(lacking)}." * bool(lacking),
         f"![loss against steps, FLOPs and seconds]({name}-curves.svg)",
         f"![loss against parameters and seconds]({name}-cost.svg)",
@@ -83,9 +88,13 @@ def write_report(study: Study, places: Places, file: str) -> str:
 
 
 def final_table(
-    stage: StageResults, baseline: list[Result], trials: dict[str, int], seconds: dict[str, float]
+    stages: list[StageResults],
+    baseline: list[Result],
+    trials: dict[str, int],
+    seconds: dict[str, float],
 ) -> str:
-    """Markdown, a line a candidate, by loss."""
+    """Markdown, a line a candidate of the last stage, by loss."""
+    stage, tried = stages[-1], _tried(stages)
     lines = [
         "| arm | chosen | seeds | val loss, nats/token | against the baseline | bits/byte "
         "| backbone | tables | eta | FLOPs | step | trials |",
@@ -95,9 +104,9 @@ def final_table(
     for arm, one in _by_loss(stage):
         first = one.results[0]
         lines.append(
-            f"| {arm} | {_chosen(one)} | {len(one.results)} "
+            f"| {arm} | {_chosen(one, tried[arm])} | {len(one.results)} "
             f"| {estimate([r.val_loss for r in one.results])} "
-            f"| {paired(one.results, baseline).signed() if one.results != baseline else ''} "
+            f"| {_against(one.results, baseline)} "
             f"| {estimate([r.val_bpb for r in one.results])} | {_millions(first.backbone)} "
             f"| {_millions(first.tables)} | {first.tables / first.backbone:.2f} "
             f"| {first.train_flops:.2e} "
@@ -106,13 +115,18 @@ def final_table(
     return "\n".join(lines)
 
 
+def _against(results: list[Result], baseline: list[Result]) -> str:
+    difference = None if results == baseline else paired(results, baseline)
+    return difference.signed() if difference else ""
+
+
 def stage_table(stage: StageResults) -> str:
     """Markdown: every candidate of a stage, by arm and loss."""
     lines = ["| arm | varied | val loss, nats/token |", "|---|---|---|"]
     for arm, ranked in stage.items():
         for one in ranked:
             losses = estimate([result.val_loss for result in one.results])
-            lines.append(f"| {arm} | {_chosen(one)} | {losses} |")
+            lines.append(f"| {arm} | {_chosen(one, {})} | {losses} |")
     return "\n".join(lines)
 
 
@@ -127,7 +141,7 @@ def draw_curves(
         if not of_seeds:
             continue
         steps = np.array([step for step, _ in of_seeds[0]])
-        losses = np.mean([[loss for _, loss in curve] for curve in of_seeds], axis=0)
+        losses = np.mean([np.interp(steps, *zip(*c, strict=True)) for c in of_seeds], axis=0)
         first, lowest = one.results[0], min(lowest, losses.min())
         scales = 1, first.train_flops / first.steps, seconds[one.candidate.name]
         for axis, scale in zip(axes, scales, strict=True):
@@ -140,7 +154,7 @@ def draw_curves(
         *axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small",
         title="validation at the end", title_fontsize="small",
     )  # fmt: skip
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def draw_cost(
@@ -173,17 +187,19 @@ def draw_cost(
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.margins(x=0.15)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def _step_seconds(
     every: list[Ranked], baseline: Ranked, times: dict[str, StepTime]
 ) -> tuple[dict[str, float], str]:
     """Seconds of a step of every candidate, and how they were measured."""
-    names = {one.candidate.name for one in every}
-    if not times.keys() >= names:
+    names = {one.candidate.name: {result.cell for result in one.results} for one in every}
+    if not all(name in times and times[name].cell in runs for name, runs in names.items()):
         median = lambda one: float(np.median([result.step_seconds for result in one.results]))
-        return {o.candidate.name: median(o) for o in every}, "as the runs found the machine"
+        devices = {result.device for one in every for result in one.results}
+        how = "as the runs found the machine" + ", of several kinds" * (len(devices) > 1)
+        return {o.candidate.name: median(o) for o in every}, how
     first = times[baseline.candidate.name]
     seconds = {name: times[name].ratio * first.milliseconds / 1000 for name in names}
     return seconds, f"paired over {first.rounds} rounds ({first.device}, {first.commit})"
@@ -205,6 +221,16 @@ def _trials(stages: list[StageResults]) -> dict[str, int]:
     return {arm: max(len(here), before[arm], 1) for arm, here in tried.items()}
 
 
+def _tried(stages: list[StageResults]) -> dict[str, dict[str, set]]:
+    """Numbers that the stages of a study tried for the fields of every arm."""
+    tried: dict[str, dict[str, set]] = {arm: {} for arm in stages[-1]}
+    for arm, ranked in ((arm, some) for stage in stages for arm, some in stage.items()):
+        for key, value in (pair for one in ranked for pair in one.candidate.chosen):
+            if isinstance(value, int | float):
+                tried[arm].setdefault(key, set()).add(value)
+    return tried
+
+
 def _circumstances(ranked: list[Ranked]) -> str:
     results = [result for one in ranked for result in one.results]
     named = lambda values: ", ".join(sorted({str(value) for value in values}))
@@ -216,10 +242,18 @@ def _circumstances(ranked: list[Ranked]) -> str:
     )
 
 
-def _chosen(one: Ranked) -> str:
-    text = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+def _chosen(one: Ranked, tried: dict[str, set]) -> str:
+    """Values of what was varied, and whether one is at the end of those `tried`."""
+
+    def text(key: str, value: object) -> str:
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        of = sorted(tried.get(key, ()))
+        if len(of) < 2 or value not in (of[0], of[-1]):
+            return shown
+        return f"{shown} ({'lowest' if value == of[0] else 'highest'} of {len(of)})"
+
     values = one.candidate.chosen
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} {text(value)}" for key, value in values)
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {text(key, value)}" for key, value in values)
 
 
 def _millions(count: int) -> str:

@@ -72,8 +72,15 @@ class Table:
 
         Raises:
             ConfigError: it was made with another configuration.
-            DataError: it was made with other data.
+            DataError: it, or anything else in the table, was made with other data.
         """
+        others = {result.data for result in self._results.values()} - {data}
+        if data is not None and others:
+            raise DataError(
+                f"The runs in {self._folder} were made with the data {', '.join(sorted(others))}; "
+                f"these are {data}. Losses on different texts cannot be compared: use those data, "
+                "or another --results folder."
+            )
         result = self._results.get(cell.key)
         if result is None:
             return None
@@ -89,12 +96,6 @@ class Table:
                 "configuration:\n" + "\n".join(lines) + "\nSet these fields in the arm or the "
                 "study as they were; or, to run it again, take its line out of cells.csv and "
                 "delete its folder under --runs."
-            )
-        if data is not None and result.data != data:
-            raise DataError(
-                f"{cell.name} ({cell.key}) is finished in {self._folder} with the data "
-                f"{result.data}; these are {data}. Losses on different texts cannot be compared: "
-                "use those data, or another --results folder."
             )
         return result
 

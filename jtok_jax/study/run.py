@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jtok_jax.config import Config
-from jtok_jax.errors import ConfigError, Preempted
+from jtok_jax.errors import ConfigError, DataError, Preempted
 from jtok_jax.study.results import Result, Table
 from jtok_jax.study.spec import (
     Candidate,
@@ -19,6 +19,7 @@ from jtok_jax.study.spec import (
     Stage,
     Study,
     cells,
+    check_study,
     expand,
     going_on,
     require_comparable,
@@ -54,12 +55,13 @@ def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[S
     """Run what is not in the table; report what fails and go on.
 
     Raises:
-        ConfigError, DataError: before a stage runs: runs that cannot be compared, or finished
-            ones of another configuration or other data.
+        ConfigError, DataError: before anything runs: arms that cannot be, or cannot be compared;
+            before a stage does: finished runs of another configuration or other data.
         StudyError: runs failed; where a stage chooses, before the next one.
         WorkdirError: a run of an earlier start is still under way.
         Preempted: asked to stop; the run under way is saved.
     """
+    check_study(study, places.root, data=places.data)
     table, source = Table(places.results), Fingerprints()
     bar = tqdm(total=_steps(study), unit="step", desc="study", dynamic_ncols=True)
     with bar, Stop() as stop:
@@ -102,11 +104,19 @@ def finished(study: Study, places: Places) -> tuple[list[StageResults], list[str
 
     Raises:
         ConfigError: a run is missing that a stage chooses from, or all of the baseline's.
+        DataError: its runs are of different texts.
     """
+    check_study(study, places.root)
     table = Table(places.results)
     walk = _walk(study, study.stages, places, table.get, check=table.get, chosen=_needed(places))
     if not walk.done[-1][study.baseline]:
         _needed(places)(walk.missing)
+    every = [one for stage in walk.done for some in stage.values() for one in some]
+    if len(texts := {result.data for one in every for result in one.results}) > 1:
+        raise DataError(
+            f"{places.results} has runs of this study with the data {', '.join(sorted(texts))}: "
+            "losses on different texts cannot be compared. Keep those of one."
+        )
     return walk.done, walk.missing
 
 

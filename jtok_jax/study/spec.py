@@ -20,6 +20,7 @@ Fields = Mapping[str, object]  # {"train.steps": 10, ...}
 # Must be equal in all runs that are compared; train.steps is a stage's.
 SAME = ("data.", "evaluation.", "schedule.", "train.", "model.vocab_size")
 OWN = ("train.seed", "train.max_unique_ids")
+OF_STAGE = ("train.steps", "train.seed")  # a stage has its own
 # Options of JTok-M that JTok does not read.
 MIXTURE = ("model.jtok.mixture_scale_init", "model.jtok.num_tables", "model.jtok.top_k",
            "model.jtok.router_", "model.jtok.balance_")  # fmt: skip
@@ -88,6 +89,10 @@ class Study:
             raise ConfigError(f"The baseline {self.baseline!r} is none of {', '.join(names)}.")
         if [bool(stage.keep) for stage in self.stages] != [True] * (len(self.stages) - 1) + [False]:
             raise ConfigError("Every stage but the last chooses: `keep` at least 1, and 0 there.")
+        given = [self.common, *(arm.fields for arm in self.arms)]
+        varied = {key.rpartition(":")[2] for stage in self.stages for key in stage.vary}
+        if of_stage := {*OF_STAGE} & varied.union(*given):
+            raise ConfigError(f"A stage sets {', '.join(sorted(of_stage))}; take it out elsewhere.")
         for stage in self.stages:
             for key in stage.vary:
                 for name in key.rpartition(":")[0].split(","):
@@ -212,6 +217,23 @@ def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
         return from_config_dict(values)
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{cell.name}: {error}") from error
+
+
+def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
+    """Everything a study may train, before anything is: all arms at the fields of every stage.
+
+    Raises:
+        ConfigError: as `resolve` and `require_comparable`; two candidates have one name.
+    """
+    for stage in study.stages:
+        every = expand(start(study), dataclasses.replace(stage, keep=0))
+        wanted = cells(study, dataclasses.replace(stage, seeds=stage.seeds[:1]), every)
+        named = {cell.name: resolve(cell, root, data=data) for cell in wanted}
+        if len(named) < len(wanted):
+            names = [cell.name for cell in wanted]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"Two candidates are called {twice!r}: they differ in what it hides.")
+        require_comparable(named)
 
 
 def identity(config: Config) -> dict[str, object]:

@@ -28,6 +28,7 @@ class StepTime(NamedTuple):
     """Seconds of a step over those of the baseline's in the same round."""
 
     candidate: str
+    cell: str  # Cell.key of what was timed: its first seed
     ratio: float  # median of rounds
     low: float  # 10th percentile
     high: float  # 90th
@@ -58,15 +59,15 @@ def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> 
     """
     candidates = last_candidates(study, places)
     stage = dataclasses.replace(study.stages[-1], seeds=study.stages[-1].seeds[:1])
+    timed = {cell.candidate.name: cell for cell in cells(study, stage, candidates)}
     arms = {
-        cell.candidate.name: _Timed(resolve(cell, places.root, data=places.data))
-        for cell in cells(study, stage, candidates)
+        name: _Timed(resolve(cell, places.root, data=places.data)) for name, cell in timed.items()
     }
     for number in tqdm(range(rounds), unit="round", desc="time"):
         order = list(arms.values())
         for arm in order[number % len(order) :] + order[: number % len(order)]:
             arm.step()
-    seconds = {arm: np.array(timed.seconds[1:]) for arm, timed in arms.items()}
+    seconds = {name: np.array(arm.seconds[1:]) for name, arm in arms.items()}
     baseline = candidates[study.baseline][0].name
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     times = []
@@ -74,7 +75,7 @@ def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> 
         ratios = of_arm / seconds[baseline]
         middle = float(np.median(ratios)), *map(float, np.percentile(ratios, (10, 90)))
         about = 1000 * float(np.median(of_arm)), len(ratios), device, commit(places.root)
-        times.append(StepTime(arm, *middle, *about))
+        times.append(StepTime(arm, timed[arm].key, *middle, *about))
     path = places.results / f"{name}-steps.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

@@ -5,6 +5,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -23,6 +24,7 @@ from jtok_jax.errors import JtokError, NonFiniteError, Preempted, WorkdirError
 from jtok_jax.study.results import measured
 from jtok_jax.study.spec import Cell
 
+CACHE = "JAX_COMPILATION_CACHE_DIR"  # seeds share a program
 _DEVICES = re.compile(r"^(\d+ x .+), mesh: ", re.MULTILINE)  # in what train.py prints
 
 
@@ -116,8 +118,9 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
         output.write(shlex.join(command(cell, places)) + "\n")
         output.flush()
         process = subprocess.Popen(
-            command(cell, places), cwd=places.root, stdout=output, stderr=subprocess.STDOUT
-        )
+            command(cell, places), cwd=places.root, stdout=output, stderr=subprocess.STDOUT,
+            env={CACHE: str(places.runs.resolve() / "compiled")} | os.environ,
+        )  # fmt: skip
         code = stop.wait(process, lambda: _show(bar, metrics))
     bar.update(cell.steps - getattr(bar, "shown", 0))
     bar.shown = 0

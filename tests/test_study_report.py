@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What a report and a fit say of results whose mean, difference or gain is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from pythons import oldest
+from small_study import ARMS, COMMON, RATE, STUDY, fill, filled, first_cells
+
+from jtok_jax import flops
+from jtok_jax.errors import ConfigError, DataError
+from jtok_jax.study import Arm, Stage, Study
+from jtok_jax.study.fit import write_fit
+from jtok_jax.study.report import estimate, paired, write_report
+from jtok_jax.study.results import Result
+from jtok_jax.study.run import finished
+from jtok_jax.study.scaling import Law
+from jtok_jax.study.spec import cells, expand, resolve, start
+from jtok_jax.study.timing import time_candidates
+
+pytestmark = oldest
+
+
+def test_a_run_that_two_stages_choose_from_is_one_trial(tmp_path):
+    arms = ARMS[0], dataclasses.replace(ARMS[1], fields=ARMS[1].fields | {RATE: 3.0})
+    stages = (
+        Stage(10, vary={"bigram:model.init_std": (0.1, 0.2)}, keep=1),
+        Stage(10, vary={f"bigram:{RATE}": (3.0, 9.0)}, keep=1),
+        Stage(20),
+    )
+    study = dataclasses.replace(STUDY, arms=arms, stages=stages)
+    best = start(study)
+    larger = lambda cell: 15 - sum(cell.fields.get(key, 0.0) for key in ("model.init_std", RATE))
+    for stage in stages:  # the last candidate is the best
+        candidates = expand(best, stage)
+        places = fill(tmp_path, cells(study, stage, candidates), larger)
+        best |= {arm: some[-1:] for arm, some in candidates.items()}
+    lines = write_report(study, places, "x").splitlines()
+    line = next(line for line in lines if line.startswith("| bigram"))
+    assert line.endswith("| 3 |")
+
+
+def test_a_run_that_diverged_comes_last_and_is_told(tmp_path):
+    study = dataclasses.replace(STUDY, stages=(Stage(10, vary={f"bigram:{RATE}": (1.0, 3.0)}),))
+    wanted = cells(study, study.stages[0], expand(start(study), study.stages[0]))
+    places = fill(tmp_path, wanted, lambda c: None if c.fields.get(RATE) == 1.0 else 3.0)
+    stages, lacking = finished(study, places)
+    assert [one.loss for one in stages[0]["bigram"]] == [3.0, np.inf]
+    assert not lacking
+    text = write_report(study, places, "x")
+    line = next(line for line in text.splitlines() if "multiplier 1 (lowest of 2)" in line)
+    assert line.startswith("| bigram | learning_rate_multiplier 1 (lowest of 2) | 1 | diverged |")
+    assert line.count("diverged") == 3
+
+
+def test_step_times_are_paired_and_used_by_the_report(tmp_path):
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
+    assert "as the runs found the machine" in write_report(STUDY, places, "x.py")
+    found = time_candidates(STUDY, places, "x", rounds=3)
+    assert "| dense | 1.000 | 1.000 to 1.000 |" in found
+    lines = (tmp_path / "x-steps.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["candidate", "dense", "bigram"]
+    assert "paired over 3 rounds (1 x cpu, " in write_report(STUDY, places, "x.py")
+    arms = ARMS[0], dataclasses.replace(ARMS[1], fields={"model.arms.bigram.rows_per_id": 2})
+    wider = dataclasses.replace(STUDY, arms=arms)  # not what was timed
+    fill(tmp_path, first_cells(wider), lambda _: 2.0)
+    assert "as the runs found the machine" in write_report(wider, places, "x.py")
+
+
+def test_values_at_the_end_of_what_was_tried_are_told(tmp_path):
+    """0.3 is the highest of three; 1 is the lower of two rates, and the other stage adds none."""
+    stages = (
+        Stage(10, vary={"model.init_std": (0.1, 0.2, 0.3), f"bigram:{RATE}": (1.0, 3.0)}, keep=1),
+        Stage(20),
+    )
+    study, larger = (
+        dataclasses.replace(STUDY, stages=stages),
+        lambda c: (
+            9
+            - sum(
+                c.fields.get(key, 0.0) * sign for key, sign in (("model.init_std", 1), (RATE, -1))
+            )
+        ),
+    )
+    candidates = expand(start(study), stages[0])
+    fill(tmp_path, cells(study, stages[0], candidates), larger)
+    best = {arm: [min(some, key=lambda c: larger(cells(study, stages[0], {"": [c]})[0]))]
+            for arm, some in candidates.items()}  # fmt: skip
+    places = fill(tmp_path, cells(study, stages[1], best), larger)
+    text = write_report(study, places, "x")
+    assert "| bigram | init_std 0.3 (highest of 3), learning_rate_multiplier 1 (lowest of 2) |" in (
+        text
+    )
+    assert "| dense | init_std 0.3 (highest of 3) | 1 |" in text
+
+
+def test_seeds_with_curves_of_unlike_length_are_drawn(tmp_path):
+    """A step that was not finite is left out of a curve."""
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
+    lines = (tmp_path / "curves.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "curves.csv").write_text("".join(lines[:5] + lines[6:]))
+    assert "| dense |  | 2 |" in write_report(STUDY, places, "x")
+
+
+def test_arms_without_a_common_seed_have_no_difference(tmp_path):
+    wanted = [c for c in first_cells(STUDY) if (c.candidate.arm.name == "dense") == (c.seed == 0)]
+    text = write_report(STUDY, fill(tmp_path, wanted, lambda _: 2.0), "x")
+    assert "| bigram |  | 1 | 2.0000 |  |" in text
+
+
+def test_runs_on_different_texts_are_not_reported_together(tmp_path):
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
+    table = (tmp_path / "cells.csv").read_text()
+    (tmp_path / "cells.csv").write_text(table.replace(",x,c,", ",y,c,", 1))
+    with pytest.raises(DataError, match="with the data x, y: losses on different texts"):
+        write_report(STUDY, places, "x")
+
+
+def test_a_report_tells_which_runs_there_are_none_of(tmp_path):
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
+    longer = dataclasses.replace(STUDY, stages=(Stage(steps=600, seeds=(0, 1, 2)),))
+    assert "Failed or not yet run: dense, 600 steps, seed 2; bigram" in (
+        write_report(longer, places, "x")
+    )
+    none = dataclasses.replace(STUDY, stages=(Stage(steps=7),))
+    with pytest.raises(ConfigError, match=r"2 runs are not in .*dense, 7 steps, seed 0"):
+        write_report(none, places, "x")
+    (tmp_path / "configs.json").unlink()
+    with pytest.raises(ConfigError, match="lacks the configuration of"):
+        write_report(STUDY, places, "x")
+
+
+def test_reports_tell_means_and_differences_seed_by_seed(tmp_path):
+    """Seeds differ by a tenth, the arms by half at every seed."""
+    arms = ARMS[0], dataclasses.replace(ARMS[1], tried=7)  # in another study
+    study = dataclasses.replace(STUDY, arms=arms)
+    text = write_report(study, filled(tmp_path, {"dense": 3.0, "bigram": 2.5}), "x")
+    first, second = (line for line in text.splitlines() if "+- 0.6353" in line)
+    assert "| 2.5500 +- 0.6353 | -0.5000 +- 0.0000 |" in first  # t(0.975, 1) = 12.706
+    assert first.endswith("| 7 |")
+    assert "| 3.0500 +- 0.6353 |  |" in second
+    assert second.endswith("| 1 |")
+
+
+SIZES = tuple(
+    Arm(f"dense{width}", "configs/arms/dense.py", {"model.ffn_dim": width})
+    for width in (64, 80, 96)
+)
+MIXED = tuple(
+    Arm(f"jtok_m {tables}/{used}", "configs/arms/jtok_m.py",
+        {"model.jtok.num_tables": tables, "model.jtok.top_k": used, "model.ffn_dim": 64})
+    for tables, used in ((2, 1), (4, 1), (4, 2), (8, 8))
+)  # fmt: skip
+
+
+def test_a_fit_finds_the_size_that_an_arm_is_worth(tmp_path):
+    """Losses made with gamma = 0.3 eta^-0.5 rho^0.25."""
+    study = Study("?", COMMON, SIZES + MIXED, (Stage(steps=5),), baseline="dense64")
+
+    def loss(cell):
+        config = resolve(cell, ROOT)
+        counts, jtok = flops.count(config.model, seq_len=16), config.model.jtok
+        eta, rho = counts.tables / counts.backbone, jtok.top_k / jtok.num_tables
+        gain = 1 + 0.3 * eta**0.5 * rho**0.25 if eta else 1
+        return 4 * (counts.backbone * gain) ** -0.07
+
+    places = fill(tmp_path, first_cells(study), loss)
+    text = write_fit(study, places, "x.py")
+    law = "gamma = 0.300 eta^-0.500 rho^0.250, r2 1.000, over 4 candidates, 1 of them beyond the"
+    assert law in text
+    assert "| jtok_m 4/1 |" in text
+    assert "*" in text.split("jtok_m 8/8")[1].split("\n")[0]  # beyond the largest dense
+    assert "*" not in text.split("| jtok_m 2/1")[1].split("\n")[0]
+    few = dataclasses.replace(study, arms=SIZES[:2] + MIXED)
+    with pytest.raises(ConfigError, match=r"has 2 sizes .*; a curve through them needs 3"):
+        write_fit(few, places, "x.py")
+
+
+def test_a_fit_reads_bent_curves_and_tells_what_has_no_size(tmp_path):
+    """At fixed D, Eq. 5 bends over N; an arm that gains nothing or diverged is not left out."""
+    study = Study("?", COMMON, SIZES + MIXED, (Stage(steps=5),), baseline="dense64")
+    law, gains = Law(2e3, 3e6, 0.3, 0.3), (1.0, 0.9, 1.1, None)
+
+    def loss(cell):
+        size = flops.count(resolve(cell, ROOT).model, seq_len=16).backbone
+        arm = cell.candidate.arm
+        gain = gains[MIXED.index(arm)] if arm in MIXED else 1.0
+        return None if gain is None else float(law.loss(size * gain, 1e6))
+
+    text = write_fit(study, fill(tmp_path, first_cells(study), loss), "x")
+    rows = {row.split("|")[1].strip(): row.split("|")[5] for row in text.splitlines() if "|" in row}
+    found = [float(rows[f"jtok_m {name}"].strip(" *")) for name in ("2/1", "4/1", "4/2")]
+    assert found == pytest.approx([1.0, 0.9, 1.1], abs=1e-2)
+    assert "*" in rows["jtok_m 4/1"]
+    assert "| jtok_m 8/8 | diverged |" in text
+    assert "No law of gamma over eta and rho: gain has 0." in text
+    falls = lambda cell: 3.0 if cell.candidate.arm.name == "dense80" else 2.0
+    with pytest.raises(ConfigError, match="losses do not fall with its size"):
+        write_fit(study, fill(tmp_path / "flat", first_cells(study), falls), "x")
+
+
+def test_intervals_cover_the_mean_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    found = [estimate(list(rng.normal(2.0, 0.3, 3))) for _ in range(2000)]
+    covered = np.mean([abs(mean - 2.0) <= half for mean, half in found])
+    assert abs(covered - 0.95) < 0.02
+    assert np.isnan(estimate([1.0]).half)
+    assert str(estimate([1.0, np.inf])) == "diverged"
+
+
+def test_differences_are_taken_between_equal_seeds():
+    result = Result("c", "a", "{}", 1, 0, "finished", *[0.0] * 2, *[1] * 4, *[1.0] * 3, *[""] * 4)
+    of = lambda losses: [result._replace(seed=s, val_loss=x) for s, x in losses.items()]
+    found = paired(of({0: 1.0, 1: 2.0, 5: 9.0}), of({1: 2.5, 0: 1.4}))
+    assert found.mean == pytest.approx(-0.45)
+    assert found.half == pytest.approx(12.706 * 0.05, abs=1e-3)  # -0.4 and -0.5
+    assert paired(of({0: 1.0}), of({1: 1.0})) is None
