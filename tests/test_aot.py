@@ -22,6 +22,7 @@ from jtok_kernels import (
 from jtok_kernels.mosaic_gpu import MAX_HELD
 
 from jtok_jax.config import Config, JtokConfig, ModelConfig, TrainConfig
+from jtok_jax.model.moe import experts
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import abstract_state
 from jtok_jax.training.step import make_train_step
@@ -227,3 +228,22 @@ def test_a_whole_training_step_compiles_for_a_tpu_with_tables_as_words(kind):
     text = compile_for(mesh, step, *arguments, donate=(0,)).as_text()
     assert "tpu_custom_call" in text
     assert not copies_of(text, tables.shape)
+
+
+def test_experts_on_an_h100_are_batched_matmuls():
+    """No loop: each turn of one would wait for the host, where blocks are walked 143 of them."""
+    tokens, dim, width, count, top_k = 32768, 384, 512, 15, 2
+    matrices = [
+        shape((count, *axes), jnp.float32) for axes in ((dim, width),) * 2 + ((width, dim),)
+    ]
+    routed = shape((tokens, top_k), jnp.int32), shape((tokens, top_k), jnp.float32)
+
+    def loss(x, choice, weights, *matrices):
+        return jnp.sum(jnp.square(experts(x, choice, weights, *matrices).astype(jnp.float32)))
+
+    gradients = jax.grad(loss, argnums=(0, 2, 3, 4, 5))
+    x = shape((tokens, dim), jnp.bfloat16)
+    compiled = compile_for(h100(), gradients, x, *routed, *matrices)
+    assert " while(" not in compiled.as_text()
+    rows = tokens * top_k * (dim + width) * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < 7 * rows  # whatever the experts are

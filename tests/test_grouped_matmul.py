@@ -20,13 +20,26 @@ SIZES = {
 }
 
 
+@pytest.fixture(params=["one by one", "at once", "seven at once"])
+def blocks(request, monkeypatch):
+    """As on a CPU, and as on a GPU: on a CPU platform_dependent never takes that by itself."""
+    if request.param != "one by one":
+        choose = lambda *args, cuda, **_: cuda(*args)
+        monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    if request.param == "seven at once":
+        monkeypatch.setattr("jtok_jax.model.grouped_matmul.AT_ONCE", 7 * 4 * 7 * 5)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("rest", [0, 9])
 @pytest.mark.parametrize("name", SIZES)
-def test_values_and_gradients_equal_a_loop(name):
+def test_values_and_gradients_equal_a_loop(name, rest):
+    """rest: rows past the last group, which may come out as anything and take no gradient."""
     sizes = np.array(SIZES[name], np.int32)
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((sizes.sum(), 7))
+    x = rng.standard_normal((sizes.sum() + rest, 7))
     w = rng.standard_normal((len(sizes), 7, 5))
-    dy = rng.standard_normal((len(x), 5))
+    dy = rng.standard_normal((len(x), 5)) * (np.arange(len(x)) < sizes.sum())[:, None]
     group = np.repeat(np.arange(len(sizes)), sizes)
     y, pull = jax.vjp(
         lambda x, w: grouped_matmul(x, w, jnp.asarray(sizes)), jnp.float32(x), jnp.float32(w)
@@ -36,8 +49,9 @@ def test_values_and_gradients_equal_a_loop(name):
     for row, expert in enumerate(group):
         expected_dw[expert] += np.outer(x[row], dy[row])
     close = tolerances.FORWARD["float32"]
-    np.testing.assert_allclose(y, [x[r] @ w[e] for r, e in enumerate(group)], **close)
-    np.testing.assert_allclose(dx, [w[e] @ dy[r] for r, e in enumerate(group)], **close)
+    np.testing.assert_allclose(y[: len(group)], [x[r] @ w[e] for r, e in enumerate(group)], **close)
+    expected_dx = [w[e] @ dy[r] for r, e in enumerate(group)] + [[0] * 7] * rest
+    np.testing.assert_allclose(dx, expected_dx, **close)
     np.testing.assert_allclose(dw, expected_dw, rtol=2e-5, atol=1e-4)
 
 
@@ -64,6 +78,15 @@ def test_temporaries_do_not_grow_with_groups():
     assert many < 4 * 4096 * (64 + 96) * 4
     # The plain form this replaces does grow, so the comparison means something.
     assert _temporaries(64, jax.lax.ragged_dot) > 3 * _temporaries(8, jax.lax.ragged_dot)
+
+
+def test_temporaries_of_a_gpu_do_not_grow_with_groups(monkeypatch):
+    """But for the gradient of the matrices, and those of the blocks that are computed at once."""
+    at_once = 1 << 20
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cuda, **_: cuda(*args))
+    monkeypatch.setattr("jtok_jax.model.grouped_matmul.AT_ONCE", at_once)
+    few, many = (_temporaries(count, grouped_matmul) for count in (8, 64))
+    assert many <= few + (64 - 8) * 64 * 96 * 4 + at_once, (few, many)
 
 
 def test_work_does_not_grow_with_groups():

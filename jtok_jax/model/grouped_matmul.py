@@ -3,15 +3,21 @@
 """Matmul of sorted row groups, each with its own matrix; work and memory do not grow with groups.
 
 On TPU `jax.lax.ragged_dot` is a kernel. On CPU and GPU it expands to [groups, rows, features], so
-there the rows are walked in blocks that belong to one group each.
+there the rows are cut into blocks that belong to one group each. A CPU walks them one by one, which
+on a GPU would be hundreds of steps that each wait for the host: there blocks are rows of their
+own, many of them are one batched matmul, and their number is an upper bound known beforehand.
 
-Axes: R rows sorted by group, E groups, D contracted, F output features.
+Axes: R rows sorted by group, E groups, D contracted, F output features, N blocks of S rows.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+AT_ONCE = 1 << 28  # bytes of the float32 matrices of the blocks that a GPU computes at once
 
 
 @jax.custom_vjp
@@ -22,8 +28,9 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
         sizes_E: int32, rows of each group in order; they sum to R.
     """
     return jax.lax.platform_dependent(
-        x_RD, w_EDF, sizes_E, tpu=jax.lax.ragged_dot, default=_forward_blocks
-    )
+        x_RD, w_EDF, sizes_E,
+        tpu=jax.lax.ragged_dot, cuda=_forward_batched, default=_forward_blocks,
+    )  # fmt: skip
 
 
 def _forward(x_RD, w_EDF, sizes_E):
@@ -32,8 +39,9 @@ def _forward(x_RD, w_EDF, sizes_E):
 
 def _backward(residuals, dy_RF):
     dx_RD, dw_EDF = jax.lax.platform_dependent(
-        *residuals, dy_RF, tpu=_backward_ragged, default=_backward_blocks
-    )
+        *residuals, dy_RF,
+        tpu=_backward_ragged, cuda=_backward_batched, default=_backward_blocks,
+    )  # fmt: skip
     return dx_RD, dw_EDF, None
 
 
@@ -94,3 +102,80 @@ def _over_blocks(step: Callable, carry, sizes_E: jax.Array, block: int):
         return step(carry, group, start, ends_E[group] - start)
 
     return jax.lax.fori_loop(0, block_ends_E[-1], body, carry)
+
+
+# ------------------------------------------------------------------------ many blocks at once
+
+
+class _Blocks(NamedTuple):
+    """Every block and where rows lie in them; those past the last have no rows."""
+
+    group_N: jax.Array
+    rows_NS: jax.Array  # R for a place without row
+    place_R: jax.Array  # n * S + s
+    has_R: jax.Array  # bool: the row is in a group
+    at_once: int  # that many are a part; divides N
+
+
+def _blocks(num_rows: int, w_EDF: jax.Array, sizes_E: jax.Array) -> _Blocks:
+    size = block_rows(num_rows, sizes_E.size)
+    count = num_rows // size + sizes_E.size  # of all groups at most, each rounded up
+    parts = -(-count // max(1, AT_ONCE // (4 * math.prod(w_EDF.shape[1:]))))
+    at_once = -(-count // parts)
+    count = parts * at_once
+    ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // size)
+    starts_E, before_E = ends_E - sizes_E, jnp.cumsum(blocks_E) - blocks_E
+    group = lambda ends_E, index: jnp.searchsorted(
+        ends_E, index, side="right", method="compare_all"
+    ).clip(0, sizes_E.size - 1)
+    numbers_N, rows_R = jnp.arange(count), jnp.arange(num_rows)
+    group_N, group_R = group(before_E + blocks_E, numbers_N), group(ends_E, rows_R)
+    first_N = starts_E[group_N] + (numbers_N - before_E[group_N]) * size
+    rows_NS = first_N[:, None] + jnp.arange(size)
+    inside_NS = (rows_NS >= first_N[:, None]) & (rows_NS < ends_E[group_N][:, None])
+    place_R = before_E[group_R] * size + rows_R - starts_E[group_R]
+    return _Blocks(
+        group_N, jnp.where(inside_NS, rows_NS, num_rows), place_R, rows_R < ends_E[-1], at_once
+    )
+
+
+def _cut(blocks: _Blocks, array_RX: jax.Array) -> jax.Array:
+    """[N, S, X], zeros where there is no row."""
+    return array_RX.at[blocks.rows_NS].get(mode="fill", fill_value=0)
+
+
+def _joined(blocks: _Blocks, array_NSX: jax.Array) -> jax.Array:
+    """[R, X], zeros in rows past the last group."""
+    array_RX = array_NSX.reshape(-1, array_NSX.shape[-1])[blocks.place_R]
+    return jnp.where(blocks.has_R[:, None], array_RX, 0)
+
+
+def _each_part(function: Callable, blocks: _Blocks, carry, *arrays_NSX: jax.Array):
+    """`lax.scan` of function(carry, *parts, their groups)."""
+    parts = [x.reshape(-1, blocks.at_once, *x.shape[1:]) for x in (*arrays_NSX, blocks.group_N)]
+    carry, out = jax.lax.scan(lambda carry, part: function(carry, *part), carry, parts)
+    return carry, out.reshape(-1, *out.shape[2:])
+
+
+def _forward_batched(x_RD, w_EDF, sizes_E):
+    blocks = _blocks(len(x_RD), w_EDF, sizes_E)
+
+    def part(_, x_nSD, group_n):
+        return None, jnp.einsum("nSD,nDF->nSF", x_nSD, w_EDF[group_n])
+
+    _, y_NSF = _each_part(part, blocks, None, _cut(blocks, x_RD))
+    return _joined(blocks, y_NSF)
+
+
+def _backward_batched(x_RD, w_EDF, sizes_E, dy_RF):
+    """Sums over the blocks of a group are in no order unless XLA is told so."""
+    blocks = _blocks(len(x_RD), w_EDF, sizes_E)
+
+    def part(dw, x_nSD, dy_nSF, group_n):
+        dx_nSD = jnp.einsum("nSF,nDF->nSD", dy_nSF, w_EDF[group_n])
+        of_block = jnp.einsum("nSD,nSF->nDF", x_nSD, dy_nSF, preferred_element_type=jnp.float32)
+        return dw.at[group_n].add(of_block, indices_are_sorted=True), dx_nSD
+
+    zeros = jnp.zeros(w_EDF.shape, jnp.float32)
+    dw, dx_NSD = _each_part(part, blocks, zeros, _cut(blocks, x_RD), _cut(blocks, dy_RF))
+    return _joined(blocks, dx_NSD), dw.astype(w_EDF.dtype)
