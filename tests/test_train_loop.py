@@ -275,23 +275,44 @@ def test_a_failed_save_stops_the_run(config, tmp_path, monkeypatch, error):
     assert not logging.getLogger("absl").filters  # of the next run in this process
 
 
-def test_a_save_that_failed_in_the_log_alone_stops_the_run(config, tmp_path, monkeypatch, caplog):
-    """As of one of several processes, whose response does not end before those of the others."""
+@pytest.mark.parametrize("also_not_finite", [False, True])
+def test_a_save_that_failed_in_the_log_alone_stops_the_run(
+    config, tmp_path, monkeypatch, caplog, also_not_finite
+):
+    """As of one of several processes, whose response does not end before those of the others.
+
+    Nor may the run wait for it where it ends for another reason.
+    """
 
     class Waiting:
         def result(self, timeout=None):
             raise TimeoutError
 
-    def save(*_, **__):
+    def fail():
         for error in (OSError("disk full"), RuntimeError("all saves failed")):
             told = {"levelno": logging.ERROR, "module": "future", "exc_info": (None, error, None)}
             logging.getLogger("absl").handle(logging.makeLogRecord(told))
+
+    def unsound(record, *_):
+        if record["step"] == 5:  # saved is step 4
+            fail()
+            raise NonFiniteError("Steps 3 to 5")
+
+    def save(*_, **__):
+        if not also_not_finite:
+            fail()
         return Waiting()
 
-    monkeypatch.setattr("orbax.checkpoint.v1.training.Checkpointer.save_async", save)
-    with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*disk full"):
+    closed, orbax = [], "orbax.checkpoint.v1.training.Checkpointer"
+    monkeypatch.setattr(f"{orbax}.save_async", save)
+    monkeypatch.setattr(f"{orbax}.close", closed.append)  # waits for the others
+    if also_not_finite:
+        monkeypatch.setattr(train_module, "require_sound", unsound)
+    with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*disk full") as told:
         train(config, tmp_path)
+    assert isinstance(told.value.__cause__.__context__, NonFiniteError) == also_not_finite
     assert caplog.messages == ["A save failed: OSError('disk full')"]
+    assert not closed
 
 
 def test_a_start_that_failed_does_not_claim_the_workdir(config, tmp_path):

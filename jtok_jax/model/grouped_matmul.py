@@ -12,12 +12,11 @@ Axes: R rows sorted by group, E groups, D contracted, F output features, N block
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-AT_ONCE = 1 << 28  # bytes of the float32 matrices of the blocks that a GPU computes at once
+AT_ONCE = 1 << 27  # bytes of the float32 matrices of the blocks that a GPU computes at once
 
 
 @jax.custom_vjp
@@ -107,75 +106,56 @@ def _over_blocks(step: Callable, carry, sizes_E: jax.Array, block: int):
 # ------------------------------------------------------------------------ many blocks at once
 
 
-class _Blocks(NamedTuple):
-    """Every block and where rows lie in them; those past the last have no rows."""
+def _parts(num_rows: int, w_EDF: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of every block and its group, int32 [parts, n, S] and [parts, n].
 
-    group_N: jax.Array
-    rows_NS: jax.Array  # R for a place without row
-    place_R: jax.Array  # n * S + s
-    has_R: jax.Array  # bool: the row is in a group
-    at_once: int  # that many are a part; divides N
-
-
-def _blocks(num_rows: int, w_EDF: jax.Array, sizes_E: jax.Array) -> _Blocks:
+    Places without row have numbers from R on, no two the same.
+    """
     size = block_rows(num_rows, sizes_E.size)
     count = num_rows // size + sizes_E.size  # of all groups at most, each rounded up
     parts = -(-count // max(1, AT_ONCE // (4 * math.prod(w_EDF.shape[1:]))))
     at_once = -(-count // parts)
-    count = parts * at_once
     ends_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // size)
-    starts_E, before_E = ends_E - sizes_E, jnp.cumsum(blocks_E) - blocks_E
-    group = lambda ends_E, index: jnp.searchsorted(
-        ends_E, index, side="right", method="compare_all"
-    ).clip(0, sizes_E.size - 1)
-    numbers_N, rows_R = jnp.arange(count), jnp.arange(num_rows)
-    group_N, group_R = group(before_E + blocks_E, numbers_N), group(ends_E, rows_R)
-    first_N = starts_E[group_N] + (numbers_N - before_E[group_N]) * size
+    block_ends_E, numbers_N = jnp.cumsum(blocks_E), jnp.arange(parts * at_once)
+    group_N = jnp.searchsorted(block_ends_E, numbers_N, side="right", method="compare_all")
+    group_N = group_N.clip(0, sizes_E.size - 1)  # blocks past the last have no rows
+    number_N = numbers_N - (block_ends_E - blocks_E)[group_N]
+    first_N = (ends_E - sizes_E)[group_N] + number_N * size
     rows_NS = first_N[:, None] + jnp.arange(size)
-    inside_NS = (rows_NS >= first_N[:, None]) & (rows_NS < ends_E[group_N][:, None])
-    place_R = before_E[group_R] * size + rows_R - starts_E[group_R]
-    return _Blocks(
-        group_N, jnp.where(inside_NS, rows_NS, num_rows), place_R, rows_R < ends_E[-1], at_once
-    )
+    nowhere_NS = num_rows + jnp.arange(rows_NS.size).reshape(rows_NS.shape)
+    rows_NS = jnp.where(rows_NS < ends_E[group_N][:, None], rows_NS, nowhere_NS)
+    return rows_NS.reshape(parts, at_once, size), group_N.reshape(parts, at_once)
 
 
-def _cut(blocks: _Blocks, array_RX: jax.Array) -> jax.Array:
-    """[N, S, X], zeros where there is no row."""
-    return array_RX.at[blocks.rows_NS].get(mode="fill", fill_value=0)
+def _read(array_RX: jax.Array, rows_nS: jax.Array) -> jax.Array:
+    """[n, S, X], zeros where there is no row."""
+    return array_RX.at[rows_nS].get(mode="fill", fill_value=0)
 
 
-def _joined(blocks: _Blocks, array_NSX: jax.Array) -> jax.Array:
-    """[R, X], zeros in rows past the last group."""
-    array_RX = array_NSX.reshape(-1, array_NSX.shape[-1])[blocks.place_R]
-    return jnp.where(blocks.has_R[:, None], array_RX, 0)
-
-
-def _each_part(function: Callable, blocks: _Blocks, carry, *arrays_NSX: jax.Array):
-    """`lax.scan` of function(carry, *parts, their groups)."""
-    parts = [x.reshape(-1, blocks.at_once, *x.shape[1:]) for x in (*arrays_NSX, blocks.group_N)]
-    carry, out = jax.lax.scan(lambda carry, part: function(carry, *part), carry, parts)
-    return carry, out.reshape(-1, *out.shape[2:])
+def _written(array_RX: jax.Array, rows_nS: jax.Array, values_nSX: jax.Array) -> jax.Array:
+    return array_RX.at[rows_nS].set(values_nSX, mode="drop", unique_indices=True)
 
 
 def _forward_batched(x_RD, w_EDF, sizes_E):
-    blocks = _blocks(len(x_RD), w_EDF, sizes_E)
+    def part(y_RF, blocks):
+        rows_nS, group_n = blocks
+        y_nSF = jnp.einsum("nSD,nDF->nSF", _read(x_RD, rows_nS), w_EDF[group_n])
+        return _written(y_RF, rows_nS, y_nSF), None
 
-    def part(_, x_nSD, group_n):
-        return None, jnp.einsum("nSD,nDF->nSF", x_nSD, w_EDF[group_n])
-
-    _, y_NSF = _each_part(part, blocks, None, _cut(blocks, x_RD))
-    return _joined(blocks, y_NSF)
+    y_RF = jnp.zeros((len(x_RD), w_EDF.shape[2]), x_RD.dtype)
+    return jax.lax.scan(part, y_RF, _parts(len(x_RD), w_EDF, sizes_E))[0]
 
 
 def _backward_batched(x_RD, w_EDF, sizes_E, dy_RF):
     """Sums over the blocks of a group are in no order unless XLA is told so."""
-    blocks = _blocks(len(x_RD), w_EDF, sizes_E)
 
-    def part(dw, x_nSD, dy_nSF, group_n):
+    def part(gradients, blocks):
+        (dx_RD, dw_EDF), (rows_nS, group_n) = gradients, blocks
+        x_nSD, dy_nSF = _read(x_RD, rows_nS), _read(dy_RF, rows_nS)
         dx_nSD = jnp.einsum("nSF,nDF->nSD", dy_nSF, w_EDF[group_n])
-        of_block = jnp.einsum("nSD,nSF->nDF", x_nSD, dy_nSF, preferred_element_type=jnp.float32)
-        return dw.at[group_n].add(of_block, indices_are_sorted=True), dx_nSD
+        dw_nDF = jnp.einsum("nSD,nSF->nDF", x_nSD, dy_nSF, preferred_element_type=jnp.float32)
+        return (_written(dx_RD, rows_nS, dx_nSD), dw_EDF.at[group_n].add(dw_nDF)), None
 
-    zeros = jnp.zeros(w_EDF.shape, jnp.float32)
-    dw, dx_NSD = _each_part(part, blocks, zeros, _cut(blocks, x_RD), _cut(blocks, dy_RF))
-    return _joined(blocks, dx_NSD), dw.astype(w_EDF.dtype)
+    zeros = jnp.zeros_like(x_RD), jnp.zeros(w_EDF.shape, jnp.float32)
+    (dx_RD, dw_EDF), _ = jax.lax.scan(part, zeros, _parts(len(x_RD), w_EDF, sizes_E))
+    return dx_RD, dw_EDF.astype(w_EDF.dtype)
