@@ -40,7 +40,7 @@ def fill(folder: pathlib.Path, wanted, losses) -> Places:
         records = [{"step": s, "loss": loss, "step_seconds": 0.5} for s in range(1, cell.steps + 1)]
         if loss is not None:
             records[-1] |= {"val_loss": loss, "val_bpb": loss / 3}
-        result, curve = measured(cell, config, records, device="d", data="x", commit="c")
+        result, curve = measured(cell, config, records, device="1 x cpu", data="x", commit="c")
         table.add(result, config, curve)
     return Places(ROOT, folder / "runs", folder)
 

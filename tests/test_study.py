@@ -190,6 +190,7 @@ def test_arms_that_cannot_be_compared_are_refused(arm, message, tmp_path):
     ({"model.vocabsize": 3}, {}, "there is no field 'model.vocabsize'"),
     ({}, {"bigram:model.nrom": (1, 2)}, "there is no field 'model.nrom'"),
     ({}, {f"bigram:{RATE}": (1.0, 1.00001)}, "Two candidates are called 'bigram .*=1, 10 steps"),
+    ({}, {"bigram:model.num_kv_heads": (2, 3)}, "num_kv_heads"),
 ])  # fmt: skip
 def test_arms_of_a_later_stage_are_looked_at_before_the_first(arm, vary, message, tmp_path):
     """dense has nothing to choose from in the first stage."""
@@ -199,13 +200,31 @@ def test_arms_of_a_later_stage_are_looked_at_before_the_first(arm, vary, message
     with pytest.raises(ConfigError, match=message):
         run_study(study, Places(ROOT, tmp_path, tmp_path), keep_checkpoints=False)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=message):
+        finished(study, Places(ROOT, tmp_path, tmp_path))
+
+
+@pytest.mark.parametrize(("tables", "chosen"), [((8, 16), None), ((2, 8), "K cannot exceed n_e")])
+def test_a_stage_may_need_what_the_one_before_chooses(tables, chosen):
+    """Eight of five tables cannot be chosen, and five is what the arm's file has."""
+    arms = ARMS[0], Arm("jtok_m", "configs/arms/jtok_m.py")
+    stages = (
+        Stage(10, vary={"jtok_m:model.jtok.num_tables": tables}, keep=1),
+        Stage(10, vary={"jtok_m:model.jtok.top_k": (2, 8)}, keep=1),
+        Stage(20),
+    )
+    study = dataclasses.replace(STUDY, arms=arms, stages=stages)
+    if not chosen:
+        return check_study(study, ROOT)
+    with pytest.raises(ConfigError, match=chosen):
+        check_study(study, ROOT)
 
 
 def test_steps_and_seeds_are_of_stages_alone():
     stage = Stage(10, vary={"dense:train.seed": (7, 8)})
     arm = dataclasses.replace(ARMS[0], fields={"train.seed": 1})
     for changes in ({"common": {"train.steps": 5}}, {"stages": (stage,)}, {"arms": (arm,)}):
-        with pytest.raises(ConfigError, match=r"A stage sets train\.(steps|seed)"):
+        with pytest.raises(ConfigError, match=r"train\.(steps|seed): every Stage has its own"):
             dataclasses.replace(STUDY, **changes)
 
 

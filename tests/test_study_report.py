@@ -20,6 +20,7 @@ from jtok_jax.study.run import finished
 from jtok_jax.study.scaling import Law
 from jtok_jax.study.spec import cells, expand, resolve, start
 from jtok_jax.study.timing import time_candidates
+from jtok_jax.study.trainer import Places
 
 pytestmark = oldest
 
@@ -67,7 +68,28 @@ def test_step_times_are_paired_and_used_by_the_report(tmp_path):
     arms = ARMS[0], dataclasses.replace(ARMS[1], fields={"model.arms.bigram.rows_per_id": 2})
     wider = dataclasses.replace(STUDY, arms=arms)  # not what was timed
     fill(tmp_path, first_cells(wider), lambda _: 2.0)
-    assert "as the runs found the machine" in write_report(wider, places, "x.py")
+    unused = (
+        "as the runs found the machine; there are paired times, of other runs or another device"
+    )
+    assert unused in write_report(wider, places, "x.py")
+    table = tmp_path / "cells.csv"
+    table.write_text(table.read_text().replace(",1 x cpu,", ",1 x gpu,"))
+    assert unused in write_report(STUDY, places, "x.py")
+    table.write_text(table.read_text().replace(",1 x gpu,", ",1 x cpu,", 1))
+    assert "as the runs found the machine, of several kinds;" in write_report(STUDY, places, "x.py")
+    times = tmp_path / "x-steps.csv"
+    times.write_text(times.read_text().replace("candidate,cell,", "candidate,"))
+    with pytest.raises(ConfigError, match="run `study time` again"):
+        write_report(STUDY, places, "x.py")
+
+
+def test_paired_times_do_not_need_every_seed(tmp_path):
+    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
+    time_candidates(STUDY, places, "x", rounds=2)
+    table = tmp_path / "cells.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(line for line in lines if ",bigram,{},600,0," not in line))
+    assert "paired over 2 rounds" in write_report(STUDY, places, "x.py")
 
 
 def test_values_at_the_end_of_what_was_tried_are_told(tmp_path):
@@ -181,25 +203,36 @@ def test_a_fit_finds_the_size_that_an_arm_is_worth(tmp_path):
 
 def test_a_fit_reads_bent_curves_and_tells_what_has_no_size(tmp_path):
     """At fixed D, Eq. 5 bends over N; an arm that gains nothing or diverged is not left out."""
-    study = Study("?", COMMON, SIZES + MIXED, (Stage(steps=5),), baseline="dense64")
-    law, gains = Law(2e3, 3e6, 0.3, 0.3), (1.0, 0.9, 1.1, None)
+    wide = {"dense80": 256, "dense96": 1024}
+    sizes = [dataclasses.replace(arm, fields={"model.ffn_dim": wide.get(arm.name, 64)})
+             for arm in SIZES]  # fmt: skip
+    study = Study("?", COMMON, (*sizes, *MIXED), (Stage(steps=5),), baseline="dense64")
+    count = lambda cell: flops.count(resolve(cell, ROOT).model, seq_len=16).backbone
+    counts = {cell.candidate.arm.name: count(cell) for cell in first_cells(study)}
+    law = Law(2e3, 2e5, 0.5, 0.5)
+    as_large_as = counts | {
+        "jtok_m 2/1": counts["dense80"], "jtok_m 4/1": 0.9 * counts["jtok_m 4/1"],
+        "jtok_m 4/2": counts["dense96"], "jtok_m 8/8": None,
+    }  # fmt: skip
 
     def loss(cell):
-        size = flops.count(resolve(cell, ROOT).model, seq_len=16).backbone
-        arm = cell.candidate.arm
-        gain = gains[MIXED.index(arm)] if arm in MIXED else 1.0
-        return None if gain is None else float(law.loss(size * gain, 1e6))
+        size = as_large_as[cell.candidate.arm.name]
+        return None if size is None else float(law.loss(size, 1e6))
 
     text = write_fit(study, fill(tmp_path, first_cells(study), loss), "x")
     rows = {row.split("|")[1].strip(): row.split("|")[5] for row in text.splitlines() if "|" in row}
-    found = [float(rows[f"jtok_m {name}"].strip(" *")) for name in ("2/1", "4/1", "4/2")]
-    assert found == pytest.approx([1.0, 0.9, 1.1], abs=1e-2)
+    for name in ("jtok_m 2/1", "jtok_m 4/1", "jtok_m 4/2"):
+        expected = as_large_as[name] / counts[name]
+        assert float(rows[name].strip(" *")) == pytest.approx(expected, rel=0.03), name
     assert "*" in rows["jtok_m 4/1"]
     assert "| jtok_m 8/8 | diverged |" in text
     assert "No law of gamma over eta and rho: gain has 0." in text
     falls = lambda cell: 3.0 if cell.candidate.arm.name == "dense80" else 2.0
     with pytest.raises(ConfigError, match="losses do not fall with its size"):
         write_fit(study, fill(tmp_path / "flat", first_cells(study), falls), "x")
+    twice = dataclasses.replace(study, arms=(*study.arms, dataclasses.replace(sizes[0], name="b")))
+    with pytest.raises(ConfigError, match=r"Two arms of .*dense\.py have one size"):
+        write_fit(twice, Places(ROOT, tmp_path, tmp_path), "x")
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():

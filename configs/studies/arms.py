@@ -75,7 +75,7 @@ def make_arms(device, common):
     jtok["model.jtok.gate_scale_init"] = dim**0.5
     jtok_m = normed | rate | {STD: 0.02, "model.jtok.norm": "l2"}
     jtok_m["model.jtok.mixture_scale_init"] = 1.0
-    dense = rate | {STD: 0.088}
+    dense = rate | {STD: 0.088 if device == "cpu" else dim**-0.5}
     wider = dense | {"model.ffn_dim": WIDER[device]}
     expert = 3 * dim * (ffn // 2)
     experts = round((2 * expert + 5 * VOCAB * dim) / expert)  # of two and five tables, in a layer

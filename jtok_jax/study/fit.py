@@ -81,7 +81,9 @@ def worth(
             f"The baseline {study.baseline} has {len(set(counts.tolist()))} sizes (arms of "
             f"{base.config}); a curve through them needs {SIZES}."
         )
-    if not np.all(np.diff(losses) < 0) or not np.all(np.diff(counts)):
+    if not np.all(np.diff(counts)):
+        raise ConfigError(f"Two arms of {base.config} have one size: {sizes}. Leave one of them.")
+    if not np.all(np.diff(losses) < 0):
         raise ConfigError(
             f"The baseline's losses do not fall with its size: {sizes}. Tune each size, or average "
             "over more seeds."

@@ -12,7 +12,7 @@ from scipy import stats
 from jtok_jax.errors import ConfigError
 from jtok_jax.study.results import Result, Table
 from jtok_jax.study.run import Ranked, StageResults, finished
-from jtok_jax.study.spec import Study, study_name
+from jtok_jax.study.spec import Study, cells, study_name
 from jtok_jax.study.timing import StepTime, step_times
 from jtok_jax.study.trainer import Places
 
@@ -64,7 +64,7 @@ def write_report(study: Study, places: Places, file: str) -> str:
     curves, trials = Table(places.results).curves(), _trials(stages)
     every = [one for ranked in stages[-1].values() for one in ranked]
     timed = step_times(places.results / f"{name}-steps.csv")
-    seconds, how = _step_seconds(every, best[study.baseline], timed)
+    seconds, how = _step_seconds(study, every, timed)
     draw_curves(best, curves, seconds, places.results / f"{name}-curves.svg")
     draw_cost(best, seconds, best[study.baseline], places.results / f"{name}-cost.svg")
     parts = [
@@ -154,7 +154,7 @@ def draw_curves(
         *axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small",
         title="validation at the end", title_fontsize="small",
     )  # fmt: skip
-    figure.savefig(path, metadata={"Date": None})
+    _save(figure, path)
 
 
 def draw_cost(
@@ -187,22 +187,31 @@ def draw_cost(
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.margins(x=0.15)
-    figure.savefig(path, metadata={"Date": None})
+    _save(figure, path)
 
 
 def _step_seconds(
-    every: list[Ranked], baseline: Ranked, times: dict[str, StepTime]
+    study: Study, every: list[Ranked], times: dict[str, StepTime]
 ) -> tuple[dict[str, float], str]:
-    """Seconds of a step of every candidate, and how they were measured."""
-    names = {one.candidate.name: {result.cell for result in one.results} for one in every}
-    if not all(name in times and times[name].cell in runs for name, runs in names.items()):
-        median = lambda one: float(np.median([result.step_seconds for result in one.results]))
-        devices = {result.device for one in every for result in one.results}
-        how = "as the runs found the machine" + ", of several kinds" * (len(devices) > 1)
-        return {o.candidate.name: median(o) for o in every}, how
-    first = times[baseline.candidate.name]
-    seconds = {name: times[name].ratio * first.milliseconds / 1000 for name in names}
-    return seconds, f"paired over {first.rounds} rounds ({first.device}, {first.commit})"
+    """Seconds of a step of every candidate, and how they were measured.
+
+    Paired times count where they are of these runs, as their fields tell, and of their device.
+    """
+    devices = {result.device for one in every for result in one.results}
+    candidates = {one.candidate.name: [one.candidate] for one in every}
+    first = {cell.candidate.name: cell.key for cell in cells(study, study.stages[-1], candidates)
+             if cell.seed == study.stages[-1].seeds[0]}  # fmt: skip
+    if all(name in times and times[name].cell == key for name, key in first.items()) and (
+        devices == {times[name].device for name in first}
+    ):
+        baseline = {one.candidate.name for one in every if one.candidate.arm.name == study.baseline}
+        base = next(one for one in times.values() if one.candidate in baseline)
+        seconds = {name: times[name].ratio * base.milliseconds / 1000 for name in first}
+        return seconds, f"paired over {base.rounds} rounds ({base.device}, {base.commit})"
+    median = lambda one: float(np.median([result.step_seconds for result in one.results]))
+    how = "as the runs found the machine" + ", of several kinds" * (len(devices) > 1)
+    how += "; there are paired times, of other runs or another device" * bool(times)
+    return {one.candidate.name: median(one) for one in every}, how
 
 
 def _by_loss(stage: StageResults) -> list[tuple[str, Ranked]]:
@@ -258,6 +267,11 @@ def _chosen(one: Ranked, tried: dict[str, set]) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.2f}M"
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
+    _pyplot().close(figure)
 
 
 def _pyplot():

@@ -92,7 +92,10 @@ class Study:
         given = [self.common, *(arm.fields for arm in self.arms)]
         varied = {key.rpartition(":")[2] for stage in self.stages for key in stage.vary}
         if of_stage := {*OF_STAGE} & varied.union(*given):
-            raise ConfigError(f"A stage sets {', '.join(sorted(of_stage))}; take it out elsewhere.")
+            raise ConfigError(
+                f"{' and '.join(sorted(of_stage))}: every Stage has its own (`steps`, `seeds`). "
+                "Remove it from `common`, from the fields of arms and from `vary`."
+            )
         for stage in self.stages:
             for key in stage.vary:
                 for name in key.rpartition(":")[0].split(","):
@@ -220,13 +223,16 @@ def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
 
 
 def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
-    """Everything a study may train, before anything is: all arms at the fields of every stage.
+    """Everything a study may train, before anything is: all that stages may have chosen by then.
 
     Raises:
         ConfigError: as `resolve` and `require_comparable`; two candidates have one name.
     """
-    for stage in study.stages:
-        every = expand(start(study), dataclasses.replace(stage, keep=0))
+    every = start(study)
+    for number, stage in enumerate(study.stages):
+        if number and not stage.vary:
+            continue  # steps alone differ
+        every = expand(every, dataclasses.replace(stage, keep=0))
         wanted = cells(study, dataclasses.replace(stage, seeds=stage.seeds[:1]), every)
         named = {cell.name: resolve(cell, root, data=data) for cell in wanted}
         if len(named) < len(wanted):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from jtok_jax.config import Config
 from jtok_jax.data.loader import make_batch, open_source
+from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import make_mesh, put_batch
 from jtok_jax.model.exchange import compiler_options
 from jtok_jax.study.run import last_candidates
@@ -39,12 +40,18 @@ class StepTime(NamedTuple):
 
 
 def step_times(path: pathlib.Path) -> dict[str, StepTime]:
-    """What `time_candidates` wrote, by candidate; empty if it did not run."""
+    """What `time_candidates` wrote, by candidate; empty if it did not run.
+
+    Raises:
+        ConfigError: an older version did.
+    """
     if not path.exists():
         return {}
     with path.open(newline="") as file:
         kinds = StepTime.__annotations__.values()
-        lines = list(csv.reader(file))[1:]
+        head, *lines = csv.reader(file)
+    if tuple(head) != StepTime._fields:
+        raise ConfigError(f"{path} is of another version: run `study time` again, or delete it.")
     times = [StepTime(*[k(v) for k, v in zip(kinds, line, strict=True)]) for line in lines]
     return {one.candidate: one for one in times}
 
