@@ -22,7 +22,6 @@ from jtok_jax.study.spec import (
     check_study,
     expand,
     going_on,
-    require_comparable,
     resolve,
     start,
 )
@@ -61,7 +60,6 @@ def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[S
         WorkdirError: a run of an earlier start is still under way.
         Preempted: asked to stop; the run under way is saved.
     """
-    check_study(study, places.root, data=places.data)
     table, source = Table(places.results), Fingerprints()
     bar = tqdm(total=_steps(study), unit="step", desc="study", dynamic_ncols=True)
     with bar, Stop() as stop:
@@ -106,7 +104,6 @@ def finished(study: Study, places: Places) -> tuple[list[StageResults], list[str
         ConfigError: a run is missing that a stage chooses from, or all of the baseline's.
         DataError: its runs are of different texts.
     """
-    check_study(study, places.root)
     table = Table(places.results)
     walk = _walk(study, study.stages, places, table.get, check=table.get, chosen=_needed(places))
     if not walk.done[-1][study.baseline]:
@@ -153,17 +150,16 @@ def _walk(
     check: Obtain,
     chosen: Callable[[list[str]], None],
 ) -> _Walk:
-    """`stages` of a study; the runs of one are checked before the first is made.
+    """`stages` of a study; all are checked before the first run, and the table for each stage.
 
     chosen: told which runs a stage lacks that chooses, before it does.
     """
+    check_study(study, places.root, data=places.data)
     candidates, done, missing = start(study), [], []
     for stage in stages:
         of_stage = expand(candidates, stage)
         wanted = cells(study, stage, of_stage)
         configs = [resolve(cell, places.root, data=places.data) for cell in wanted]
-        named = {cell.name: config for cell, config in zip(wanted, configs, strict=True)}
-        require_comparable(named)
         for cell, config in zip(wanted, configs, strict=True):
             check(cell, config)
         results: dict[str, list[Result]] = {}
