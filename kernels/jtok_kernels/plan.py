@@ -120,12 +120,14 @@ def _sorted_tokens(keys_T: jax.Array, rank_T: jax.Array | None) -> jax.Array:
 
 
 def _order(place_T: jax.Array, token: jax.Array, rank: jax.Array | None, bound: int) -> Order:
-    int32 = lambda x: x.astype(jnp.int32)
-    run_start = int32(jnp.searchsorted(place_T[token], jnp.arange(bound + 1)))
-    pieces_U = jnp.maximum(1, -(-jnp.diff(run_start) // PIECE))
+    # Counts and sums where a search would do: a search is a loop of log2(T) turns on a GPU.
+    size_U = jnp.zeros(bound, jnp.int32).at[place_T].add(1)
+    run_start = _starts(size_U)
+    pieces_U = jnp.maximum(1, -(-size_U // PIECE))
     run_piece = _starts(pieces_U)
     piece = jnp.arange(num_pieces(place_T.size, bound), dtype=jnp.int32)
-    piece_run = int32(jnp.searchsorted(run_piece[1:], piece, side="right"))
+    ends = jnp.zeros_like(piece).at[run_piece[1:]].set(1, mode="drop", unique_indices=True)
+    piece_run = jnp.cumsum(ends, dtype=jnp.int32)
     run = jnp.minimum(piece_run, bound - 1)
     nth = piece - run_piece[run]
     start = run_start[run] + PIECE * nth
