@@ -125,8 +125,6 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
             env={CACHE: str(places.runs.resolve() / "compiled")} | os.environ,
         )  # fmt: skip
         code = stop.wait(process, lambda: _show(bar, metrics))
-    bar.update(cell.steps - getattr(bar, "shown", 0))
-    bar.shown = 0
     last = console.read_text().rstrip().rpartition("\n")[2][:500]
     if code == Preempted.exit_code or (code and stop.asked):
         raise Preempted(f"Stopped in {cell.name}: {last}")
@@ -134,6 +132,8 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
         raise WorkdirError(
             f"{cell.name}: {last} It is left of a study that was killed: wait or stop it."
         )
+    bar.update(cell.steps - getattr(bar, "shown", 0))  # a failed run is done with, too
+    bar.shown = 0
     if code not in (0, NonFiniteError.exit_code):
         raise StudyError(f"exit code {code}, see {console}: {last}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
