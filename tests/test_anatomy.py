@@ -50,6 +50,10 @@ def test_rank_correlation_and_movement_in_initial_norms():
     initial = np.array([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
     moved = np.array([[3.0, 4.0], [2.0, 2.0], [0.0, 3.0]])
     np.testing.assert_allclose(study.movement(moved, initial), [0, 1, 3])
+    moved = np.array([[1.5, 2.0], [2.0, 0.5], [0.0, 3.0]])  # shrunk; turned as well; from zero
+    np.testing.assert_allclose(study.movement(moved, initial, decays=True), [0, 1, 3])
+    np.testing.assert_allclose(study.movement(-initial, initial, decays=True), [1, 1, 0])
+    np.testing.assert_allclose(study.movement(3 * initial, initial, decays=True), [2, 2, 0])
 
 
 def test_spectrum_of_equal_directions_has_their_number_as_rank():
@@ -107,6 +111,21 @@ def test_figures_fit_the_tables_and_rows_never_read_have_not_moved(finished):
     assert text == (workdir / "out" / "anatomy.md").read_text() == study.as_markdown(found)
     found["removal"]["token"][0] = repr("`|\n")  # shown whatever it holds
     assert "| ``'`\\|\\n'`` |" in study.as_markdown(found)
+
+
+def test_weight_decay_alone_moves_no_row(corpus, tmp_path):
+    """Rows that are never read, and those of tables that the router does not choose."""
+    model = dataclasses.replace(KINDS["dense-jtok_m"], vocab_size=311, vocab_multiple=16)
+    fields = {"kind": "adamw", "weight_decay": 0.5, "learning_rate_multiplier": 30.0}
+    fields = {f"optimizer.tables.{name}": value for name, value in fields.items()}
+    config = changed(dataclasses.replace(run_config(corpus, steps=3), model=model), fields)
+    train(config, tmp_path)
+    study.anatomy(tmp_path, tmp_path / "out", removed=1, plot=False)
+    found = json.loads((tmp_path / "out" / "anatomy.json").read_text())
+    rows = found["rows"]
+    assert rows["norm"][0] < 0.98 * found["initial_norm"]
+    assert rows["movement"][0] < 1e-5
+    assert rows["moved"][0] == 0 < rows["moved"][1] < 1
 
 
 def test_removal_is_the_loss_with_zero_rows(finished):

@@ -142,7 +142,7 @@ def test_a_mixture_is_jtok_m():
 def test_ablations_of_a_mixture_are_those_of_their_formulas(changes):
     arm = dataclasses.replace(ArmsConfig().mixture, depth_scale=0.3, **changes)
     params, dm, x = drawn(arm, "layer_parameters"), normal(3, 5, 12), normal(3, 5, 12)[::-1]
-    logits = params["router_table"][IDS] if arm.router == "token" else None
+    logits = params["router_by_token"][IDS] if arm.router == "token" else None
     if arm.router in ("hidden", "before"):
         logits = x @ params["router"]
     if arm.router == "random":

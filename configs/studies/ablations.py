@@ -2,16 +2,15 @@
 # Copyright 2026 The jtok_jax authors
 """Which parts of JTok-M matter, and what goes well beside it?
 
-    python -m jtok_jax.study run --study=configs/studies/ablations.py --data=FOLDER
-    python -m jtok_jax.study run --study=configs/studies/ablations.py:h100 --data=FOLDER
+    python -m jtok_jax.study run --study=configs/studies/ablations.py --data=FOLDER --results=OTHER
 
-One seed: a difference below the spread over seeds that arms.py shows says nothing. Each arm changes
-one thing in JTok-M as arms.py starts it, with these exceptions: `mixture` is JTok-M in plain
-autodiff and without balance loss, so its arms belong beside balance_off; even_layers_of_ten belongs
-beside even_layers; and jtok_with_bigram and jtok_by_bigram beside jtok, which starts and learns as
-in arms.py. Where tables are not normalised (with_bigram, jtok_with_bigram, norm_off), an H100 takes
-no weight decay on tables and chooses their learning rate by short runs. On two CPU cores three of
-the runs of 3 minutes; on one H100 all.
+One H100, one seed: a difference below the spread over seeds that arms.py:h100 shows says nothing.
+Each arm changes one thing in JTok-M as arms.py:h100 starts it, with these exceptions: `mixture` is
+JTok-M in plain autodiff and without balance loss, so its arms belong beside balance_off;
+even_layers_of_ten belongs beside even_layers; and jtok_with_bigram and jtok_by_bigram beside jtok,
+which starts and learns as there. router_random fixes K of n_e tables for an id, the others are
+never read. Where tables are not normalised (with_bigram, jtok_with_bigram, norm_off), tables take
+no weight decay and choose one learning rate for all of them by short runs.
 """
 
 import dataclasses
@@ -20,26 +19,24 @@ import pathlib
 from jtok_jax.study import Arm, Stage, Study
 from jtok_jax.study.spec import load_study
 
-ON_CPU = ("jtok_m", "router_random", "with_bigram")
 NOT_NORMED = ("with_bigram", "jtok_with_bigram", "norm_off")
 TABLES = "optimizer.tables"
 
 
-def get_study(device="cpu"):
-    whole = load_study(f"{pathlib.Path(__file__).with_name('arms.py')}:{device}")
-    arms, (trial, *_, last) = make_arms(whole), whole.stages
-    stages = (Stage(steps=last.steps, seeds=(1,)),)
-    if device == "cpu":
-        arms = tuple(arm for arm in arms if arm.name in ON_CPU)
-    else:
-        arms = tuple(_without_decay(arm) if arm.name in NOT_NORMED else arm for arm in arms)
-        rates = {f"{','.join(NOT_NORMED)}:{TABLES}.learning_rate_multiplier": (1.0, 3.0, 10.0)}
-        stages = (Stage(steps=trial.steps, vary=rates, keep=1), *stages)
+def get_study():
+    whole = load_study(f"{pathlib.Path(__file__).with_name('arms.py')}:h100")
+    trial, *_, last = whole.stages
+    rates = {f"{','.join(NOT_NORMED)}:{TABLES}.learning_rate_multiplier": (1.0, 3.0, 10.0)}
     return Study(
         question=__doc__.splitlines()[0],
         common=whole.common,
-        arms=arms,
-        stages=stages,
+        arms=tuple(
+            _without_decay(arm) if arm.name in NOT_NORMED else arm for arm in make_arms(whole)
+        ),
+        stages=(
+            Stage(steps=trial.steps, vary=rates, keep=1),
+            Stage(steps=last.steps, seeds=(1,)),
+        ),
         baseline="jtok_m",
     )
 

@@ -3,26 +3,27 @@
 """What does a table by token buy, beside what else one could add?
 
     python -m jtok_jax.study run --study=configs/studies/arms.py --data=FOLDER
-    python -m jtok_jax.study run --study=configs/studies/arms.py:h100 --data=FOLDER
+    python -m jtok_jax.study run --study=configs/studies/arms.py:h100 --data=FOLDER --results=OTHER
 
 All in one decoder, on the same batches, three seeds. wider_dense is to have the step time of
 JTok-M (`study time` tells; for the H100 the width is a guess until then), experts have its number
-of parameters.
+of parameters, and so has the larger of two bigram tables on the H100.
 
-On two CPU cores, 23 runs of 1 to 4 minutes: dense, JTok and JTok-M start as
+On two CPU cores, runs of 1 to 4 minutes: dense, JTok and JTok-M start as
 configs/studies/parameterisation.py found best, and share its runs. These two table models were
 chosen among two at full length on the very seeds that are shown, the other arms by short runs on
 another seed alone, with the tables' weight decay found for JTok-M: read their distance with that in
-mind. On one H100, bfloat16, 52M tokens (3.5 passes over a corpus of 15M): every arm chooses its
-learning rates and initial values alike, on a seed of its own; weight decay on tables only where
-rows are normalised, so that it takes nothing from them.
+mind. On one H100, bfloat16, 8,192 entries, so that a table by token outweighs the backbone, 52M
+tokens (at most 4 passes over the corpus of docs/study.md): every arm chooses its learning rates and
+initial values alike, on a seed of its own; weight decay on tables only where rows are normalised,
+so that it takes nothing from them.
 """
 
 from jtok_jax.study import Arm, Stage, Study
 
 MULTIPLIER, RATE = "optimizer.tables.learning_rate_multiplier", "optimizer.learning_rate"
 STD = "model.init_std"
-VOCAB = 4096
+VOCAB = {"cpu": 4096, "h100": 8192}
 
 
 COMMON = {
@@ -48,7 +49,7 @@ def get_study(device="cpu"):
     return Study(
         question=__doc__.splitlines()[0],
         common=common | {
-            "model.vocab_size": VOCAB, "train.seq_len": 256, "checkpoint.keep": 1,
+            "model.vocab_size": VOCAB[device], "train.seq_len": 256, "checkpoint.keep": 1,
             "evaluation.every": 10_000,
         },
         arms=arms,
@@ -61,15 +62,17 @@ def get_study(device="cpu"):
 
 def make_arms(device, common):
     """Every arm as it starts."""
-    tried = {"dense": 5, "jtok": 19, "jtok_m": 19} if device == "cpu" else {}
+    tried = {"dense": 5, "jtok": 19, "jtok_m": 19}
     dim, layers = common["model.model_dim"], common["model.num_layers"]
     ffn = common.get("model.ffn_dim", 344)
     normed = {
         "optimizer.tables.b1": 0.9, "optimizer.tables.b2": 0.95,
         "optimizer.tables.weight_decay": 0.1, MULTIPLIER: 10.0,
     }  # fmt: skip
-    # On the CPU with the decay of the others, as those runs were made.
-    tables = normed if device == "cpu" else normed | {"optimizer.tables.weight_decay": 0.0}
+    # On the CPU as those runs were made; the rate is chosen.
+    tables = normed
+    if device == "h100":
+        tables = normed | {"optimizer.tables.weight_decay": 0.0, MULTIPLIER: 1.0}
     rate = {RATE: 6e-3}
     jtok = normed | {STD: 0.02, RATE: 3e-3, "model.jtok.norm": "l2"}
     jtok["model.jtok.gate_scale_init"] = dim**0.5
@@ -78,41 +81,45 @@ def make_arms(device, common):
     dense = rate | {STD: 0.088 if device == "cpu" else dim**-0.5}
     wider = dense | {"model.ffn_dim": WIDER[device]}
     expert = 3 * dim * (ffn // 2)
-    experts = round((2 * expert + 5 * VOCAB * dim) / expert)  # of two and five tables, in a layer
+    experts = round(
+        (2 * expert + 5 * VOCAB[device] * dim) / expert
+    )  # of two and five tables, in a layer
     moe = {"num_experts": experts, "top_k": 2, "expert_dim": ffn // 2}
     moe = rate | {f"model.moe.{key}": value for key, value in moe.items()}
-    bigram = tables | rate | {"model.arms.bigram.rows_per_id": layers}
+    bigram, rows = tables | rate, "model.arms.bigram.rows_per_id"
     low_rank = {"norm": "l2", "scale_init": dim**0.5}
     low_rank = normed | rate | {f"model.arms.low_rank.{key}": v for key, v in low_rank.items()}
     fields = {
-        "dense": dense, "wider_dense": wider, "jtok": jtok, "jtok_m": jtok_m, "bigram": bigram,
-        "moe": moe, "value_embedding": tables | rate,
+        "dense": dense, "wider_dense": wider, "jtok": jtok, "jtok_m": jtok_m,
+        "bigram": bigram | {rows: layers}, "moe": moe,
     }  # fmt: skip
     if device == "h100":
         fields |= {
+            "bigram_large": bigram | {rows: 5 * layers}, "value_embedding": tables | rate,
             "deep_embed": tables | rate, "film": rate, "adapter": rate, "low_rank": low_rank,
         }  # fmt: skip
-    file = lambda name: f"configs/arms/{name.removeprefix('wider_')}.py"
+    file = lambda name: f"configs/arms/{name.removeprefix('wider_').removesuffix('_large')}.py"
     return tuple(Arm(name, file(name), of, tried=tried.get(name, 0)) for name, of in fields.items())
 
 
 def choose_on_cpu(names, common):
     """What short runs choose from: initial values, then a rate, of what has no study of its own."""
-    others, by_table = names[4:], [name for name in names[4:] if name != "moe"]
     return (
-        {f"{','.join(others)}:{STD}": (0.02, 0.088)},
-        {f"{','.join(by_table)}:{MULTIPLIER}": (1.0, 3.0, 10.0), f"moe:{RATE}": (3e-3, 6e-3)},
+        {f"bigram,moe:{STD}": (0.02, 0.088)},
+        {f"bigram:{MULTIPLIER}": (0.1, 0.3, 1.0, 3.0, 10.0), f"moe:{RATE}": (3e-3, 6e-3)},
     )
 
 
 def choose_on_h100(names, common):
     """The learning rate, that of the tables over it, then initial values, of every arm."""
     of = lambda *some: ",".join(name for name in names if name in some)
+    normed = of("jtok", "jtok_m", "low_rank")
+    others = of("bigram", "bigram_large", "value_embedding", "deep_embed")
     return (
         {RATE: (1.5e-3, 3e-3, 6e-3)},
         {
-            f"{of('jtok', 'jtok_m', 'low_rank')}:{MULTIPLIER}": (3.0, 10.0, 30.0),
-            f"{of('bigram', 'value_embedding', 'deep_embed')}:{MULTIPLIER}": (0.3, 1.0, 3.0, 10.0),
+            f"{normed}:{MULTIPLIER}": (3.0, 10.0, 30.0),
+            f"{others}:{MULTIPLIER}": (0.3, 1.0, 3.0, 10.0),
         },
         {STD: (0.02, common["model.model_dim"] ** -0.5)},
     )

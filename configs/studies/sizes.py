@@ -2,25 +2,25 @@
 # Copyright 2026 The jtok_jax authors
 """What size of dense model is JTok-M worth, over eta and rho?
 
-    python -m jtok_jax.study run --study=configs/studies/sizes.py --data=FOLDER
-    python -m jtok_jax.study fit --study=configs/studies/sizes.py
+    python -m jtok_jax.study run --study=configs/studies/sizes.py --data=FOLDER --results=OTHER
+    python -m jtok_jax.study fit --study=configs/studies/sizes.py --results=OTHER
 
-Two backbones, each with n_e tables a layer of which K are read: rho = K / n_e, and eta grows with
-n_e. Five sizes of dense model are the curve on which N_eff is read. For one H100: every model
-chooses its learning rate by short runs, then sees 26M tokens, with one seed; the rest as
-configs/studies/parameterisation.py found best.
+Two backbones (10.6M and 20.5M), each with n_e tables a layer of which K are read: rho = K / n_e,
+and eta, 1.2 to 50, grows with n_e. Five sizes of dense model are the curve on which N_eff is read.
+For one H100: every model chooses its learning rate by short runs, then sees 26M tokens, with one
+seed; the rest as configs/studies/parameterisation.py found best.
 """
 
 from jtok_jax.study import Arm, Stage, Study
 
 SIZES = {  # width: layers, heads, feed-forward
-    192: (6, 3, 512),
-    256: (6, 4, 704),
+    192: (8, 3, 512),
+    256: (8, 4, 704),
     384: (8, 6, 1024),
     512: (8, 8, 1408),
     640: (10, 10, 1728),
 }
-TABLES = ((2, 1), (4, 1), (4, 2), (4, 4), (8, 2), (16, 4))  # n_e, K
+TABLES = ((1, 1), (4, 1), (4, 2), (4, 4), (8, 2), (16, 4), (32, 8))  # n_e, K
 
 
 def get_study():
@@ -39,7 +39,7 @@ def get_study():
     return Study(
         question=__doc__.splitlines()[0],
         common={
-            "model.compute_dtype": "bfloat16", "model.vocab_size": 4096, "train.batch_size": 128,
+            "model.compute_dtype": "bfloat16", "model.vocab_size": 8192, "train.batch_size": 128,
             "train.seq_len": 256, "evaluation.every": 10_000, "evaluation.batch_size": 64,
             "checkpoint.every": 10_000, "checkpoint.keep": 1,
         },

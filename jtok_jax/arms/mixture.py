@@ -59,7 +59,7 @@ class Mixture:
         if self.router in ("hidden", "before"):
             parameters["router"] = Parameter("Dm", (sizes.dim, self.num_tables), std=std)
         if self.router == "token":
-            parameters["router_table"] = Parameter("vm", (sizes.vocab, self.num_tables), std=std)
+            parameters["router_by_token"] = Parameter("vm", (sizes.vocab, self.num_tables), std=std)
         return parameters
 
     def increment(self, params: Params, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
@@ -75,7 +75,7 @@ class Mixture:
     def _logits(self, params: Params, seen: Seen) -> jax.Array:
         """float32 [B, T, n_e]."""
         if self.router == "token":
-            return params["router_table"][seen.ids_BT]
+            return params["router_by_token"][seen.ids_BT]
         if self.router == "random":  # a number in [0, 1) of every id and table
             places = jnp.arange(self.num_tables, dtype=jnp.uint32)
             words = mixed(seen.ids_BT[..., None].astype(jnp.uint32) + mixed(places))

@@ -3,7 +3,7 @@
 """Value embeddings: a vector by token id, added to the values of attention in every layer.
 
 Zhou et al. 2024 (arXiv 2410.17897) take the first layer's values; a table of its own for a layer is
-what the speed runs of nanoGPT made of it.
+what the speed runs of nanoGPT made of it, with learned weights of both that are left out here.
 """
 
 import dataclasses

@@ -33,7 +33,8 @@ DECILES = ("never", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10")  # 10: th
 # Tables of the report; anatomy.json has their columns by the same names.
 SECTIONS = {
     "rows": "Medians over tables and ids of a decile, 10 the most read. Norm: L2. Movement: the "
-    f"distance from the initial row over its norm. Moved: share of rows with more than {MOVED}.",
+    "distance from the initial row over its norm; with weight decay from the initial row as shrunk "
+    f"as brings it nearest. Moved: share of rows with more than {MOVED}.",
     "tables": "Spearman: rank correlation with how often an id was read. Then of each table's "
     "moved rows less their mean: effective rank (exp of the entropy of squared singular values), "
     "share of the ten largest in their sum; and the share of that mean in the squared length.",
@@ -107,10 +108,18 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def movement(tables: np.ndarray, initial: np.ndarray) -> np.ndarray:
-    """L2 distance of rows [..., D] from the initial ones, in norms of those (or 1 for zeros)."""
+def movement(tables: np.ndarray, initial: np.ndarray, *, decays: bool = False) -> np.ndarray:
+    """L2 distance of rows [..., D] from the initial ones, in norms of those (or 1 for zeros).
+
+    decays: weight decay alone moves nothing; the distance is from the nearest c initial, c in
+        [0, 1].
+    """
     norm = np.linalg.norm(initial, axis=-1)
-    return np.linalg.norm(tables - initial, axis=-1) / np.where(norm > 0, norm, 1)
+    unit = np.where(norm > 0, norm, 1)
+    if decays:
+        along = np.sum(tables * initial, axis=-1) / unit**2
+        initial = initial * np.clip(along, 0, 1)[..., None]
+    return np.linalg.norm(tables - initial, axis=-1) / unit
 
 
 def spectrum(rows_RD: np.ndarray) -> dict[str, float | np.ndarray]:
@@ -160,13 +169,14 @@ def measure(saved: Saved, source: Source, *, removed: int) -> dict:
     layers = list(jtok.table_layers(model.num_layers))
     stack = list(map(str, layers)) if jtok.sharing == "per_layer" else ["shared"]
     size_LD = np.abs(saved.params["blocks/jtok/scale"])[layers]
+    decays = config.optimizer.tables.weight_decay > 0
     return {
         "step": saved.step,
         "model": f"{jtok.kind}, tables {list(model.tables_shape)} in layers {layers} of "
         f"{model.num_layers} ({jtok.sharing}), norm {jtok.norm}",
         "tokens_read": saved.step * step_tokens,
         "tokens_counted": steps * step_tokens,
-        **_of_tables(stack, tables_GMVD, initial_GMVD, count_V),
+        **_of_tables(stack, tables_GMVD, initial_GMVD, count_V, decays=decays),
         "layers": {
             "layer": layers,
             "scale_rms": np.sqrt(np.mean(size_LD**2, axis=1)),
@@ -182,9 +192,10 @@ def _logical(model: ModelConfig, tables: jax.Array) -> np.ndarray:
     return tables.reshape(len(tables), -1, *tables.shape[-2:])[:, :, : model.vocab_size]
 
 
-def _of_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V) -> dict:
+def _of_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, decays: bool) -> dict:
     decile_V, seen_V, pairs = deciles(count_V), count_V > 0, stack
-    norm_GMV, far_GMV = np.linalg.norm(tables_GMVD, axis=-1), movement(tables_GMVD, initial_GMVD)
+    far_GMV = movement(tables_GMVD, initial_GMVD, decays=decays)
+    norm_GMV = np.linalg.norm(tables_GMVD, axis=-1)
     moved_GMV = (far_GMV > MOVED) & seen_V
     against = lambda x_GMV: [spearman(count_V[seen_V], x_V[seen_V]) for x_V in x_GMV.mean(axis=1)]
     spectra = [

@@ -75,9 +75,11 @@ def write_report(study: Study, places: Places, file: str) -> str:
         "eta: parameters of tables over those of the backbone. Trials: different runs "
         "that the values of the arm were chosen from; the lowest or highest of those tried may not "
         "be the best there is. Step: seconds over the baseline's, "
-        f"{how}." + f" Failed or not yet run: {'; '.join(lacking)}." * bool(lacking),
+        f"{how}." + _lacking(lacking),
         f"![loss against steps, FLOPs and seconds]({name}-curves.svg)",
         f"![loss against parameters and seconds]({name}-cost.svg)",
+        "## What each arm trains with",
+        fields_table(best),
     ]
     for number, stage in enumerate(stages[:-1], start=1):
         if any(len(ranked) > 1 for ranked in stage.values()):
@@ -115,6 +117,28 @@ def final_table(
     return "\n".join(lines)
 
 
+def fields_table(best: dict[str, Ranked]) -> str:
+    """Markdown: fields of every arm on top of its file, chosen ones included."""
+    lines = ["| arm | file | fields | chosen from elsewhere |", "|---|---|---|---|"]
+    for name, one in best.items():
+        arm, chosen = one.candidate
+        fields = sorted((dict(arm.fields) | dict(chosen)).items())
+        shown = ", ".join(f"{key} {_number(value)}" for key, value in fields)
+        lines.append(f"| {name} | {arm.config} | {shown} | {arm.tried or ''} |")
+    return "\n".join(lines)
+
+
+def _lacking(names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f"; and {len(names) - 6} more" * (len(names) > 6)
+    return f" Failed or not yet run: {'; '.join(names[:6])}{more}."
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _against(results: list[Result], baseline: list[Result]) -> str:
     difference = None if results == baseline else paired(results, baseline)
     return difference.signed() if difference else ""
@@ -137,7 +161,9 @@ def draw_curves(
     figure, axes = _pyplot().subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
     lowest = math.inf
     for arm, one in sorted(best.items(), key=lambda item: item[1].loss):
-        of_seeds = [curves[r.cell] for r in one.results if r.status == "finished"]
+        of_seeds = [
+            curves[r.cell] for r in one.results if r.status == "finished" and r.cell in curves
+        ]
         if not of_seeds:
             continue
         steps = np.array([step for step, _ in of_seeds[0]])
@@ -225,9 +251,9 @@ def _trials(stages: list[StageResults]) -> dict[str, int]:
     for stage in stages[:-1]:
         for arm, ranked in stage.items():
             tried[arm] |= {result.cell for one in ranked for result in one.results}
-    before = {arm: max((one.candidate.arm.tried for one in ranked), default=1)
+    before = {arm: max((one.candidate.arm.tried for one in ranked), default=0)
               for arm, ranked in stages[-1].items()}  # fmt: skip
-    return {arm: max(len(here), before[arm], 1) for arm, here in tried.items()}
+    return {arm: max(len(here) + before[arm], 1) for arm, here in tried.items()}
 
 
 def _tried(stages: list[StageResults]) -> dict[str, dict[str, set]]:
@@ -255,7 +281,7 @@ def _chosen(one: Ranked, tried: dict[str, set]) -> str:
     """Values of what was varied, and whether one is at the end of those `tried`."""
 
     def text(key: str, value: object) -> str:
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        shown = _number(value)
         of = sorted(tried.get(key, ()))
         if len(of) < 2 or value not in (of[0], of[-1]):
             return shown

@@ -12,15 +12,17 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from jtok_jax import flops
 from jtok_jax.config import Config
+from jtok_jax.config_dict import flatten, to_dict
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.study.spec import Cell, digest, identity
 
 CURVE_POINTS = 25
+CURVES = ("cell", "step", "loss"), (str, int, float)
 
 
 class Result(NamedTuple):
@@ -56,8 +58,17 @@ class Table:
 
     def _read(self) -> None:
         path = self._folder / "configs.json"
-        self._results = {result.cell: result for result in _read(self._folder / "cells.csv")}
-        self._configs = json.loads(path.read_text()) if path.exists() else {"base": {}, "cells": {}}
+        results = _read(self._folder / "cells.csv")
+        self._results = {result.cell: result for result in results}
+        if len(self._results) < len(results):
+            cells = [result.cell for result in results]
+            twice = next(cell for cell in cells if cells.count(cell) > 1)
+            raise ConfigError(f"{self._folder / 'cells.csv'} has two lines of {twice}; keep one.")
+        try:
+            text = path.read_text() if path.exists() else '{"base": {}, "cells": {}}'
+            self._configs = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is damaged ({error}); restore it.") from error
         unknown = self._results.keys() - self._configs["cells"].keys()
         if unknown:
             raise ConfigError(
@@ -85,10 +96,11 @@ class Table:
         if result is None:
             return None
         now, then = identity(config), self._configs["base"] | self._configs["cells"][cell.key]
+        fields = flatten(to_dict(config)).keys()
         lines = [
-            f"  {key}: {then[key]!r} in the table, {now[key]!r} now"
-            for key in sorted(then.keys() & now.keys())  # fields added since change nothing
-            if then[key] != json.loads(json.dumps(now[key]))
+            f"  {key}: {then[key]!r} in the table, {now.get(key, 'no such field')!r} now"
+            for key in sorted(then)  # fields added since change nothing
+            if (key in now and then[key] != json.loads(json.dumps(now[key]))) or key not in fields
         ]
         if lines:
             raise ConfigError(
@@ -114,9 +126,10 @@ class Table:
             "cells": self._configs["cells"] | {result.cell: differs},
         }
         self._results[result.cell] = result
-        curves = [line for line in _lines(self._folder / "curves.csv") if line[0] != result.cell]
-        curves += [[result.cell, step, f"{loss:.4f}"] for step, loss in curve]
-        _write(self._folder / "curves.csv", ["cell", "step", "loss"], curves)
+        path = self._folder / "curves.csv"
+        curves = [line for line in _lines(path, *CURVES) if line[0] != result.cell]
+        curves += [[result.cell, step, loss] for step, loss in curve]
+        _write(path, CURVES[0], [[cell, step, f"{loss:.4f}"] for cell, step, loss in curves])
         text = json.dumps(self._configs["base"], indent=1)
         cells = ",\n".join(
             f"{json.dumps(key)}: {json.dumps(value)}"
@@ -124,13 +137,13 @@ class Table:
         )
         _replace(self._folder / "configs.json", f'{{"base": {text},\n"cells": {{\n{cells}}}}}\n')
         lines = [[_text(value) for value in one] for one in self._results.values()]
-        _write(self._folder / "cells.csv", list(Result._fields), lines)  # last: it says finished
+        _write(self._folder / "cells.csv", Result._fields, lines)  # last: it says finished
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """(step, mean training loss around it) of every cell."""
         curves: dict[str, list[tuple[int, float]]] = {}
-        for cell, step, loss in _lines(self._folder / "curves.csv"):
-            curves.setdefault(cell, []).append((int(step), float(loss)))
+        for cell, step, loss in _lines(self._folder / "curves.csv", *CURVES):
+            curves.setdefault(cell, []).append((step, loss))
         return curves
 
 
@@ -185,24 +198,28 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _read(path: pathlib.Path) -> list[Result]:
-    kinds = Result.__annotations__
-    results = []
-    for line in _lines(path):
-        if len(line) != len(kinds):
-            raise ConfigError(f"{path}: {len(line)} columns in {line[:3]}, expected {len(kinds)}.")
-        results.append(Result(*[kind(v) for kind, v in zip(kinds.values(), line, strict=True)]))
-    return results
+    kinds = Result.__annotations__.values()
+    return [Result(*line) for line in _lines(path, Result._fields, kinds)]
 
 
-def _lines(path: pathlib.Path) -> list[list[str]]:
-    """Lines of a CSV file without its head; of none if it is missing."""
+def _lines(path: pathlib.Path, head: tuple[str, ...], kinds: Iterable[type]) -> list[list]:
+    """Lines of a CSV file; of none if it is missing. Raises ConfigError if it is damaged."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.reader(file))[1:]
+        found, *lines = [*csv.reader(file)] or [[]]
+    if found != list(head):
+        raise ConfigError(f"{path} begins with {','.join(found)}; expected {','.join(head)}.")
+    parsed = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            parsed.append([kind(value) for kind, value in zip(kinds, line, strict=True)])
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}: {error}: restore or remove it.") from error
+    return parsed
 
 
-def _write(path: pathlib.Path, head: list[str], lines: list[list]) -> None:
+def _write(path: pathlib.Path, head: Iterable[str], lines: list[list]) -> None:
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *lines])

@@ -5,7 +5,7 @@
 import shutil
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -51,21 +51,25 @@ Obtain = Callable[[Cell, Config], Result | None]
 
 
 def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[StageResults]:
-    """Run what is not in the table; report what fails and go on.
+    """Train what is not in the table: one arm after the other, each through all stages.
+
+    A run that fails is reported, and its arm ends with the stage if that chooses; others go on.
 
     Raises:
         ConfigError, DataError: before anything runs: arms that cannot be, or cannot be compared;
-            before a stage does: finished runs of another configuration or other data.
-        StudyError: runs failed; where a stage chooses, before the next one.
-        WorkdirError: a run of an earlier start is still under way.
+            finished runs of another configuration or other data.
+        StudyError: runs failed.
+        WorkdirError: another study, or what is left of one, is training what comes next.
         Preempted: asked to stop; the run under way is saved.
     """
     table, source = Table(places.results), Fingerprints()
+    look = lambda cell, config: table.get(cell, config, data=source.of(config))
+    _walk(study, study.stages, places, look)
     bar = tqdm(total=_steps(study), unit="step", desc="study", dynamic_ncols=True)
     with bar, Stop() as stop:
 
         def obtain(cell: Cell, config: Config) -> Result | None:
-            found = table.get(cell, config, data=source.of(config))
+            found = look(cell, config)
             if found:
                 bar.total -= cell.steps
                 return found
@@ -83,31 +87,23 @@ def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[S
                 raise Preempted(f"{cell.name} is finished. The same command goes on.")
             return found
 
-        def chosen(missing: list[str]) -> None:
-            if missing:
-                raise StudyError(
-                    f"{len(missing)} runs failed, see above, and what the next stage trains "
-                    "depends on them."
-                )
-
-        check = lambda cell, config: table.get(cell, config, data=source.of(config))
-        walk = _walk(study, study.stages, places, obtain, check=check, chosen=chosen)
+        walk = _walk(study, study.stages, places, obtain)
     if walk.missing:
-        raise StudyError(f"{len(walk.missing)} runs failed, see above.")
+        ended = f" {', '.join(walk.ended)} could not go on to the next stage." * bool(walk.ended)
+        raise StudyError(f"{_runs(walk.missing)} failed, see above.{ended}")
     return walk.done
 
 
 def finished(study: Study, places: Places) -> tuple[list[StageResults], list[str]]:
-    """What the table has of a study, and which runs of the last stage it lacks.
+    """What the table has of a study, and which runs it lacks, those apart that depend on them.
 
     Raises:
-        ConfigError: a run is missing that a stage chooses from, or all of the baseline's.
+        ConfigError: it has none of the baseline in the last stage.
         DataError: its runs are of different texts.
     """
-    table = Table(places.results)
-    walk = _walk(study, study.stages, places, table.get, check=table.get, chosen=_needed(places))
+    walk = _walk(study, study.stages, places, Table(places.results).get)
     if not walk.done[-1][study.baseline]:
-        _needed(places)(walk.missing)
+        _raise_missing(walk, places)
     every = [one for stage in walk.done for some in stage.values() for one in some]
     if len(texts := {result.data for one in every for result in one.results}) > 1:
         raise DataError(
@@ -118,80 +114,72 @@ def finished(study: Study, places: Places) -> tuple[list[StageResults], list[str
 
 
 def last_candidates(study: Study, places: Places) -> dict[str, list[Candidate]]:
-    """What the last stage trains. Raises ConfigError if a stage before it is not finished."""
-    table, stages = Table(places.results), study.stages[:-1]
-    walk = _walk(study, stages, places, table.get, check=table.get, chosen=_needed(places))
+    """What the last stage trains, of the arms that have come so far.
+
+    Raises:
+        ConfigError: the baseline has not.
+    """
+    walk = _walk(study, study.stages[:-1], places, Table(places.results).get)
+    if study.baseline not in walk.candidates:
+        _raise_missing(walk, places)
     return expand(walk.candidates, study.stages[-1])
 
 
-def _needed(places: Places) -> Callable[[list[str]], None]:
-    def end_of_stage(missing: list[str]) -> None:
-        if missing:
-            raise ConfigError(
-                f"{len(missing)} runs are not in {places.results}: {'; '.join(missing[:3])} ... "
-                "Run the study first (python -m jtok_jax.study run)."
-            )
+def _raise_missing(walk: "_Walk", places: Places) -> NoReturn:
+    raise ConfigError(
+        f"{_runs(walk.missing)} not in {places.results}: {'; '.join(walk.missing[:3])} ... "
+        "Run the study first (python -m jtok_jax.study run)."
+    )
 
-    return end_of_stage
+
+def _runs(names: list[str]) -> str:
+    return f"{len(names)} run" + "s" * (len(names) != 1)
 
 
 class _Walk(NamedTuple):
     done: list[StageResults]
-    candidates: dict[str, list[Candidate]]  # of the stage after
-    missing: list[str]  # runs of the last of these stages
+    candidates: dict[str, list[Candidate]]  # of the stage after; without arms that ended before
+    missing: list[str]  # runs that could not be obtained
+    ended: list[str]  # arms that lack a run of a stage that chooses
 
 
-def _walk(
-    study: Study,
-    stages: tuple[Stage, ...],
-    places: Places,
-    obtain: Obtain,
-    *,
-    check: Obtain,
-    chosen: Callable[[list[str]], None],
-) -> _Walk:
-    """`stages` of a study; all are checked before the first run, and the table for each stage.
-
-    chosen: told which runs a stage lacks that chooses, before it does.
-    """
+def _walk(study: Study, stages: tuple[Stage, ...], places: Places, obtain: Obtain) -> _Walk:
+    """One arm after the other through `stages`; all that they may train is checked before."""
     check_study(study, places.root, data=places.data)
-    candidates, done, missing = start(study), [], []
-    for stage in stages:
-        of_stage = expand(candidates, stage)
-        wanted = cells(study, stage, of_stage)
-        configs = [resolve(cell, places.root, data=places.data) for cell in wanted]
-        for cell, config in zip(wanted, configs, strict=True):
-            check(cell, config)
-        results: dict[str, list[Result]] = {}
-        missing = []
-        for cell, config in zip(wanted, configs, strict=True):
-            found = obtain(cell, config)
-            if found:
-                results.setdefault(cell.candidate.name, []).append(found)
-            else:
-                missing.append(cell.name)
-        if stage.keep:
-            chosen(missing)
-        done.append(_ranked(of_stage, results))
-        candidates = _going_on(candidates, done[-1], stage)
-    return _Walk(done, candidates, missing)
+    arms = start(study)
+    walk = _Walk([{arm: [] for arm in arms} for _ in stages], {}, [], [])
+    for arm, candidates in arms.items():
+        for stage, done in zip(stages, walk.done, strict=True):
+            for_stage = expand({arm: candidates}, stage)
+            results, missing = _obtain_all(cells(study, stage, for_stage), places, obtain)
+            walk.missing.extend(missing)
+            if stage.keep and missing:
+                walk.ended.append(arm)
+                break
+            if arm in for_stage:
+                done[arm] = _ranked(for_stage[arm], results)
+            if stage.keep and done[arm]:
+                candidates = going_on([one.candidate for one in done[arm]], stage)
+        else:
+            walk.candidates[arm] = candidates
+    return walk
 
 
-def _ranked(candidates: dict[str, list[Candidate]], results: dict[str, list[Result]]):
-    ranked = {
-        name: [Ranked(one, results[one.name]) for one in of_arm if one.name in results]
-        for name, of_arm in candidates.items()
-    }
-    return {name: sorted(some, key=lambda one: one.loss) for name, some in ranked.items()}
+def _obtain_all(wanted: list[Cell], places: Places, obtain: Obtain):
+    """(results by candidate, names of runs without one)."""
+    results, missing = {}, []
+    for cell in wanted:
+        found = obtain(cell, resolve(cell, places.root, data=places.data))
+        if found:
+            results.setdefault(cell.candidate.name, []).append(found)
+        else:
+            missing.append(cell.name)
+    return results, missing
 
 
-def _going_on(candidates, ranked: StageResults, stage: Stage) -> dict[str, list[Candidate]]:
-    """The best of every arm; an arm that skipped the stage as it is."""
-    if not stage.keep:
-        return candidates
-    chosen = lambda some: going_on([one.candidate for one in some], stage)
-    best = {name: chosen(some) for name, some in ranked.items()}
-    return candidates | best
+def _ranked(candidates: list[Candidate], results: dict[str, list[Result]]) -> list[Ranked]:
+    ranked = [Ranked(one, results[one.name]) for one in candidates if one.name in results]
+    return sorted(ranked, key=lambda one: one.loss)
 
 
 def _steps(study: Study) -> int:

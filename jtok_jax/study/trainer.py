@@ -130,7 +130,8 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
         raise Preempted(f"Stopped in {cell.name}: {last}")
     if code == WorkdirError.exit_code:
         raise WorkdirError(
-            f"{cell.name}: {last} It is left of a study that was killed: wait or stop it."
+            f"{cell.name}: {last} Another study is training it, or what is left of one that was "
+            "killed: wait, or stop it."
         )
     bar.update(cell.steps - getattr(bar, "shown", 0))  # a failed run is done with, too
     bar.shown = 0
