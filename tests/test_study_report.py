@@ -13,7 +13,7 @@ from small_study import ARMS, COMMON, RATE, STUDY, fill, filled, first_cells
 from jtok_jax import flops
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.study import Arm, Stage, Study
-from jtok_jax.study.fit import write_fit
+from jtok_jax.study.fit import _size_with, write_fit
 from jtok_jax.study.report import estimate, paired, write_report
 from jtok_jax.study.results import Result
 from jtok_jax.study.run import finished
@@ -233,6 +233,19 @@ def test_a_fit_reads_bent_curves_and_tells_what_has_no_size(tmp_path):
     twice = dataclasses.replace(study, arms=(*study.arms, dataclasses.replace(sizes[0], name="b")))
     with pytest.raises(ConfigError, match=r"Two arms of .*dense\.py have one size"):
         write_fit(twice, Places(ROOT, tmp_path, tmp_path), "x")
+
+
+@pytest.mark.parametrize("alpha_beta", [(0.12, 0.122), (0.34, 0.28)])
+@pytest.mark.parametrize("bound_by_data", [0.1, 1.0])  # error of parameters over that of data
+def test_small_gains_are_read_off_bent_curves(alpha_beta, bound_by_data):
+    """Eq. 5 at fixed D, at the sizes of configs/studies/sizes.py; chords err by up to a third."""
+    alpha, beta = alpha_beta
+    loss = lambda n: 2 * (bound_by_data * (1.73e7 / n) ** (alpha / beta) + 1) ** beta
+    counts = np.array([6.7e6, 10.6e6, 20.5e6, 34.1e6, 60.1e6])
+    for base in counts[1:3]:
+        for gain in (1.1, 1.5, 2.0):
+            found = _size_with(loss(gain * base), counts, loss(counts)) / base
+            assert found - 1 == pytest.approx(gain - 1, rel=0.05)
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say():

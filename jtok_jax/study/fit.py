@@ -4,15 +4,16 @@
 
 All runs of a study see the same tokens, so the baseline's losses over its sizes are one curve; the
 size at which it meets an arm's loss is N_eff = N_c (1 + eta gamma), Eq. 14 of arXiv 2602.00800.
-Between sizes log loss is taken to be straight over log parameters, not over all of them: at a
-fixed number of tokens Eq. 5 bends. N_c is all of the backbone: the paper does not say whether
-embedding and head count.
+At a fixed number of tokens Eq. 5 bends over log parameters: between sizes the curve is a monotone
+cubic through them (PCHIP), beyond them the line through the outer two. N_c is all of the backbone:
+the paper does not say whether embedding and head count.
 """
 
 import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from jtok_jax.errors import ConfigError
 from jtok_jax.study.run import Ranked, StageResults, finished
@@ -50,8 +51,9 @@ def write_fit(study: Study, places: Places, file: str) -> str:
     lines = [
         f"# {study.question}",
         f"`python -m jtok_jax.study fit --study={file}`. Baseline, parameters and loss: {losses}; "
-        "N_eff: the size at which it has the arm's loss, log loss straight over log N between two "
-        "sizes; * beyond the sizes trained. eta: parameters of tables over N_c, the backbone. "
+        "N_eff: the size at which it has the arm's loss, on a monotone cubic of log loss over "
+        "log N through the sizes; * beyond them, on the line through the outer two. eta: "
+        "parameters of tables over N_c, the backbone. "
         "gamma = (N_eff / N_c - 1) / eta.",
         "| candidate | val loss | eta | rho | N_eff / N_c | gamma |\n|---|---|---|---|---|---|",
     ]
@@ -100,13 +102,15 @@ def worth(
 
 
 def _size_with(loss: float, counts: np.ndarray, losses: np.ndarray) -> float:
-    """Parameters at `loss` on the segments through the sizes; the outer ones go on."""
+    """Parameters at `loss`, on a monotone cubic through the sizes; outside a line through two."""
     if not math.isfinite(loss):
         return math.nan
-    segment = int(np.clip(np.searchsorted(-losses, -loss) - 1, 0, len(losses) - 2))
-    x, y = np.log(counts[segment : segment + 2]), np.log(losses[segment : segment + 2])
+    x, y, at = -np.log(losses), np.log(counts), -math.log(loss)
+    if x[0] <= at <= x[-1]:
+        return float(np.exp(PchipInterpolator(x, y)(at)))
+    (x0, x1), (y0, y1) = (v[:2] if at < x[0] else v[-2:] for v in (x, y))
     with np.errstate(over="ignore"):
-        return float(np.exp(x[0] + (math.log(loss) - y[0]) * (x[1] - x[0]) / (y[1] - y[0])))
+        return float(np.exp(y0 + (at - x0) * (y1 - y0) / (x1 - x0)))
 
 
 def _rho(study: Study, one: Ranked, places: Places) -> float:
