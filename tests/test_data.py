@@ -217,6 +217,20 @@ def test_interrupted_prepare_leaves_nothing_that_looks_finished(tmp_path, monkey
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_all_of_a_text_is_encoded_and_as_text(tmp_path):
+    """Whatever a tokenizer.json says of truncation and padding, and whatever the text says."""
+    given = tokenizer.train_tokenizer(["some words and more"] * 9, vocab_size=300)
+    given.enable_truncation(max_length=4)
+    given.enable_padding(length=50)
+    given.save(str(tmp_path / "tokenizer.json"))
+    text = "words and <|endoftext|> words " * 5
+    encoder = tokenizer.load_tokenizer(tmp_path / "tokenizer.json")
+    ids = encoder.encode(text, add_special_tokens=False).ids
+    end = tokenizer.end_token_id(encoder, tokenizer.END_TOKEN)
+    assert end not in ids
+    assert encoder.decode(ids) == text
+
+
 def test_given_tokenizer_and_validation_files(tmp_path):
     write_documents(tmp_path)
     first = prepare(small_recipe(tmp_path), tmp_path / "a")

@@ -55,6 +55,28 @@ def test_values_and_gradients_equal_a_loop(name, rest):
     np.testing.assert_allclose(dw, expected_dw, rtol=2e-5, atol=1e-4)
 
 
+def test_rows_that_the_kernel_of_tpus_does_not_write_reach_no_token(monkeypatch):
+    """Rows past the last group: that kernel leaves there what was in memory, here NaN."""
+    ragged_dot, sizes = jax.lax.ragged_dot, jnp.array([3, 0, 5])
+    unwritten = lambda y: jnp.where(jnp.arange(len(y))[:, None] < 8, y, jnp.nan)
+    kernel = jax.custom_vjp(lambda *args: unwritten(ragged_dot(*args)))
+
+    def backward(kept, dy):
+        dx, dw, _ = jax.vjp(ragged_dot, *kept)[1](dy)
+        return unwritten(dx), dw, None
+
+    kernel.defvjp(lambda *args: (kernel(*args), args), backward)
+    monkeypatch.setattr(jax.lax, "ragged_dot", kernel)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, **_: tpu(*args))
+    x, w = jnp.ones((11, 7)), jnp.ones((3, 7, 5))
+    y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes), x, w)
+    dx, _ = pull(y)
+    assert y[7, 0] == 7
+    assert dx[7, 0] == 35
+    assert not np.any(y[8:])
+    assert not np.any(dx[8:])
+
+
 def _temporaries(num_groups: int, function) -> int:
     """Compiled temporary bytes of value and gradients at 4096 rows."""
 

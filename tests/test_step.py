@@ -190,6 +190,29 @@ def test_chunked_loss_equals_the_whole(chunk):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("chunk", [0, 4096])
+def test_many_tokens_of_one_id_add_up_in_the_gradient_of_a_bfloat16_head(chunk):
+    """A sum of thousands of terms in bfloat16 would stop growing."""
+    rng, vocab = np.random.default_rng(0), 512
+    share = 1 / np.arange(1, vocab + 1)
+    targets = rng.choice(vocab, size=(64, 256), p=share / share.sum())
+    hidden = jnp.bfloat16(rng.standard_normal((64, 256, 32)) + 0.5)
+    head = jnp.float32(jnp.bfloat16(0.02 * rng.standard_normal((32, vocab))))
+
+    def gradient(dtype):
+        def loss(head):
+            of = {"vocab_size": vocab, "chunk": chunk}
+            return cross_entropy(
+                hidden.astype(dtype), head, targets, jnp.ones(targets.shape), **of
+            ).nats
+
+        return np.asarray(jax.grad(loss)(head))
+
+    exact, found = gradient("float32"), gradient("bfloat16")
+    error_V = np.linalg.norm(found - exact, axis=0) / np.linalg.norm(exact, axis=0)
+    assert error_V.max() < 0.01, error_V.max()
+
+
 def test_chunked_loss_never_holds_all_logits():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 256, 32), (32, 8192))]
     targets = jax.ShapeDtypeStruct((4, 256), jnp.int32)

@@ -31,15 +31,23 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> tokenizers.Toke
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    return tokenizer
+    return _for_text(tokenizer)
 
 
 def load_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.json. Raises DataError where there is none."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return _for_text(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path}: not a readable tokenizer.json ({error}).") from error
+
+
+def _for_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """All of a text is encoded, and as text: "<|endoftext|>" in it is no end of a document."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def end_token_id(tokenizer: tokenizers.Tokenizer, end_token: str) -> int:

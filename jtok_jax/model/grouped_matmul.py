@@ -24,11 +24,12 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
     """y [R, F] with y_r = x_r @ w[group of r].
 
     Args:
-        sizes_E: int32, rows of each group in order; they sum to R.
+        sizes_E: int32, rows of each group in order. Rows past their sum give something finite
+            that must not count.
     """
     return jax.lax.platform_dependent(
         x_RD, w_EDF, sizes_E,
-        tpu=jax.lax.ragged_dot, cuda=_forward_batched, default=_forward_blocks,
+        tpu=_forward_ragged, cuda=_forward_batched, default=_forward_blocks,
     )  # fmt: skip
 
 
@@ -47,9 +48,19 @@ def _backward(residuals, dy_RF):
 grouped_matmul.defvjp(_forward, _backward)
 
 
+def _forward_ragged(x_RD, w_EDF, sizes_E):
+    return _in_groups(jax.lax.ragged_dot(x_RD, w_EDF, sizes_E), sizes_E)
+
+
 def _backward_ragged(x_RD, w_EDF, sizes_E, dy_RF):
     _, pull = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes_E), x_RD, w_EDF)
-    return pull(dy_RF)
+    dx_RD, dw_EDF = pull(dy_RF)
+    return _in_groups(dx_RD, sizes_E), dw_EDF
+
+
+def _in_groups(y_RX, sizes_E):
+    """Zeros in rows past the last group, which the kernel of TPUs does not write."""
+    return jnp.where(jnp.arange(len(y_RX))[:, None] < sizes_E.sum(), y_RX, 0)
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:

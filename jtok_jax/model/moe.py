@@ -70,7 +70,7 @@ def experts(
     sorted_out = grouped_matmul(hidden, down_EFD.astype(dtype), sizes_E)
     place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     out_RkD = sorted_out[place].reshape(num_rows, top_k, -1)
-    if some_elsewhere:  # rows past the last group hold anything
+    if some_elsewhere:  # whatever the place of one that counts nothing
         out_RkD = jnp.where((choice_Rk < gate_EDF.shape[0])[..., None], out_RkD, 0)
     mixed = jnp.einsum("RkD,Rk->RD", out_RkD, weights_Rk, preferred_element_type=jnp.float32)
     return mixed.astype(dtype)
