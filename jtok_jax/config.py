@@ -171,7 +171,7 @@ class ModelConfig:
     def __post_init__(self):
         _at_least(
             self, "model", 1, "vocab_size", "vocab_multiple", "model_dim", "num_layers",
-            "num_heads", "num_kv_heads", "ffn_dim",
+            "num_heads", "num_kv_heads", "ffn_dim", "rope_base",
         )  # fmt: skip
         _at_least(self, "model", 0, "head_dim", "loss_chunk", "init_std", "norm_eps")
         _one_of(self.head, "model.head", ("untied", "tied"))
@@ -271,7 +271,9 @@ class ScheduleConfig:
 
     def __post_init__(self):
         _one_of(self.kind, "schedule.kind", ("cosine", "wsd", "constant"))
-        _at_least(self, "schedule", 0, "steps", "warmup_fraction", "decay_fraction")
+        _at_least(
+            self, "schedule", 0, "steps", "warmup_fraction", "decay_fraction", "final_fraction"
+        )
         used = self.warmup_fraction + self.decay_fraction * (self.kind == "wsd")
         if used > 1:
             raise ConfigError(

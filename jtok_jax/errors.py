@@ -6,6 +6,7 @@ Every message says what failed, where, what was expected and found, and what to 
 """
 
 import contextlib
+import re
 import sys
 
 from absl import flags
@@ -76,8 +77,25 @@ def parse_flags(arguments: list[str]) -> list[str]:
     """Parse flags; a misspelt or mistyped override ends with its reason and exit code 2."""
     with exit_on_error():
         try:
-            return flags.FLAGS(arguments)
+            rest = flags.FLAGS(arguments)
+            if "config" in flags.FLAGS:
+                hasattr(flags.FLAGS["config"].value, "model")  # raises if it could not be loaded
+            return rest
         except Exception as error:  # also whatever a config file raises: it is Python
-            raise ConfigError(
-                f"{' '.join(map(str, error.args))} ({type(error).__name__})"
-            ) from error
+            raise ConfigError(_reason(error, arguments)) from error
+
+
+def _reason(error: Exception, arguments: list[str]) -> str:
+    text = " ".join(map(str, error.args))
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"{text}. Fields of the configuration are --config.GROUP.NAME=VALUE."
+    if isinstance(error, OSError):
+        files = [one for one in arguments if one.startswith("--config=")]
+        return f"{' '.join(files)} cannot be loaded: there is no such file, or it fails. {text}"
+    name = re.match(r"\W*(\w+)", text)
+    if isinstance(error, AttributeError) and name:
+        options = [one for one in arguments if re.match(rf"--config\..*\b{name[1]}\b", one)]
+        meant = re.search(r'Did you mean "(\w+)"', text)
+        hint = f"Did you mean {meant[1]!r}?" if meant else "jtok_jax/config.py has all of them."
+        return f"{' '.join(options)}: there is no field {name[1]!r}. {hint}"
+    return f"{text} ({type(error).__name__})"

@@ -7,6 +7,7 @@ Several --prompt options are generated as one batch.
 """
 
 import argparse
+import math
 import pathlib
 
 from jtok_jax.data import manifest, tokenizer
@@ -37,6 +38,11 @@ def run(options: argparse.Namespace) -> None:
     """Print every prompt with its continuation up to the end token."""
     if options.tokens < 1 or options.temperature < 0 or options.top_k < 0:
         raise ConfigError("--tokens must be at least 1, --temperature and --top_k at least 0.")
+    if not (math.isfinite(options.temperature) and 0 <= options.seed < 2**32):
+        raise ConfigError("--temperature must be finite, --seed between 0 and 2^32 - 1.")
+    for prompt in options.prompt:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds such bytes
+            raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top_p is {options.top_p}; expected more than 0 and at most 1.")
     saved = load_params(options.workdir)

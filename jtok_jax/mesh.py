@@ -52,6 +52,11 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     others = config.fsdp * config.expert * config.tensor
     data = devices // others if config.data == -1 else config.data
     shape = (data, config.fsdp, config.expert, config.tensor)
+    if config.data == -1 and devices % others:
+        raise ConfigError(
+            f"mesh.fsdp x expert x tensor is {others}, which does not divide the {devices} "
+            "devices there are."
+        )
     if math.prod(shape) != devices:
         raise ConfigError(
             f"mesh.data x fsdp x expert x tensor is {' x '.join(map(str, shape))} but there are "

@@ -163,7 +163,10 @@ def _already_prepared(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest
             "--output or delete that folder."
         )
     manifest.verify_shards(output, found, hashes=True)
-    print(f"{output} is already prepared with these options; nothing to do.")
+    print(
+        f"{output} is already prepared with these options; nothing to do. The input was not read "
+        "again: delete that folder if it has changed."
+    )
     return found
 
 
@@ -171,10 +174,14 @@ def _check_splits(result: manifest.Manifest) -> None:
     for name in ("train", "valid"):
         split = getattr(result, name)
         if not split.windows:
+            few = result.train.documents + result.valid.documents
+            share = f"another --valid_fraction (there are {few} documents)"
+            if few == 1:
+                share = "several files (a file of text is one document, and cannot be split)"
             raise DataError(
                 f"The {name} split has {split.documents} documents and no window of "
-                f"{result.seq_len} tokens. Give more text, a shorter --seq_len, another "
-                "--valid_fraction, or held-out files with --valid_input."
+                f"{result.seq_len} tokens. Give more text, a shorter --seq_len, {share}, or "
+                "held-out files with --valid_input."
             )
 
 

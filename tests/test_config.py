@@ -5,6 +5,8 @@
 import dataclasses
 import functools
 import hashlib
+import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -58,6 +60,8 @@ def test_base_config_is_the_default_config():
         ("train.steps", True, "expected int"),
         ("optimizer.learning_rate", "fast", "expected float"),
         ("train.steps", 0, "train.steps is 0; expected at least 1"),
+        ("model.rope_base", 0.0, "model.rope_base is 0.0; expected at least 1"),
+        ("schedule.final_fraction", -1.0, "schedule.final_fraction is -1.0; expected at least 0"),
         ("optimizer.learning_rate", float("nan"), "expected a finite number"),
         ("model.jtok.kind", "jtok-m", "expected one of none, jtok, jtok_m"),
         ("model.num_heads", 5, r"model.model_dim \(128\) is not a multiple of model.num_heads"),
@@ -265,3 +269,16 @@ def test_seed_changes_values_and_batches():
 
 def _first_values(config: Config) -> np.ndarray:
     return np.asarray(training(config)[0].params["embed"])
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ("--config.train.stepz=3", "there is no field 'stepz'. Did you mean 'steps'?"),
+    ("--steps=3", "Unknown command line flag 'steps'. Fields of the configuration are --config."),
+    ("--config=configs/none.py", "--config=configs/none.py cannot be loaded: there is no such"),
+])  # fmt: skip
+def test_options_that_do_not_exist_are_told_in_a_line(option, message):
+    command = [sys.executable, "train.py", "--config=configs/quickstart.py", option]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

@@ -52,6 +52,8 @@ def test_every_format_gives_the_same_documents(tmp_path):
         "b.jsonl.gz": gzip.compress(lines),
         "c.jsonl.xz": lzma.compress(lines),
         "d.jsonl.zst": ZSTD.compress(lines, asbytes=True),
+        "c4.00000.json.gz": gzip.compress(lines),
+        "E.JSONL": lines,
     }
     for name, content in writers.items():
         (tmp_path / name).write_bytes(content)
@@ -252,7 +254,7 @@ def test_given_tokenizer_and_validation_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"valid_fraction": 0.0}, "valid split has 0 documents"),
+        ({"valid_fraction": 0.0}, r"valid split has 0 documents .*fraction \(there are \d+ doc"),
         ({"valid_fraction": 1.0}, "train split has 0 documents"),
         ({"seq_len": 100_000}, "no window of 100000 tokens"),
         ({"vocab_size": 100}, "too small"),
@@ -265,6 +267,12 @@ def test_impossible_recipes_are_refused(tmp_path, changes, message):
     write_documents(tmp_path)
     with pytest.raises(DataError, match=message):
         prepare(small_recipe(tmp_path, **changes), tmp_path / "out")
+
+
+def test_one_text_is_one_document(tmp_path):
+    (tmp_path / "all.txt").write_text("a word and another " * 500)
+    with pytest.raises(DataError, match=r"several files .*, or held-out files with --valid_input"):
+        prepare(small_recipe(tmp_path), tmp_path / "out")
 
 
 def test_prepare_command_line(tmp_path, capsys):

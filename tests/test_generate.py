@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Cached decoding equals the full forward pass; sampling does what its options say."""
 
+import argparse
 import dataclasses
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from small import KINDS, random_ids, random_params
 
 from jtok_jax.errors import ConfigError, DataError
+from jtok_jax.generate import run
 from jtok_jax.inference import generator
 from jtok_jax.inference.cache import decode, prefill
 from jtok_jax.inference.generator import generate
@@ -101,3 +103,16 @@ def test_padding_of_the_vocabulary_has_no_logits():
     ids = random_ids(model, 2, 8)
     logits, cache = prefill(params, ids, jnp.int32([8, 8]), capacity=16)
     assert logits.shape == decode(params, ids[:, 0], cache).logits_BV.shape == (2, 29)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"prompt": ["a", "\udcff"]}, r"--prompt='\\udcff' is not UTF-8"),
+    ({"temperature": float("nan")}, "--temperature must be finite"),
+    ({"seed": 2**32}, "--seed between 0 and"),
+    ({"tokens": 0}, "--tokens must be at least 1"),
+])  # fmt: skip
+def test_options_that_cannot_be_are_refused_before_anything_is_read(changes, message, tmp_path):
+    options = {"tokens": 1, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0}
+    options |= {"prompt": ["a"], "workdir": tmp_path, "data": None} | changes
+    with pytest.raises(ConfigError, match=message):
+        run(argparse.Namespace(**options))

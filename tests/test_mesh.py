@@ -132,6 +132,8 @@ def test_columns_are_split_while_they_fill_the_lanes_of_a_tpu():
 def test_meshes_and_batches_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="1 x 3 x 1 x 1 but there are 1 devices"):
         make_mesh(MeshConfig(data=1, fsdp=3))
+    with pytest.raises(ConfigError, match="is 6, which does not divide the 1 devices"):
+        make_mesh(MeshConfig(fsdp=3, tensor=2))
     with pytest.raises(ConfigError, match=r"train\.batch_size is 4; expected a multiple of the 3"):
         check_batch(Shape(fsdp=3, tensor=2), "train.batch_size", 4)
 

@@ -118,10 +118,10 @@ def _text(origin: str, content: bytes | str) -> str:
 
 def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     """(origin, raw content) of each document in one file."""
-    suffixes = path.suffixes[-2:]
+    suffixes = {suffix.lower() for suffix in path.suffixes[-2:]}
     if path.suffix == ".parquet":
         yield from _parquet(path)
-    elif ".jsonl" in suffixes:
+    elif suffixes & {".jsonl", ".ndjson", ".json"}:
         yield from _jsonl(path)
     else:
         with _readable(path), _open(path) as stream:

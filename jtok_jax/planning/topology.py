@@ -87,13 +87,15 @@ def parse_topology(text: str) -> Topology:
     if len(grid) != wanted or 0 in grid:
         example = "v5p:4x4x4" if wanted == 3 else f"{match[1]}:4x8"
         raise ConfigError(
-            f"--topology is {text!r}; {match[1]} has grids of {wanted} sizes, each at least 1, "
-            f"such as {example}."
+            f"--topology is {text!r}; {match[1]} has "
+            + (f"grids of {wanted} sizes" if chip.platform == "tpu" else "HOSTSxGPUS")
+            + f", each at least 1, such as {example}."
         )
     if chip.platform == "gpu" and grid[1] > chip.per_host:
+        hosts = -(-math.prod(grid) // chip.per_host)
         raise ConfigError(
-            f"--topology is {text!r}; a host has at most {chip.per_host} GPUs, so {grid[0]} hosts "
-            f"of {chip.per_host} are {match[1]}:{grid[0]}x{chip.per_host}."
+            f"--topology is {text!r}; a host has at most {chip.per_host} GPUs: {math.prod(grid)} "
+            f"are {match[1]}:{hosts}x{chip.per_host}."
         )
     if math.prod(grid) > chip.most:
         raise ConfigError(f"--topology is {text!r}; a pod has {chip.most} chips of {match[1]}.")

@@ -53,9 +53,11 @@ def anatomy(
     removed: so many of the most frequent tokens are taken out of the tables, one at a time.
 
     Raises:
-        ConfigError: the model has no tables, or matplotlib is missing.
+        ConfigError: the model has no tables, `removed` is negative, or matplotlib is missing.
         DataError: the data is not what the run was trained on.
     """
+    if removed < 0:
+        raise ConfigError(f"--removed is {removed}; expected at least 0.")
     saved = load_params(workdir)
     if saved.config.model.tables_shape is None:
         raise ConfigError(f"{workdir} has no token tables: its model.jtok.kind is none.")

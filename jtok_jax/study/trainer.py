@@ -21,7 +21,7 @@ from tqdm import tqdm
 import jtok_jax
 from jtok_jax.config import Config
 from jtok_jax.data.loader import open_source
-from jtok_jax.errors import JtokError, NonFiniteError, Preempted, WorkdirError
+from jtok_jax.errors import ConfigError, JtokError, NonFiniteError, Preempted, WorkdirError
 from jtok_jax.study.results import measured
 from jtok_jax.study.spec import Cell
 
@@ -51,6 +51,11 @@ class Fingerprints:
     def of(self, config: Config) -> str:
         key = config.data, config.train.seq_len, config.model.vocab_size
         if key not in self._known:
+            if config.data.source == "prepared" and not config.data.path:
+                raise ConfigError(
+                    "The study names no data: pass --data=FOLDER, a corpus that python -m "
+                    "jtok_jax.prepare made."
+                )
             # Synthetic tokens depend on the seed, of which a study has several.
             first = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
             text = json.dumps(open_source(first).fingerprint, sort_keys=True)

@@ -40,8 +40,8 @@ CONFIG_FILE = "config.json"
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
     "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
-    "model.jtok.implementation", "train.max_unique_ids", "train.start_seconds",
-    "train.heartbeat_seconds",
+    "model.jtok.implementation", "model.attention", "model.remat", "model.loss_chunk",
+    "train.max_unique_ids", "train.start_seconds", "train.heartbeat_seconds",
 )  # fmt: skip
 
 
@@ -240,7 +240,7 @@ def require_same_tokenizer(saved: Saved, tokenizer_sha256: str, where: pathlib.P
         raise DataError(
             f"The tokenizer of {where} (SHA-256 {tokenizer_sha256[:12]}) is not the one the run "
             f"was trained with ({str(trained)[:12]}). Prepare the text with "
-            "--tokenizer=FOLDER_OF_THE_RUN/tokenizer.json."
+            f"--tokenizer={saved.config.data.path or 'FOLDER'}/tokenizer.json, of the run's data."
         )
 
 
