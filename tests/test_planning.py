@@ -70,7 +70,7 @@ def test_rates_follow_the_slowest_link():
 
 @pytest.mark.parametrize(("text", "says"), [
     ("v5p", "expected CHIP:GRID"), ("v9:2x2", "v5e, v5p, v6e, h100"), ("v5p:4x4", "3 sizes"),
-    ("v5e:0x4", "at least 1"), ("h100:1x16", "h100:1x8"), ("v6e:32x32", "a pod has 256"),
+    ("v5e:0x4", "at least 1"), ("h100:1x16", "16 are h100:2x8"), ("v6e:32x32", "a pod has 256"),
 ])  # fmt: skip
 def test_topologies_that_are_none(text, says):
     with pytest.raises(ConfigError, match=says):
@@ -78,7 +78,7 @@ def test_topologies_that_are_none(text, says):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"mesh.fsdp": 3}, "1 x 3 x 1 x 1|but there are 8 devices"),
+    ({"mesh.fsdp": 3}, "tensor is 3, which does not divide the 8 devices"),
     ({"mesh.fsdp": 8, "train.batch_size": 12}, "multiple of the 8 devices"),
     ({"mesh.fsdp": 8, "mesh.table_experts": "fsdp"}, "do not divide the 1 experts"),
 ])  # fmt: skip
