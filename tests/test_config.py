@@ -100,6 +100,9 @@ def test_what_an_earlier_version_saved_gets_later_fields_at_their_defaults():
     require_same_config(saved, from_config_dict(found), ROOT)
     with pytest.raises(ConfigError, match=r"model.arms.names: '' in the run, 'bigram' now"):
         require_same_config(saved, changed(Config(), {"model.arms.names": "bigram"}), ROOT)
+    memory_and_time = {"attention": "xla", "remat": "full", "loss_chunk": 64}
+    others = {f"model.{name}": value for name, value in memory_and_time.items()}
+    require_same_config(saved, changed(from_config_dict(found), others), ROOT)
     saved["model"]["gone"] = 1
     with pytest.raises(ConfigError, match=r"Unknown key 'model.gone'"):
         from_config_dict(completed(saved))

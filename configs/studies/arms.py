@@ -23,18 +23,18 @@ from jtok_jax.study import Arm, Stage, Study
 
 MULTIPLIER, RATE = "optimizer.tables.learning_rate_multiplier", "optimizer.learning_rate"
 STD = "model.init_std"
-VOCAB = {"cpu": 4096, "h100": 8192}
-
 
 COMMON = {
     "cpu": {
         "model.compute_dtype": "float32", "model.model_dim": 128, "model.num_layers": 4,
-        "train.batch_size": 16, "evaluation.batch_size": 16, "checkpoint.every": 150,
+        "model.vocab_size": 4096, "train.batch_size": 16, "evaluation.batch_size": 16,
+        "checkpoint.every": 150,
     },
     "h100": {
         "model.compute_dtype": "bfloat16", "model.model_dim": 384, "model.num_layers": 8,
         "model.ffn_dim": 1024, "model.num_heads": 6, "model.num_kv_heads": 6,
-        "train.batch_size": 128, "evaluation.batch_size": 64, "checkpoint.every": 10_000,
+        "model.vocab_size": 8192, "train.batch_size": 128, "evaluation.batch_size": 64,
+        "checkpoint.every": 10_000,
     },
 }  # fmt: skip
 STEPS = {"cpu": (200, 400), "h100": (400, 1600)}  # of a trial, of a run
@@ -49,8 +49,7 @@ def get_study(device="cpu"):
     return Study(
         question=__doc__.splitlines()[0],
         common=common | {
-            "model.vocab_size": VOCAB[device], "train.seq_len": 256, "checkpoint.keep": 1,
-            "evaluation.every": 10_000,
+            "train.seq_len": 256, "checkpoint.keep": 1, "evaluation.every": 10_000,
         },
         arms=arms,
         stages=(
@@ -81,9 +80,8 @@ def make_arms(device, common):
     dense = rate | {STD: 0.088 if device == "cpu" else dim**-0.5}
     wider = dense | {"model.ffn_dim": WIDER[device]}
     expert = 3 * dim * (ffn // 2)
-    experts = round(
-        (2 * expert + 5 * VOCAB[device] * dim) / expert
-    )  # of two and five tables, in a layer
+    # In a layer: the parameters of the two that a token uses, and of five tables.
+    experts = round((2 * expert + 5 * common["model.vocab_size"] * dim) / expert)
     moe = {"num_experts": experts, "top_k": 2, "expert_dim": ffn // 2}
     moe = rate | {f"model.moe.{key}": value for key, value in moe.items()}
     bigram, rows = tables | rate, "model.arms.bigram.rows_per_id"

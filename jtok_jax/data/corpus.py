@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Documents out of text, JSONL (plain, .gz, .xz, .zst) and Parquet files."""
+"""Documents out of text, JSON lines (both plain, .gz, .xz or .zst) and Parquet files."""
 
 import collections
 import contextlib
@@ -119,7 +119,7 @@ def _text(origin: str, content: bytes | str) -> str:
 def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     """(origin, raw content) of each document in one file."""
     suffixes = {suffix.lower() for suffix in path.suffixes[-2:]}
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from _parquet(path)
     elif suffixes & {".jsonl", ".ndjson", ".json"}:
         yield from _jsonl(path)

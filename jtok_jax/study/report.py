@@ -12,7 +12,7 @@ from scipy import stats
 from jtok_jax.errors import ConfigError
 from jtok_jax.study.results import Result, Table
 from jtok_jax.study.run import Ranked, StageResults, finished
-from jtok_jax.study.spec import Study, cells, study_name
+from jtok_jax.study.spec import Study, cells, short, study_name
 from jtok_jax.study.timing import StepTime, step_times
 from jtok_jax.study.trainer import Places
 
@@ -123,7 +123,7 @@ def fields_table(best: dict[str, Ranked]) -> str:
     for name, one in best.items():
         arm, chosen = one.candidate
         fields = sorted((dict(arm.fields) | dict(chosen)).items())
-        shown = ", ".join(f"{key} {_number(value)}" for key, value in fields)
+        shown = ", ".join(f"{key} {short(value)}" for key, value in fields)
         lines.append(f"| {name} | {arm.config} | {shown} | {arm.tried or ''} |")
     return "\n".join(lines)
 
@@ -133,10 +133,6 @@ def _lacking(names: list[str]) -> str:
         return ""
     more = f"; and {len(names) - 6} more" * (len(names) > 6)
     return f" Failed or not yet run: {'; '.join(names[:6])}{more}."
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _against(results: list[Result], baseline: list[Result]) -> str:
@@ -281,7 +277,7 @@ def _chosen(one: Ranked, tried: dict[str, set]) -> str:
     """Values of what was varied, and whether one is at the end of those `tried`."""
 
     def text(key: str, value: object) -> str:
-        shown = _number(value)
+        shown = short(value)
         of = sorted(tried.get(key, ()))
         if len(of) < 2 or value not in (of[0], of[-1]):
             return shown

@@ -62,6 +62,7 @@ def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[S
         WorkdirError: another study, or what is left of one, is training what comes next.
         Preempted: asked to stop; the run under way is saved.
     """
+    check_study(study, places.root, data=places.data)
     table, source = Table(places.results), Fingerprints()
     look = lambda cell, config: table.get(cell, config, data=source.of(config))
     _walk(study, study.stages, places, look)
@@ -101,6 +102,7 @@ def finished(study: Study, places: Places) -> tuple[list[StageResults], list[str
         ConfigError: it has none of the baseline in the last stage.
         DataError: its runs are of different texts.
     """
+    check_study(study, places.root, data=places.data)
     walk = _walk(study, study.stages, places, Table(places.results).get)
     if not walk.done[-1][study.baseline]:
         _raise_missing(walk, places)
@@ -119,6 +121,7 @@ def last_candidates(study: Study, places: Places) -> dict[str, list[Candidate]]:
     Raises:
         ConfigError: the baseline has not.
     """
+    check_study(study, places.root, data=places.data)
     walk = _walk(study, study.stages[:-1], places, Table(places.results).get)
     if study.baseline not in walk.candidates:
         _raise_missing(walk, places)
@@ -144,8 +147,7 @@ class _Walk(NamedTuple):
 
 
 def _walk(study: Study, stages: tuple[Stage, ...], places: Places, obtain: Obtain) -> _Walk:
-    """One arm after the other through `stages`; all that they may train is checked before."""
-    check_study(study, places.root, data=places.data)
+    """One arm after the other through `stages`."""
     arms = start(study)
     walk = _Walk([{arm: [] for arm in arms} for _ in stages], {}, [], [])
     for arm, candidates in arms.items():

@@ -111,7 +111,7 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        values = [f"{key.rsplit('.', 1)[-1]}={_short(value)}" for key, value in self.chosen]
+        values = [f"{key.rsplit('.', 1)[-1]}={short(value)}" for key, value in self.chosen]
         return " ".join([self.arm.name, *values])
 
 
@@ -298,5 +298,6 @@ def _grid(arm: Arm, stage: Stage) -> list[list[tuple[str, object]]]:
     return [list(point) for point in itertools.product(*axes)]
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value for a name or a table."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
