@@ -71,8 +71,9 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
         assert (tmp_path / name).stat().st_size > 500
 
 
-def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path, capsys):
+def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path, capsys, monkeypatch):
     """The arm with the failed run ends with the stage that chooses, the other trains its last."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     bad = Arm("bad", "configs/arms/jtok.py", {"model.jtok.implementation": "mosaic_gpu"})
     stages = Stage(5, vary={"model.init_std": (0.1, 0.2)}, keep=1), Stage(6)
     study = dataclasses.replace(STUDY, arms=(bad, ARMS[0]), stages=stages)
