@@ -28,8 +28,19 @@ from jtok_jax.config import (
     TableOptimizerConfig,
     TrainConfig,
 )
-from jtok_jax.mesh import AUTO, AXES, make_mesh, mesh_shape, num_shards, put_batch, table_layout
+from jtok_jax.mesh import (
+    AUTO,
+    AXES,
+    RULES,
+    make_mesh,
+    mesh_shape,
+    num_shards,
+    put_batch,
+    sharding,
+    table_layout,
+)
 from jtok_jax.model import moe
+from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import bind
 from jtok_jax.training import step
 from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
@@ -150,6 +161,33 @@ def test_kinds_of_tables_train_as_on_one_device(changes):
     config = run_config("jtok_m", LAYOUTS["rows and columns"])
     model = replace(config.model, jtok=replace(config.model.jtok, **changes))
     check_trains_as_alone(replace(config, model=model))
+
+
+@pytest.mark.parametrize("chunk", [0, 48])
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 2}, {"fsdp": 4, "expert": 2}], ids=str)
+def test_loss_and_its_gradients_are_those_of_one_device(mesh, chunk):
+    """Columns of the head are split, the last two of them padding; weights differ by device."""
+    mesh = make_mesh(MeshConfig(**mesh))
+    rng = np.random.default_rng(0)
+    hidden, head = np.float32(rng.standard_normal((*BATCH, 16))), rng.standard_normal((16, 32))
+    targets, weights = rng.integers(0, 30, BATCH), np.float32(rng.integers(0, 3, BATCH))
+    targets[:2] = [[0, 15, 16, 29] * 2] * 2  # at either end of a part
+
+    def run(mesh, *arrays):
+        def loss(hidden, head, targets, weights):
+            of = {"vocab_size": 30, "chunk": chunk, "z_loss": 0.1, "mesh": mesh}
+            return cross_entropy(hidden, head, targets, weights, **of)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arrays)
+
+    by_letters = functools.partial(sharding, mesh, RULES)
+    put = jax.device_put(np.float32(head), by_letters("DV", head.shape))
+    found = run(
+        mesh, put_batch(mesh, hidden), put, *(put_batch(mesh, x) for x in (targets, weights))
+    )
+    expected = run(None, hidden, np.float32(head), targets, weights)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_no_token_is_dropped_where_all_choose_one_expert():

@@ -67,6 +67,7 @@ def test_a_step_across_eight_devices(target, kind):
     text = result.text
     check_one_vector_a_token_each_way(text)
     check_nothing_as_large_as_a_table(text, kind)
+    check_the_head_is_sent_once(text)
     kernels = text.count('custom_call_target="mosaic_gpu')
     assert kernels == (3 if target == "h100:1x8" else 0)  # forward, pieces and merge, on columns
     if not target.startswith("v5e"):  # whose scheduler starts no all-to-all early
@@ -74,14 +75,16 @@ def test_a_step_across_eight_devices(target, kind):
 
 
 def check_one_vector_a_token_each_way(text: str) -> None:
-    """Of the compute dtype; ids, choices, weights and their gradients are all the rest."""
+    """Of the compute dtype; ids, choices, weights and their gradients are all the rest but what is
+    of the head, which `check_the_head_is_sent_once` and `check_nothing_as_large_as_a_table` see.
+    """
     tokens = BATCH * LENGTH // DEVICES
     exchanges, rest = [], 0
     for made_by, line, shapes in results(text):
         made = sum(size(*s) for s in shapes)
         if made_by == "all-to-all" and "shard_map" in line:
             exchanges.append(made)
-        elif "shard_map" in line and DIM not in [n for s in shapes for n in s[1]]:
+        elif "shard_map" in line and not {DIM, ROWS} & {n for s in shapes for n in s[1]}:
             rest += made
     assert len(exchanges) == 2, exchanges  # of a layer: its forward and its backward pass
     assert all(1 <= one / (tokens * DIM * 2) <= 1.1 for one in exchanges), exchanges
@@ -102,6 +105,17 @@ def check_nothing_as_large_as_a_table(text: str, kind: str) -> None:
     stacks += [(*several, ROWS)] if several else []  # else the shape of the embedding
     for stack in stacks:
         assert not copies_of(text, (*stack, part)), copies_of(text, (*stack, part))
+
+
+def check_the_head_is_sent_once(text: str) -> None:
+    """Gathered, and its gradient summed, in the compute dtype, however many chunks the loss has."""
+    sent, whole, part = [], (DIM, ROWS), (DIM // DEVICES, ROWS)
+    for made_by, _, shapes in results(text):
+        sent += [(made_by, dtype) for dtype, shape in shapes if shape in (whole, part)]
+    gathered, summed = ("all-gather", "bf16"), {("reduce-scatter", "bf16"), ("all-reduce", "bf16")}
+    assert len(sent) == 2, sent
+    assert gathered in sent, sent
+    assert summed & {*sent}, sent
 
 
 def check_hidden_behind_matmuls(text: str) -> None:

@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Cross-entropy over a large vocabulary, a chunk of tokens at a time."""
+"""Cross-entropy over a large vocabulary, a chunk of tokens at a time.
 
+Gradients are computed with the loss, chunk by chunk: logits exist once, and of them one chunk. On
+several devices each has the chunks of its own sequences, for its columns where V is split; the head
+is gathered along D once, and its gradient, a float32 sum over the chunks, is summed over devices
+once, in the compute dtype.
+"""
+
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jtok_jax.mesh import BATCH, RULES
 
 
 class LossSums(NamedTuple):
@@ -16,6 +27,21 @@ class LossSums(NamedTuple):
     weight: jax.Array  # number of tokens
 
 
+class _Fixed(NamedTuple):
+    vocab_size: int
+    columns: int  # of the head, padding included
+    places: int  # of every sequence, in a chunk
+    z_loss: float
+    mesh: Mesh | None
+
+
+class _Grads(NamedTuple):
+    """Of the loss."""
+
+    hidden_BTD: jax.Array
+    head_DV: jax.Array
+
+
 def cross_entropy(
     hidden_BTD: jax.Array,
     head_DV: jax.Array,
@@ -24,73 +50,148 @@ def cross_entropy(
     *,
     vocab_size: int,
     chunk: int,
-) -> LossSums:
-    """Cross-entropy and logsumexp^2, summed over tokens.
+    z_loss: float = 0.0,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, LossSums]:
+    """Mean of cross-entropy + `z_loss` * logsumexp^2 over weighted tokens, and sums over them.
+
+    Only the mean has derivatives, by hidden states and head; to the sums nothing flows back.
 
     Args:
         vocab_size: columns of the head that take part, from the first.
-        chunk: tokens whose float32 logits [chunk, V] exist at once, forward and backward (they are
-            computed twice), at least one place of every sequence; 0 for all tokens at once.
+        chunk: tokens whose float32 logits [chunk, V] exist at once, those of all devices together,
+            at least one place of every sequence; 0 for all tokens at once.
+        mesh: of the devices that the sequences are split over, where there are several.
     """
-    head_DV = head_DV.astype(hidden_BTD.dtype)
-    arrays = hidden_BTD, targets_BT, weights_BT
     batch, length = targets_BT.shape
-    if chunk == 0 or batch * length <= chunk:
-        return _sums(head_DV, vocab_size, *arrays)
     # Chunks are cut along T: every device keeps its own sequences in each of them.
-    places = max(1, chunk // batch)
-    missing = -length % places
-    padded = [jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
-    chunks = [x.reshape(batch, -1, places, *x.shape[2:]).swapaxes(0, 1) for x in padded]
+    places = min(length, max(1, chunk // batch)) if chunk else length
+    fixed = _Fixed(vocab_size, head_DV.shape[1], places, z_loss, mesh)
+    return _cross_entropy(fixed, hidden_BTD, head_DV, targets_BT, weights_BT)
 
-    @jax.checkpoint
-    def body(total, chunk_arrays):
-        return jax.tree.map(jnp.add, total, _sums(head_DV, vocab_size, *chunk_arrays)), None
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(fixed: _Fixed, *arrays):
+    sums, _ = _on_devices(fixed, *arrays, with_grads=False)
+    return _mean(fixed, sums), sums
+
+
+def _forward(fixed: _Fixed, *arrays):
+    sums, grads = _on_devices(fixed, *arrays, with_grads=True)
+    return (_mean(fixed, sums), sums), grads
+
+
+def _backward(fixed: _Fixed, grads: _Grads, of_results):
+    of_mean, _ = of_results
+    return *[(of_mean * grad).astype(grad.dtype) for grad in grads], None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _mean(fixed: _Fixed, sums: LossSums) -> jax.Array:
+    return (sums.nats + fixed.z_loss * sums.z) / sums.weight
+
+
+def _on_devices(
+    fixed: _Fixed, hidden_BTD, head_DV, targets_BT, weights_BT, *, with_grads: bool
+) -> tuple[LossSums, _Grads | None]:
+    arrays = hidden_BTD, head_DV, targets_BT, weights_BT, weights_BT.sum()
+    if fixed.mesh is None:
+        return _all_chunks(fixed, *arrays, with_grads=with_grads)
+    rows, columns = RULES["D"], RULES["V"]
+
+    def here(hidden_BTD, part_DV, *others):
+        dtype = hidden_BTD.dtype
+        head_DV = jax.lax.all_gather(part_DV.astype(dtype), rows, axis=0, tiled=True)
+        sums, grads = _all_chunks(fixed, hidden_BTD, head_DV, *others, with_grads=with_grads)
+        sums = jax.lax.psum(sums, BATCH)
+        if grads is None:
+            return sums, None
+        of_head = jax.lax.psum_scatter(grads.head_DV, rows, scatter_dimension=0, tiled=True)
+        of_head = jax.lax.psum(of_head, tuple(name for name in BATCH if name not in rows))
+        of_hidden = jax.lax.psum(grads.hidden_BTD, columns)
+        return sums, _Grads(of_hidden, of_head.astype(part_DV.dtype))
+
+    split, part = P(BATCH), P(rows, columns)
+    specs = {
+        "in_specs": (split, part, split, split, P()),
+        "out_specs": (P(), _Grads(split, part) if with_grads else None),
+    }
+    return jax.shard_map(here, mesh=fixed.mesh, **specs, check_vma=False)(*arrays)
+
+
+def _all_chunks(
+    fixed: _Fixed, hidden_BTD, head_DV, targets_BT, weights_BT, weight, *, with_grads: bool
+) -> tuple[LossSums, _Grads | None]:
+    """Sums over these sequences; gradients have the dtype of what they are of."""
+    arrays, narrow_DV = (hidden_BTD, targets_BT, weights_BT), head_DV.astype(hidden_BTD.dtype)
+    batch, length, dim = hidden_BTD.shape
+    one = functools.partial(_chunk, fixed, narrow_DV, weight, with_grads=with_grads)
+    if fixed.places == length:
+        sums, grads = one(*arrays)
+        return sums, grads and grads._replace(head_DV=grads.head_DV.astype(head_DV.dtype))
+    missing = -length % fixed.places
+    padded = [jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
+    chunks = [x.reshape(batch, -1, fixed.places, *x.shape[2:]).swapaxes(0, 1) for x in padded]
+
+    def body(total, arrays):
+        sums, grads = one(*arrays)
+        if grads is None:
+            return jax.tree.map(jnp.add, total, (sums, None)), None
+        return jax.tree.map(jnp.add, total, (sums, grads.head_DV)), grads.hidden_BTD
 
     zeros = LossSums(*[jnp.zeros((), jnp.float32)] * 3)
-    return jax.lax.scan(body, zeros, chunks)[0]
+    of_head = jnp.zeros(head_DV.shape, jnp.float32) if with_grads else None
+    (sums, of_head), of_hidden = jax.lax.scan(body, (zeros, of_head), chunks)
+    if not with_grads:
+        return sums, None
+    of_hidden = of_hidden.swapaxes(0, 1).reshape(batch, -1, dim)[:, :length]
+    return sums, _Grads(of_hidden, of_head.astype(head_DV.dtype))
 
 
-def _sums(head_DV, vocab_size: int, hidden_BTD, targets_BT, weights_BT) -> LossSums:
-    # Two axes, not three: XLA on the CPU copies three-axis logits in the backward pass.
+def _chunk(
+    fixed: _Fixed, head_DV, weight, hidden_BTD, targets_BT, weights_BT, *, with_grads: bool
+) -> tuple[LossSums, _Grads | None]:
+    """Sums, and gradients of the mean over `weight` tokens; that of the head is float32."""
+    # Two axes, not three: XLA on the CPU copies three-axis logits.
     hidden_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     targets_R, weights_R = targets_BT.reshape(-1), weights_BT.reshape(-1)
+    first, over_columns = _columns(fixed, head_DV)
+    column_V = first + jnp.arange(head_DV.shape[1])
     logits_RV = jnp.dot(hidden_RD, head_DV, preferred_element_type=jnp.float32)
-    if vocab_size < head_DV.shape[1]:  # masked, not cut out: a cut would not divide over devices
-        logits_RV = jnp.where(jnp.arange(head_DV.shape[1]) < vocab_size, logits_RV, -jnp.inf)
-    # From the head's columns, as V may be split over devices and the logits are not read again.
-    target_R = jnp.einsum(
-        "RD,RD->R", hidden_RD, head_DV.T[targets_R], preferred_element_type=jnp.float32
-    )
-    lse_R, target_R = _lse_and_target(logits_RV, target_R, targets_R)
-    return LossSums(
+    if fixed.vocab_size < fixed.columns:  # masked, not cut out: a cut would not divide over devices
+        logits_RV = jnp.where(column_V < fixed.vocab_size, logits_RV, -jnp.inf)
+    most_R = over_columns(jax.lax.pmax, logits_RV.max(axis=-1))
+    sum_R = over_columns(jax.lax.psum, jnp.exp(logits_RV - most_R[:, None]).sum(axis=-1))
+    lse_R = most_R + jnp.log(sum_R)
+    # From the head's columns: the logits are not read again.
+    is_here_R = (targets_R >= first) & (targets_R < first + head_DV.shape[1])
+    of_target_RD = head_DV.T[jnp.where(is_here_R, targets_R - first, 0)]
+    target_R = jnp.einsum("RD,RD->R", hidden_RD, of_target_RD, preferred_element_type=jnp.float32)
+    target_R = over_columns(jax.lax.psum, jnp.where(is_here_R, target_R, 0.0))
+    sums = LossSums(
         nats=jnp.sum(weights_R * (lse_R - target_R)),
         z=jnp.sum(weights_R * jnp.square(lse_R)),
         weight=jnp.sum(weights_R),
     )
+    if not with_grads:
+        return sums, None
+    share_R = weights_R / weight
+    of_lse_R = share_R * (1 + 2 * fixed.z_loss * lse_R)
+    is_target_RV = column_V == targets_R[:, None]
+    of_logits_RV = jnp.exp(logits_RV - lse_R[:, None]) * of_lse_R[:, None]
+    of_logits_RV = of_logits_RV - jnp.where(is_target_RV, share_R[:, None], 0.0)
+    # Matmuls take the compute dtype, and add up in float32.
+    of_logits_RV = of_logits_RV.astype(head_DV.dtype)
+    of_hidden_RD = jnp.dot(of_logits_RV, head_DV.T)
+    of_head_DV = jnp.dot(hidden_RD.T, of_logits_RV, preferred_element_type=jnp.float32)
+    return sums, _Grads(of_hidden_RD.reshape(hidden_BTD.shape), of_head_DV)
 
 
-@jax.custom_vjp
-def _lse_and_target(logits_RV, target_R, targets_R):
-    """logsumexp [R], and the logit of the target [R] as it is given.
-
-    Both derivatives go to the logits, as one array [R, V]. That of a gather from the head would be
-    a scatter in the compute dtype: bfloat16 sums lose a third of the gradient of a frequent token.
-    """
-    return jax.nn.logsumexp(logits_RV, axis=-1), target_R
-
-
-def _lse_and_target_fwd(logits_RV, target_R, targets_R):
-    lse_R, target_R = _lse_and_target(logits_RV, target_R, targets_R)
-    return (lse_R, target_R), (logits_RV, lse_R, targets_R)
-
-
-def _lse_and_target_bwd(kept, grads):
-    (logits_RV, lse_R, targets_R), (d_lse_R, d_target_R) = kept, grads
-    softmax_RV = jnp.exp(logits_RV - lse_R[:, None])
-    is_target_RV = jnp.arange(logits_RV.shape[1]) == targets_R[:, None]
-    d_RV = softmax_RV * d_lse_R[:, None] + jnp.where(is_target_RV, d_target_R[:, None], 0.0)
-    return d_RV, None, None
-
-
-_lse_and_target.defvjp(_lse_and_target_fwd, _lse_and_target_bwd)
+def _columns(fixed: _Fixed, head_DV: jax.Array):
+    """The first column of this part of the head, and how a reduction goes over all parts."""
+    if fixed.mesh is None:
+        return 0, lambda reduce, x: x
+    axes = RULES["V"]
+    return jax.lax.axis_index(axes) * head_DV.shape[1], lambda reduce, x: reduce(x, axes)

@@ -244,7 +244,7 @@ def _forward(model: ModelConfig, backbone: Params, tables: jax.Array, batch: Eva
     bound = bind(model, backbone | {"tables": tables})
     output = bound(batch.ids_BT)
     arrays = output.hidden_BTD, bound.head_DV, batch.targets_BT, batch.weights_BT
-    sums = cross_entropy(*arrays, vocab_size=model.vocab_size, chunk=model.loss_chunk)
+    _, sums = cross_entropy(*arrays, vocab_size=model.vocab_size, chunk=model.loss_chunk)
     return sums, output.health
 
 

@@ -146,8 +146,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
     def step(params: Params, ids_BT, targets_BT, weights_BT) -> LossSums:
         model = bind(config.model, params)
         hidden = model(ids_BT, across=across).hidden_BTD
-        of = {"vocab_size": config.model.vocab_size, "chunk": config.model.loss_chunk}
-        return cross_entropy(hidden, model.head_DV, targets_BT, weights_BT, **of)
+        return _loss_of(config, hidden, model.head_DV, targets_BT, weights_BT, across)[1]
 
     return step
 
@@ -247,16 +246,27 @@ def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan,
     model = bind(config.model, params)
     output = model(ids_BT, plan=plan, row_grads=row_grads, across=across)
     ones = jnp.ones(targets_BT.shape, jnp.float32)
-    of = {"vocab_size": config.model.vocab_size, "chunk": config.model.loss_chunk}
-    sums = cross_entropy(output.hidden_BTD, model.head_DV, targets_BT, ones, **of)
-    loss = sums.nats / sums.weight
+    mean, sums = _loss_of(config, output.hidden_BTD, model.head_DV, targets_BT, ones, across)
     total = (
-        loss
-        + config.train.z_loss * sums.z / sums.weight
+        mean
         + config.model.moe.balance_weight * output.moe_balance
         + config.model.jtok.balance_weight * output.jtok_balance
     )
-    return total, _Losses(loss, output.moe_balance, output.jtok_balance, output.health)
+    losses = sums.nats / sums.weight, output.moe_balance, output.jtok_balance
+    return total, _Losses(*losses, output.health)
+
+
+def _loss_of(config: Config, hidden_BTD, head_DV, targets_BT, weights_BT, across: Across | None):
+    return cross_entropy(
+        hidden_BTD,
+        head_DV,
+        targets_BT,
+        weights_BT,
+        vocab_size=config.model.vocab_size,
+        chunk=config.model.loss_chunk,
+        z_loss=config.train.z_loss,
+        mesh=across and across.mesh,
+    )
 
 
 def _where(condition: jax.Array, new, old):
