@@ -63,17 +63,20 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
                 Collective(name, kind, axes, int(times * factor * whole * (1 - 1 / count)))
             )
 
-    of_fsdp, experts, others = 0, 0, 0  # entries gathered along D; here, of experts and others
+    of_fsdp, gathered = 0, 0  # entries along D; and how many of them a pass gathers
+    experts, others = 0, 0  # entries here
     for name, letters in flops.parameter_axes(model).items():
         if name == "tables":
             continue
         local = 1
         for letter in letters:
             local *= sizes[letter] // num_shards(mesh, rules.get(letter, ()))
-        of_fsdp += local * shape["fsdp"] * ("D" in letters)
+        along = local * shape["fsdp"] * ("D" in letters)
+        of_fsdp += along
+        gathered += along * (1 if name == "head" else 2)  # the loss comes with its gradients
         experts += local * ("E" in letters)
         others += local * ("E" not in letters)
-    add("weights", "all-gather", ("fsdp",), of_fsdp * wire, times=2 * passes)
+    add("weights", "all-gather", ("fsdp",), gathered * wire, times=passes)
     add("gradients", "reduce-scatter", ("fsdp",), of_fsdp * wire, times=passes)
     add("gradients", "all-reduce", ("data", "expert"), others * wire, times=passes)
     add("gradients of experts", "all-reduce", ("data",), experts * wire, times=passes)
