@@ -9,13 +9,15 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from jax.tree_util import DictKey
 from operations import IMPLEMENTATIONS
 from pythons import newest, oldest
 from small import KINDS, one_device, random_ids, random_params, small_config
 from test_configs import load
 from test_resume import final_state, records, start
 
-from jtok_jax.config import Config, MeshConfig
+from jtok_jax.arms import ArmsConfig
+from jtok_jax.config import Config, MeshConfig, OptimizerConfig, TableOptimizerConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import (
     AXES,
@@ -180,3 +182,17 @@ def test_shardings_equal_the_golden_file():
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
     assert text == GOLDEN.read_text(), "shardings changed; if meant: UPDATE_GOLDEN=1 make test"
+
+
+def test_moments_of_arms_tables_are_split_as_the_tables():
+    """Their group of the optimizer has the name of the token tables, which are there as well."""
+    model = dataclasses.replace(KINDS["dense-jtok"], arms=ArmsConfig(names="bigram,token_gate"))
+    adamw = OptimizerConfig(tables=TableOptimizerConfig(kind="adamw"))
+    config = dataclasses.replace(small_config(model), mesh=MeshConfig(fsdp=2), optimizer=adamw)
+    mesh = abstract_mesh(config.mesh, 2)
+    state = abstract_state(config, make_optimizer(config), mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state["backbone"])
+    for name in ("arms/bigram/table", "blocks/arms/token_gate/table"):
+        specs = [leaf.sharding.spec for path, leaf in leaves if path[-1] == DictKey(name)]
+        assert specs == [state.params[name].sharding.spec] * 2
+        assert "fsdp" in specs[0][-1]

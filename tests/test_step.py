@@ -12,11 +12,12 @@ import optax
 import pytest
 import tolerances
 from pythons import oldest
-from small import KINDS, gradients, random_ids, small_config, training
+from small import DENSE, KINDS, gradients, random_ids, random_params, small_config, training
 
 from jtok_jax.config import OptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from jtok_jax.model import jtok, moe
 from jtok_jax.model.loss import cross_entropy
+from jtok_jax.model.params import bind
 from jtok_jax.training.optimizer import group, schedule, split_tables
 
 replace = dataclasses.replace
@@ -187,6 +188,17 @@ def test_schedule_shape(kind):
         np.testing.assert_allclose(rates[55], 0.55, rtol=1e-5)
     if kind != "constant":
         assert rates[99] < 0.16
+
+
+def test_deviation_of_the_stream_is_that_of_its_entries():
+    """Where no layer adds anything, the embeddings'."""
+    params = random_params(DENSE)
+    still = {name: 0 * params[name] for name in ("blocks/attention/out", "blocks/ffn/down")}
+    embed, ids = 5 + params["embed"], random_ids(DENSE, 4, 16)
+    health = bind(DENSE, params | still | {"embed": embed})(ids).health
+    assert health["hidden_std"].shape == (3,)
+    found = [*health["hidden_std"], health["final_std"]]
+    np.testing.assert_allclose(found, [np.std(np.float64(embed)[ids])] * 4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 4, 7, 100])

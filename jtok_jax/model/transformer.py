@@ -108,7 +108,7 @@ class Block(nnx.Module):
         if arms:
             before_BTD = rms_norm(before_BTD, self.attention.norm[...], eps=eps)
             dm_BTD = arms.increment(dm_BTD, Seen(ids_BT, pre_BTD, post_BTD, before_BTD))
-        health = {"hidden_std": jnp.std(h_BTD.astype(jnp.float32))}
+        health = {"hidden_std": _moments(h_BTD)}
         if lookup is None:
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
         h_BTD, balance, tables_health = self.jtok(tilde_BTD, dm_BTD, ahead, lookup)
@@ -196,8 +196,10 @@ class Transformer(nnx.Module):
         streams = h_BTD, before(h_BTD)
         (h_BTD, _), (kept, aux) = jax.lax.scan(_remat(body, config.remat), streams, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
-        health = aux.health | {"final_std": jnp.std(h_BTD.astype(jnp.float32))}
-        return Output(hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
+        stds = {"hidden_std": _std(aux.health["hidden_std"]), "final_std": _std(_moments(h_BTD))}
+        return Output(
+            hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), aux.health | stds
+        )
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -212,6 +214,18 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
 def _keep_batch_split(x: jax.Array, mesh: Mesh) -> jax.Array:
     """Left alone the partitioner may gather the batch to split D instead."""
     return jax.lax.with_sharding_constraint(x, split_batch(mesh))
+
+
+def _moments(x_BTD: jax.Array) -> jax.Array:
+    """float32 [B, 2]: means of x and x^2 by sequence, so that no layer waits for other devices."""
+    x_BTD = jax.lax.stop_gradient(x_BTD).astype(jnp.float32)
+    return jnp.stack([x_BTD.mean(axis=(1, 2)), jnp.square(x_BTD).mean(axis=(1, 2))], axis=-1)
+
+
+def _std(moments_B2: jax.Array) -> jax.Array:
+    """[...] of moments [..., B, 2]."""
+    mean, square = jnp.moveaxis(moments_B2.mean(axis=-2), -1, 0)
+    return jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
 
 
 def _either(condition: jax.Array, with_tables: Callable, without: Callable):

@@ -54,7 +54,7 @@ def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSt
 
     def leaf_sharding(path, leaf):
         keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-        name = next((key for key in keys if key in axes), None)
+        name = next((key for key in reversed(keys) if key in axes), None)  # groups have names too
         if name is None or leaf.ndim == 0:
             return replicated(mesh)
         return sharding(mesh, rules, axes[name][: leaf.ndim], leaf.shape)
