@@ -327,9 +327,11 @@ class CheckpointConfig:
 class EvaluationConfig:
     every: int = 500  # steps between evaluations; also before step 1 and at the end
     batch_size: int = 16  # sequences per forward pass
+    max_sequences: int = 0  # as many, evenly spaced in the held-out set; 0: all of it
 
     def __post_init__(self):
         _at_least(self, "evaluation", 1, "every", "batch_size")
+        _at_least(self, "evaluation", 0, "max_sequences")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,16 +350,14 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis. All but `tensor` split the batch; docs/architecture.md has the rest.
-
-    Each of the `table_` fields names the axes that split the tables that way: "fsdp,tensor".
-    """
+    """Devices per mesh axis. All but `tensor` split the batch; more in docs/architecture.md."""
 
     data: int = -1  # -1: all devices that are left
     fsdp: int = 1  # splits D of parameters
     expert: int = 1  # splits the experts of a mixture
     tensor: int = 1  # splits heads, the feed-forward's width and the vocabulary
-    table_columns: str = "auto"  # auto: axes that leave a multiple of 128 on a device
+    # Axes that split the tables that way, as "fsdp,tensor"; auto: that leave 128 n columns each.
+    table_columns: str = "auto"
     table_experts: str = ""  # the n_e tables of JTok-M
     table_rows: str = ""
 

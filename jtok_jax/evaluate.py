@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.data:
             data = dataclasses.replace(config.data, path=options.data, source="prepared")
             config = dataclasses.replace(config, data=data)
-        source = open_source(config)
+        whole = dataclasses.replace(config.evaluation, max_sequences=0)
+        source = open_source(dataclasses.replace(config, evaluation=whole))
         if config.data.source == "prepared":
             folder = pathlib.Path(config.data.path)
             require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)

@@ -175,6 +175,7 @@ ELSEWHERE = {
     "checkpoint.keep": "test_train_loop",
     "evaluation.every": "test_train_loop",
     "evaluation.batch_size": "test_data",
+    "evaluation.max_sequences": "test_data",
     "data.source": "test_data",
     "data.path": "test_data",
     "data.read_threads": "test_data",

@@ -350,6 +350,28 @@ def test_validation_weighs_every_target_once(corpus, source):
         assert total == opened.valid_bytes == 4 * 3 * 16
 
 
+@pytest.mark.parametrize("most", [1, 4, 10_000])
+def test_validation_on_a_part_takes_sequences_from_all_over_the_set(corpus, most):
+    config = run_config(corpus)
+    some = replace(config, evaluation=replace(config.evaluation, max_sequences=most))
+    whole, part = open_source(config), open_source(some)
+    real = lambda source: [
+        (ids, targets[weights > 0])
+        for batch in source.valid_batches()
+        for ids, targets, weights in zip(*batch, strict=True)
+        if weights.any()
+    ]
+    every, found = real(whole), real(part)
+    assert len(every) > 8
+    count = min(most, len(every))
+    wanted = [every[index * len(every) // count] for index in range(count)]
+    for (ids, targets), (wanted_ids, wanted_targets) in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ids, wanted_ids)
+        np.testing.assert_array_equal(targets, wanted_targets)
+    share = sum(len(targets) for _, targets in found) / whole.manifest.valid.targets
+    assert part.valid_bytes == pytest.approx(whole.manifest.valid.text_bytes * share)
+
+
 def test_any_token_and_any_order_change_the_hash():
     ids = np.arange(20, dtype=np.int32).reshape(2, 10)
     last, first = ids.copy(), ids.copy()

@@ -37,13 +37,15 @@ class Source(Protocol):
     """Where batches come from."""
 
     fingerprint: dict[str, str]  # changes whenever the same step would give other tokens
-    valid_bytes: int  # UTF-8 bytes of the held-out documents
+    valid_bytes: float  # UTF-8 bytes of the held-out documents; of a part by its share of tokens
 
     def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
         """int32 ids [rows, seq_len + 1] of the batch of `step` (from 1)."""
 
     def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
-        """The whole held-out set once, in batches of evaluation.batch_size sequences."""
+        """The held-out set once, or as much of it as evaluation.max_sequences says, in batches of
+        evaluation.batch_size sequences.
+        """
 
 
 def open_source(config: Config) -> Source:
@@ -113,7 +115,11 @@ class PreparedSource:
         order = grain.MapDataset.range(len(self._train)).seed(config.train.seed)
         self._order = order.shuffle().repeat()
         self.fingerprint = self.manifest.fingerprint()
-        self.valid_bytes = self.manifest.valid.text_bytes
+        targets, count = self._valid.split.targets, math.ceil(self._valid.split.targets / seq_len)
+        used = min(config.evaluation.max_sequences or count, count)
+        self._evaluated = np.arange(used) * count // used  # sequences of the held-out set
+        share = np.minimum(targets - self._evaluated * seq_len, seq_len).sum() / targets
+        self.valid_bytes = self.manifest.valid.text_bytes * share
 
     def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
         first = (step - 1) * self._batch_size
@@ -122,12 +128,13 @@ class PreparedSource:
 
     def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
         # The windows of the split follow each other: sequence i predicts targets i*T to (i+1)*T-1.
-        targets, seq_len = self._valid.split.targets, self._valid.seq_len
-        count = math.ceil(targets / seq_len)
+        targets, count = self._valid.split.targets, len(self._evaluated)
         for first in range(0, count, self._eval_size):
-            indices = first + _all(rows, self._eval_size)
-            ids = [self._checked(self._valid, min(int(index), count - 1)) for index in indices]
-            yield eval_batch(np.stack(ids), indices * seq_len, num_targets=targets)
+            places = first + _all(rows, self._eval_size)
+            indices = self._evaluated[np.minimum(places, count - 1)]
+            ids = [self._checked(self._valid, int(index)) for index in indices]
+            firsts = np.where(places < count, indices * self._valid.seq_len, targets)
+            yield eval_batch(np.stack(ids), firsts, num_targets=targets)
 
     def _checked(self, windows: Windows, index: int) -> np.ndarray:
         ids = windows[index]

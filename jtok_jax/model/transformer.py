@@ -196,10 +196,8 @@ class Transformer(nnx.Module):
         streams = h_BTD, before(h_BTD)
         (h_BTD, _), (kept, aux) = jax.lax.scan(_remat(body, config.remat), streams, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
-        stds = {"hidden_std": _std(aux.health["hidden_std"]), "final_std": _std(_moments(h_BTD))}
-        return Output(
-            hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), aux.health | stds
-        )
+        health = _with_stds(aux.health, _moments(h_BTD))
+        return Output(hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -222,10 +220,14 @@ def _moments(x_BTD: jax.Array) -> jax.Array:
     return jnp.stack([x_BTD.mean(axis=(1, 2)), jnp.square(x_BTD).mean(axis=(1, 2))], axis=-1)
 
 
-def _std(moments_B2: jax.Array) -> jax.Array:
-    """[...] of moments [..., B, 2]."""
-    mean, square = jnp.moveaxis(moments_B2.mean(axis=-2), -1, 0)
-    return jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
+def _with_stds(health: dict[str, jax.Array], final_B2: jax.Array) -> dict[str, jax.Array]:
+    """`health` with deviations of the stream for its moments, and that after all layers."""
+
+    def std(moments_B2):
+        mean, square = jnp.moveaxis(moments_B2.mean(axis=-2), -1, 0)
+        return jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
+
+    return health | {"hidden_std": std(health["hidden_std"]), "final_std": std(final_B2)}
 
 
 def _either(condition: jax.Array, with_tables: Callable, without: Callable):
