@@ -24,7 +24,8 @@ def plan_of(chips: int) -> dict:
     fsdp, expert = min(chips, 16), min(max(chips // 16, 1), 4)
     change = {
         "mesh.fsdp": fsdp, "mesh.expert": expert, "train.batch_size": 8 * chips,
-        "mesh.table_rows": "expert" if expert > 1 else "", "model.attention": "chunked",
+        "evaluation.batch_size": 8 * chips, "model.attention": "chunked",
+        "mesh.table_rows": "expert" if expert > 1 else "",
     }  # fmt: skip
     return make_plan(changed(config, change), Topology(f"v5p, {chips}", CHIPS["v5p"], (chips,)))
 

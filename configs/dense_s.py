@@ -34,4 +34,5 @@ def get_config(kind="jtok"):
     config.train.steps = 190735
     config.checkpoint.every = 5000
     config.evaluation.every = 5000
+    config.evaluation.batch_size = 64
     return config

@@ -36,4 +36,5 @@ def get_config(kind="jtok"):
     config.train.steps = 572205
     config.checkpoint.every = 5000
     config.evaluation.every = 5000
+    config.evaluation.batch_size = 64
     return config

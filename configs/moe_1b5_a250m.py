@@ -40,4 +40,5 @@ def get_config(kind="jtok_m"):
     config.train.steps = 286102
     config.checkpoint.every = 5000
     config.evaluation.every = 5000
+    config.evaluation.batch_size = 64
     return config

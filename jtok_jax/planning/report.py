@@ -39,6 +39,7 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
     mesh = abstract_mesh(config.mesh, topology.devices)
     microbatch = config.train.batch_size // config.train.grad_accumulation
     check_batch(mesh, "train.batch_size / grad_accumulation", microbatch)
+    check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
     found = memory(config, mesh)
     time = traffic.step_time(config, mesh, topology)
     counts = flops.count(config.model, seq_len=config.train.seq_len)
