@@ -8,6 +8,7 @@ Every message says what failed, where, what was expected and found, and what to 
 import contextlib
 import re
 import sys
+from typing import NoReturn
 
 from absl import flags
 
@@ -65,12 +66,28 @@ class Preempted(JtokError):
 
 @contextlib.contextmanager
 def exit_on_error():
-    """Turn a `JtokError` into its message on stderr and its exit code."""
+    """Turn a `JtokError`, Ctrl-C and a device's lack of memory into a message and an exit code."""
     try:
         yield
     except JtokError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _exit(error.exit_code, f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        _exit(130, "Interrupted. What was saved is kept; the same command goes on from there.")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        _exit(
+            1,
+            f"{reason}\nA device has too little memory. python -m jtok_jax.plan says what takes it "
+            "and what would fit: model.remat=full, model.loss_chunk, train.grad_accumulation, "
+            "another mesh.",
+        )
+
+
+def _exit(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def parse_flags(arguments: list[str]) -> list[str]:

@@ -44,6 +44,8 @@ class Recipe:
             raise DataError(f"--seq_len is {self.seq_len}; expected at least 1.")
         if not 0 <= self.valid_fraction <= 1:
             raise DataError(f"--valid_fraction is {self.valid_fraction}; expected 0 to 1.")
+        if self.vocab_size >= 1 << 31:
+            raise DataError(f"--vocab_size is {self.vocab_size}; ids are 32-bit integers.")
         if self.tokenizer and self.vocab_size:
             raise DataError("--vocab_size is that of a new tokenizer; --tokenizer takes one.")
 
@@ -55,13 +57,23 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     leaves nothing that looks finished.
 
     Raises:
-        DataError: nothing matches, text is bad, a split is empty, or `output` holds other data.
+        DataError: nothing matches, text is bad, a split is empty, `output` holds other data or
+            cannot be written.
     """
-    if output.exists() and any(output.iterdir()):
-        return _already_prepared(recipe, output)
     partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        if output.exists() and any(output.iterdir()):
+            return _already_prepared(recipe, output)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return _prepare(recipe, output, partial)
+    except OSError as error:
+        raise DataError(f"{error}. Nothing was written to {output}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> manifest.Manifest:
     source = _Source(recipe)
     encoder = _tokenizer(recipe, source, partial)
     end_id = tokenizer.end_token_id(encoder, recipe.end_token)

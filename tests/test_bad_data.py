@@ -7,11 +7,14 @@ import pathlib
 import shutil
 
 import pytest
+from small import DENSE, small_config, small_recipe, write_documents
 from test_data import run_config
 
 from jtok_jax.data import manifest
 from jtok_jax.data.loader import open_source, train_batches
-from jtok_jax.errors import DataError
+from jtok_jax.errors import CheckpointError, DataError
+from jtok_jax.prepare import prepare
+from jtok_jax.training.checkpoint import claim_workdir
 
 replace = dataclasses.replace
 
@@ -103,3 +106,27 @@ def test_a_manifest_that_is_not_text_is_refused(tmp_path, corpus):
     (folder / "manifest.json").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="is damaged"):
         open_source(run_config(folder))
+
+
+def test_what_cannot_be_written_is_told_and_leaves_nothing(tmp_path):
+    write_documents(tmp_path)
+    recipe, taken = small_recipe(tmp_path), tmp_path / "000.txt"
+    before = taken.read_text()
+    for output in (taken, taken / "below"):
+        with pytest.raises(DataError, match=r"Not a directory: .*000.txt.* Nothing was written"):
+            prepare(recipe, output)
+    with pytest.raises(DataError, match="no window of"):
+        prepare(replace(recipe, valid_fraction=0.0), tmp_path / "out")
+    with pytest.raises(DataError, match="ids are 32-bit"):
+        replace(recipe, vocab_size=1 << 31)
+    assert taken.read_text() == before
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir()]
+
+
+def test_a_damaged_configuration_of_a_run_is_told(tmp_path):
+    config = small_config(DENSE)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    for content in (b"{", b"\xff"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"config.json is damaged .* delete this file"):
+            claim_workdir(tmp_path, config)

@@ -42,3 +42,16 @@ def test_this_environment_is_ready(capsys, monkeypatch):
         doctor.main()
     assert stop.value.code == 1
     assert f"!!  jax               {jax.__version__}  <- outside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (RuntimeError("Backend 'cuda': no GPU\nsecond line"), "'cuda': no GPU  <-"),
+    (AssertionError(), "JAX finds no backend  <-"),
+])  # fmt: skip
+def test_a_backend_that_is_not_there_is_told(monkeypatch, error, says):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(SystemExit, match=says):
+        doctor.main()

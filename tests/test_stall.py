@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""A wait that never ends ends the process, with its reason; a wait that ends does not."""
+"""How a process ends: at a wait that never does, at Ctrl-C, out of memory."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from jtok_jax.errors import STALL_EXIT_CODE
+from jtok_jax.errors import STALL_EXIT_CODE, exit_on_error
 from jtok_jax.training.guards import STALL_FILE, StallWatch
 
 SCRIPT = """
@@ -56,3 +56,19 @@ def test_waits_that_end_in_time_leave_nothing_behind(tmp_path, seconds):
         pass
     time.sleep(0.1)  # past the limit of the wait above, which has ended
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("error", "code", "says"), [
+    (KeyboardInterrupt(), 130, "the same command goes on"),
+    (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nmore"), 1, "RESOURCE_EXHAUSTED: 9 GiB\nA device has"),
+])  # fmt: skip
+def test_interrupts_and_lack_of_memory_have_a_message(capsys, error, code, says):
+    with pytest.raises(SystemExit) as stop, exit_on_error():
+        raise error
+    assert stop.value.code == code
+    assert says in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"), exit_on_error():
+        raise RuntimeError("a bug")

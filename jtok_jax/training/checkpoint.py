@@ -260,13 +260,24 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
     Raises:
         ConfigError: the workdir belongs to a run with another configuration.
+        CheckpointError: its configuration cannot be read.
     """
     path = workdir / CONFIG_FILE
     if path.exists() and any((workdir / FOLDER).glob("*")):  # else nothing would be lost
-        require_same_config(json.loads(path.read_text()), config, workdir)
+        require_same_config(_saved_config(path), config, workdir)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
     partial.replace(path)
+
+
+def _saved_config(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Checkpoints have a copy, which is compared as well: "
+            "delete this file and run the same command."
+        ) from error
 
 
 def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> None:
