@@ -72,7 +72,7 @@ def exit_on_error():
     except JtokError as error:
         _exit(error.exit_code, f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
-        _exit(130, "Interrupted. What was saved is kept; the same command goes on from there.")
+        _exit(130, "Interrupted. The same command goes on from what was saved, if anything was.")
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

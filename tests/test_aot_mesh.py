@@ -109,13 +109,35 @@ def check_nothing_as_large_as_a_table(text: str, kind: str) -> None:
 
 def check_the_head_is_sent_once(text: str) -> None:
     """Gathered, and its gradient summed, in the compute dtype, however many chunks the loss has."""
-    sent, whole, part = [], (DIM, ROWS), (DIM // DEVICES, ROWS)
-    for made_by, _, shapes in results(text):
-        sent += [(made_by, dtype) for dtype, shape in shapes if shape in (whole, part)]
+    whole, part = (DIM, ROWS), (DIM // DEVICES, ROWS)
+
+    def of_head(text):
+        return [
+            (made_by, dtype)
+            for made_by, _, shapes in results(text)
+            for dtype, shape in shapes
+            if shape in (whole, part)
+        ]
+
+    sent = of_head(text)
+    assert not of_head(in_loops(text))
     gathered, summed = ("all-gather", "bf16"), {("reduce-scatter", "bf16"), ("all-reduce", "bf16")}
     assert len(sent) == 2, sent
     assert gathered in sent, sent
     assert summed & {*sent}, sent
+
+
+def in_loops(text: str) -> str:
+    """The bodies of all loops of a program, and whatever they call."""
+    parts = dict(re.findall(r"^%?([\w.-]+) \(.*?\{\n(.*?)^\}", text, flags=re.M | re.S))
+    wanted, found = set(re.findall(r"body=%?([\w.-]+)", text)), {}
+    assert wanted <= parts.keys()
+    while wanted:
+        name = wanted.pop()
+        found[name] = parts.get(name, "")
+        called = re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", found[name])
+        wanted |= {*called} - found.keys()
+    return "".join(found.values())
 
 
 def check_hidden_behind_matmuls(text: str) -> None:

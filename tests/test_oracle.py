@@ -127,15 +127,15 @@ def test_gradients_equal_the_oracle(name, accumulation):
         )
 
 
-ARMS = (
-    "adapter,bigram,bigram_gate,deep_embed,film,low_rank,token_gate,value_embedding"  # no choices
-)
+# Arms that choose nothing.
+ARMS = "adapter,bigram,bigram_gate,deep_embed,film,low_rank,token_gate,value_embedding"
 
 
 @pytest.mark.parametrize(("model", "most"), [
     (KINDS["moe-jtok"], 0.02), (replace(DENSE, arms=ArmsConfig(names=ARMS)), 0.02),
-    (KINDS["dense-jtok_m"], 0.05),  # whose choices among tables differ where two are near
-], ids=["moe-jtok", "arms", "dense-jtok_m"])  # fmt: skip
+    # Whose choices among tables differ where two are near.
+    (KINDS["dense-jtok_m"], 0.05), (replace(DENSE, arms=ArmsConfig(names="mixture")), 0.05),
+], ids=["moe-jtok", "arms", "dense-jtok_m", "mixture"])  # fmt: skip
 def test_gradients_of_a_bfloat16_model_are_near_those_of_float32(model, most):
     """Of the same parameters, each within `most` of its norm: sums over thousands of tokens of one
     id, which in bfloat16 would stop growing (0.33 of the head), are in float32.

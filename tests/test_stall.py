@@ -59,7 +59,7 @@ def test_waits_that_end_in_time_leave_nothing_behind(tmp_path, seconds):
 
 
 @pytest.mark.parametrize(("error", "code", "says"), [
-    (KeyboardInterrupt(), 130, "the same command goes on"),
+    (KeyboardInterrupt(), 130, "The same command goes on"),
     (RuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nmore"), 1, "RESOURCE_EXHAUSTED: 9 GiB\nA device has"),
 ])  # fmt: skip
 def test_interrupts_and_lack_of_memory_have_a_message(capsys, error, code, says):
