@@ -40,7 +40,7 @@ from jtok_jax.mesh import (
     table_layout,
 )
 from jtok_jax.model.exchange import compiler_options
-from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
+from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import LOCK_FILE, StallWatch, StopSignal, WorkdirLock, require_sound
 from jtok_jax.training.metrics import (
@@ -51,6 +51,7 @@ from jtok_jax.training.metrics import (
     step_record,
 )
 from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.resume import claim_workdir
 from jtok_jax.training.state import abstract_state, init_state, state_shardings
 from jtok_jax.training.step import make_eval_step, make_train_step
 

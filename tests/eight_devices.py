@@ -43,8 +43,9 @@ from jtok_jax.model import moe
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import bind
 from jtok_jax.training import step
-from jtok_jax.training.checkpoint import Checkpoints, claim_workdir
+from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.resume import claim_workdir
 from jtok_jax.training.state import abstract_state, init_state, state_shardings
 
 replace = dataclasses.replace

@@ -14,7 +14,7 @@ from jtok_jax.data import manifest
 from jtok_jax.data.loader import open_source, train_batches
 from jtok_jax.errors import CheckpointError, DataError
 from jtok_jax.prepare import prepare
-from jtok_jax.training.checkpoint import claim_workdir
+from jtok_jax.training.resume import claim_workdir
 
 replace = dataclasses.replace
 

@@ -8,7 +8,6 @@ the resolved configuration, the data fingerprint and the versions that wrote it.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import pathlib
 from collections.abc import Iterator
@@ -21,10 +20,11 @@ from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
 from jtok_jax.config import Config
-from jtok_jax.config_dict import completed, flatten, from_config_dict, to_dict
+from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.params import to_logical, to_stored
+from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
 from jtok_jax.training.state import TrainState, non_finite
 
 # Of several processes JAX agrees on the step at which all stop, once, by the steps they ask about.
@@ -33,16 +33,6 @@ orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
-FOLDER = "checkpoints"
-CONFIG_FILE = "config.json"
-# What may change when a run goes on. The contents of data.path are checked by their fingerprint,
-# train.steps by schedule.steps; another mesh sums in another order and so changes the last bits.
-MAY_CHANGE = (
-    "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
-    "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
-    "model.jtok.implementation", "model.attention", "model.remat", "model.loss_chunk",
-    "train.max_unique_ids", "train.start_seconds", "train.heartbeat_seconds",
-)  # fmt: skip
 
 
 class Checkpoints:
@@ -50,7 +40,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
         keep = ocp.training.preservation_policies.LatestN(config.checkpoint.keep)
-        self._folder = workdir.absolute() / FOLDER
+        self._folder = workdir.absolute() / CHECKPOINTS
         self._config, self._data, self._pending, self._step = config, data, None, None
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
@@ -146,7 +136,7 @@ class Checkpoints:
         step = self.latest_step()
         found = _metadata(self._checkpointer, step, self._folder)
         require_same_config(found.custom_metadata["config"], self._config, self._folder.parent)
-        _require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
+        require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
         logical = _logical(abstract)
         wanted = named_leaves(logical)
         _compare_leaves(found.metadata, wanted, step)
@@ -197,9 +187,11 @@ def load_params(workdir: pathlib.Path) -> Saved:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    folder = workdir.absolute() / FOLDER
+    folder = workdir.absolute() / CHECKPOINTS
     if not folder.is_dir():
-        raise CheckpointError(f"{workdir} holds no {FOLDER} folder; is this a train.py --workdir?")
+        raise CheckpointError(
+            f"{workdir} holds no {CHECKPOINTS} folder; is this a train.py --workdir?"
+        )
     with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
         if checkpointer.latest is None:
             raise CheckpointError(
@@ -253,70 +245,6 @@ def named_leaves(state: TrainState) -> dict[str, jax.Array]:
 def _logical(state: TrainState) -> TrainState:
     """What is stored: tables in their logical shape, whatever the operations here hold."""
     return state._replace(params=to_logical(state.params))
-
-
-def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Write the configuration into a fresh workdir, or compare it if there is a checkpoint.
-
-    Raises:
-        ConfigError: the workdir belongs to a run with another configuration.
-        CheckpointError: its configuration cannot be read.
-    """
-    path = workdir / CONFIG_FILE
-    if path.exists() and any((workdir / FOLDER).glob("*")):  # else nothing would be lost
-        require_same_config(_saved_config(path), config, workdir)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    partial.replace(path)
-
-
-def _saved_config(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # neither JSON nor UTF-8
-        raise CheckpointError(
-            f"{path} is damaged ({error}). Checkpoints have a copy, which is compared as well: "
-            "delete this file and run the same command."
-        ) from error
-
-
-def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> None:
-    """Raise ConfigError with a diff if `saved` would give other numbers than `config`."""
-    old, new = flatten(completed(saved)), flatten(to_dict(config))
-    old["schedule.steps"] = old.get("schedule.steps") or old["train.steps"]
-    new["schedule.steps"] = config.schedule_steps
-    lines = [
-        f"  {key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
-    ]
-    if lines:
-        if any("schedule.steps" in line for line in lines):
-            lines.append(
-                f"  (to train longer on the same schedule, pass "
-                f"--config.schedule.steps={old['schedule.steps']})"
-            )
-        raise ConfigError(
-            f"{workdir} belongs to a run with another configuration:\n"
-            + "\n".join(lines)
-            + "\nNothing was changed. Use the same values, or another --workdir."
-        )
-
-
-def _require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
-    keys = sorted(saved.keys() | now.keys())
-    lines = [
-        f"  {key}: {str(saved.get(key))[:32]} in the run, {str(now.get(key))[:32]} now"
-        for key in keys
-        if saved.get(key) != now.get(key)
-    ]
-    if lines:
-        raise DataError(
-            f"Data differs from the run in {workdir}:\n"
-            + "\n".join(lines)
-            + "\nThe same step would give other examples. Restore the shards and the tokenizer, "
-            "or use another --workdir."
-        )
 
 
 def _metadata(checkpointer, step: int, folder: pathlib.Path):

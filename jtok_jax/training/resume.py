@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""May a run go on? Its configuration and data, beside those its workdir was written with."""
+
+import json
+import pathlib
+
+from jtok_jax.config import Config
+from jtok_jax.config_dict import completed, flatten, to_dict
+from jtok_jax.errors import CheckpointError, ConfigError, DataError
+
+CHECKPOINTS = "checkpoints"  # folder of a workdir
+CONFIG_FILE = "config.json"
+# What may change when a run goes on. The contents of data.path are checked by their fingerprint,
+# train.steps by schedule.steps; another mesh sums in another order and so changes the last bits.
+MAY_CHANGE = (
+    "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
+    "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
+    "model.jtok.implementation", "model.attention", "model.remat", "model.loss_chunk",
+    "train.max_unique_ids", "train.start_seconds", "train.heartbeat_seconds",
+)  # fmt: skip
+
+
+def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
+    """Write the configuration into a fresh workdir, or compare it if there is a checkpoint.
+
+    Raises:
+        ConfigError: the workdir belongs to a run with another configuration.
+        CheckpointError: its configuration cannot be read.
+    """
+    path = workdir / CONFIG_FILE
+    if path.exists() and any((workdir / CHECKPOINTS).glob("*")):  # else nothing would be lost
+        require_same_config(_saved_config(path), config, workdir)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    partial.replace(path)
+
+
+def _saved_config(path: pathlib.Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # neither JSON nor UTF-8
+        raise CheckpointError(
+            f"{path} is damaged ({error}). Checkpoints have a copy, which is compared as well: "
+            "delete this file and run the same command."
+        ) from error
+
+
+def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> None:
+    """Raise ConfigError with a diff if `saved` would give other numbers than `config`."""
+    old, new = flatten(completed(saved)), flatten(to_dict(config))
+    old["schedule.steps"] = old.get("schedule.steps") or old["train.steps"]
+    new["schedule.steps"] = config.schedule_steps
+    lines = [
+        f"  {key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if lines:
+        if any("schedule.steps" in line for line in lines):
+            lines.append(
+                f"  (to train longer on the same schedule, pass "
+                f"--config.schedule.steps={old['schedule.steps']})"
+            )
+        raise ConfigError(
+            f"{workdir} belongs to a run with another configuration:\n"
+            + "\n".join(lines)
+            + "\nNothing was changed. Use the same values, or another --workdir."
+        )
+
+
+def require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
+    keys = sorted(saved.keys() | now.keys())
+    lines = [
+        f"  {key}: {str(saved.get(key))[:32]} in the run, {str(now.get(key))[:32]} now"
+        for key in keys
+        if saved.get(key) != now.get(key)
+    ]
+    if lines:
+        raise DataError(
+            f"Data differs from the run in {workdir}:\n"
+            + "\n".join(lines)
+            + "\nThe same step would give other examples. Restore the shards and the tokenizer, "
+            "or use another --workdir."
+        )
