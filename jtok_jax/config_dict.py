@@ -2,14 +2,17 @@
 # Copyright 2026 The jtok_jax authors
 """`Config` from plain values and back: the only reader of a ConfigDict."""
 
+import argparse
 import dataclasses
 import difflib
 import math
 
 import ml_collections
 
-from jtok_jax.config import Config
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
+
+_MESH = "--config.mesh."
 
 
 def to_dict(config: Config) -> dict:
@@ -42,6 +45,22 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def add_mesh_options(parser: argparse.ArgumentParser) -> None:
+    """--config.mesh.fsdp=8 and its like for a tool, as train.py has them."""
+    group = parser.add_argument_group(
+        "mesh", "how the model lies on several devices; default: as in the run, or split over all"
+    )
+    for field in dataclasses.fields(MeshConfig):
+        group.add_argument(f"{_MESH}{field.name}", type=field.type, default=argparse.SUPPRESS)
+
+
+def asked_mesh(options: argparse.Namespace) -> MeshConfig | None:
+    """What the options of `add_mesh_options` say; None if none was given."""
+    prefix = _MESH.removeprefix("--")
+    given = {k.removeprefix(prefix): v for k, v in vars(options).items() if k.startswith(prefix)}
+    return MeshConfig(**given) if given else None
 
 
 def _build(cls: type, values: dict, prefix: str):

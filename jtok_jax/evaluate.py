@@ -2,20 +2,28 @@
 # Copyright 2026 The jtok_jax authors
 """python -m jtok_jax.evaluate: loss and bits per byte of a run on the whole held-out set.
 
-python -m jtok_jax.evaluate --workdir=runs/quickstart [--data=FOLDER]
+    python -m jtok_jax.evaluate --workdir=runs/quickstart [--data=FOLDER] [--config.mesh.fsdp=8]
+
+On several devices the model lies as in the run, where its mesh fits them, else split over all by
+mesh.fsdp. Several processes are started as for train.py (docs/hosts.md).
 """
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import pathlib
 
 import jax
 
-from jtok_jax.config import MeshConfig
+from jtok_jax.config import Config, TrainConfig
+from jtok_jax.config_dict import add_mesh_options, asked_mesh
 from jtok_jax.data.loader import open_source
-from jtok_jax.errors import exit_on_error
-from jtok_jax.mesh import check_batch, make_mesh, replicated
-from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
+from jtok_jax.errors import ConfigError, DataError, exit_on_error
+from jtok_jax.hosts import Hosts, code_and_versions, joined
+from jtok_jax.launch import recognise
+from jtok_jax.mesh import check_batch, describe, fitting, make_mesh, replicated
+from jtok_jax.training.checkpoint import checkpoints_of, load_params, require_same_tokenizer
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.step import make_eval_step
 
@@ -24,32 +32,56 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jtok_jax.evaluate", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path)
-    parser.add_argument("--data", default="", help="prepared corpus; default: data.path of the run")
-    options = parser.parse_args(arguments)
+    option = parser.add_argument
+    option("--workdir", required=True, type=pathlib.Path, help="folder of a run of train.py")
+    option("--data", default="", help="prepared corpus; default: data.path of the run")
+    option("--batch_size", type=int, help="sequences at a time; default: evaluation.batch_size")
+    option("--coordinator_address", help="HOST:PORT of process 0, of several")
+    option("--num_processes", type=int, help="of several; 1: this one is alone")
+    option("--process_id", type=int, help="of this process, from 0")
+    add_mesh_options(parser)
     with exit_on_error():
-        saved = load_params(options.workdir)
-        config = saved.config
-        if options.data:
-            data = dataclasses.replace(config.data, path=options.data, source="prepared")
-            config = dataclasses.replace(config, data=data)
-        whole = dataclasses.replace(config.evaluation, max_sequences=0)
-        source = open_source(dataclasses.replace(config, evaluation=whole))
-        if config.data.source == "prepared":
-            folder = pathlib.Path(config.data.path)
-            require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)
-        # The devices here need not be those of the run: all of them hold all.
-        config = dataclasses.replace(config, mesh=MeshConfig(table_columns=""))
-        mesh = make_mesh(config.mesh)
-        check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
-        params = jax.device_put(saved.params, replicated(mesh))
-        eval_step = jax.jit(make_eval_step(config, mesh))
-        size = config.evaluation.batch_size
-        result = evaluate(eval_step, params, source, mesh, batch_size=size)
-        print(
-            f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "
-            f"{result.val_bpb:.6f} bits/byte"
-        )
+        options = parser.parse_args(arguments)
+        given = options.coordinator_address, options.num_processes, options.process_id
+        launch = recognise(os.environ, *given)
+        checkpoints_of(options.workdir)  # processes that look for each other would make the folder
+        unlocked = lambda workdir: contextlib.nullcontext()  # a run may go on meanwhile
+        with joined(launch, options.workdir, TrainConfig(), unlocked) as hosts:
+            run(options, hosts)
+
+
+def run(options: argparse.Namespace, hosts: Hosts) -> None:
+    """Print the losses of the newest checkpoint."""
+    hosts.agree("code and versions", code_and_versions(), ConfigError)
+    asked = asked_mesh(options)
+    saved = load_params(options.workdir, lambda config: asked or fitting(config))
+    config = _whole(saved.config, options)
+    source = open_source(config)
+    hosts.agree("data and checkpoint", source.fingerprint | {"step": saved.step}, DataError)
+    if config.data.source == "prepared":
+        folder = pathlib.Path(config.data.path)
+        require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)
+    mesh, size = make_mesh(config.mesh), config.evaluation.batch_size
+    check_batch(mesh, "--batch_size (evaluation.batch_size of the run)", size)
+    if mesh.size > 1:
+        hosts.say(describe(config, mesh))
+    eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
+    result = evaluate(eval_step, saved.params, source, mesh, batch_size=size)
+    hosts.say(
+        f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "
+        f"{result.val_bpb:.6f} bits/byte"
+    )
+
+
+def _whole(config: Config, options: argparse.Namespace) -> Config:
+    """`config` of the run, over all held-out sequences of the data asked for."""
+    evaluation = dataclasses.replace(config.evaluation, max_sequences=0)
+    if options.batch_size is not None:
+        evaluation = dataclasses.replace(evaluation, batch_size=options.batch_size)
+    data = config.data
+    if options.data:
+        data = dataclasses.replace(data, path=options.data, source="prepared")
+    return dataclasses.replace(config, evaluation=evaluation, data=data)
 
 
 if __name__ == "__main__":

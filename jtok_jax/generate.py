@@ -3,7 +3,8 @@
 """python -m jtok_jax.generate: text from the newest checkpoint of a run.
 
     python -m jtok_jax.generate --workdir=runs/quickstart --prompt='def ' --tokens=60
-Several --prompt options are generated as one batch.
+Several --prompt options are generated as one batch. The model is split over all devices of the
+machine, whatever the mesh of the run.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import pathlib
 
 from jtok_jax.data import manifest, tokenizer
 from jtok_jax.errors import ConfigError, exit_on_error
-from jtok_jax.inference.generator import generate
+from jtok_jax.inference.generator import for_inference, generate
 from jtok_jax.inference.sampling import Sampling
+from jtok_jax.mesh import over_all
 from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
 
 
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top_p is {options.top_p}; expected more than 0 and at most 1.")
-    saved = load_params(options.workdir)
+    saved = load_params(options.workdir, lambda config: over_all(config.model))
     config = saved.config
     if not options.data and not config.data.path:
         raise ConfigError("The run used synthetic data and has no tokenizer to write text with.")
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     ids_BT = generate(
         config.model,
-        saved.params,
+        for_inference(config.model, saved.params),
         prompts,
         tokens=options.tokens,
         sampling=sampling,

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jtok_kernels import lazy_adam, update_rows
-from small import JTOK, JTOK_M, random_ids
+from small import JTOK, JTOK_M, random_ids, random_params
 
 from jtok_jax.config import (
     Config,
@@ -28,13 +28,18 @@ from jtok_jax.config import (
     TableOptimizerConfig,
     TrainConfig,
 )
+from jtok_jax.flops import parameter_axes
+from jtok_jax.inference.generator import generate
+from jtok_jax.inference.sampling import Sampling
 from jtok_jax.mesh import (
     AUTO,
     AXES,
     RULES,
+    axis_rules,
     make_mesh,
     mesh_shape,
     num_shards,
+    over_all,
     put_batch,
     sharding,
     table_layout,
@@ -317,3 +322,21 @@ def test_more_unique_ids_than_there_is_room_for_make_the_step_void():
     ids = put_batch(mesh, np.asarray(random_ids(config.model, *BATCH)))
     _, metrics = jax.jit(step.make_train_step(config, optimizer, mesh))(state, ids, ids)
     assert not np.isfinite(metrics.grad_norm)
+
+
+@pytest.mark.parametrize(("model", "layout"), [
+    (MODELS["jtok"], LAYOUTS["columns"]),
+    (replace(MODELS["jtok_m"], moe=EXPERTS), None),
+])  # fmt: skip
+def test_text_is_that_of_one_device(model, layout):
+    """Prompts of other lengths and number than the devices."""
+    layout = layout or over_all(model)
+    assert layout.table_rows or layout.table_columns == "fsdp"
+    config, params = Config(model=model, mesh=layout), random_params(model)
+    mesh, axes = make_mesh(layout), parameter_axes(model)
+    place = lambda name, x: sharding(mesh, axis_rules(config, mesh), axes[name], x.shape)
+    split = {name: jax.device_put(x, place(name, x)) for name, x in params.items()}
+    assert split["tables"].addressable_shards[0].data.size == params["tables"].size / 8
+    options = {"tokens": 9, "sampling": Sampling(temperature=0.0), "seed": 0}
+    write = lambda params: generate(model, params, [[3, 4, 5], [6], [7, 8, 9, 1, 2]], **options)
+    np.testing.assert_array_equal(write(split), write(params))

@@ -2,17 +2,28 @@
 # Copyright 2026 The jtok_jax authors
 """A training step compiled for eight H100s or TPUs: what crosses the wire, what it needs."""
 
+import dataclasses
+import functools
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 from aot import copies_of
+from jax.sharding import Mesh
 
-from jtok_jax.config import Config, JtokConfig, MeshConfig, ModelConfig, TrainConfig
-from jtok_jax.mesh import abstract_mesh
-from jtok_jax.planning.compiled import Compiled, compile_step, lacks
+from jtok_jax.config import Config, JtokConfig, MeshConfig, ModelConfig, MoeConfig, TrainConfig
+from jtok_jax.flops import parameter_axes
+from jtok_jax.inference import generator
+from jtok_jax.inference.cache import Cache
+from jtok_jax.inference.generator import for_inference
+from jtok_jax.inference.sampling import Sampling
+from jtok_jax.mesh import AUTO, AXES, abstract_mesh, axis_rules, replicated, sharding
+from jtok_jax.model.params import init_params
+from jtok_jax.planning.compiled import Compiled, absent_devices, compile_step, lacks, not_cached
 from jtok_jax.planning.memory import memory
-from jtok_jax.planning.topology import parse_topology
+from jtok_jax.planning.topology import Topology, parse_topology
 
 DEVICES, BATCH, LENGTH, DIM = 8, 16, 1024, 2048
 ROWS = 131072  # so many that a table does not fit the vector memory of a TPU
@@ -22,17 +33,27 @@ KINDS = r"(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)"
 COLLECTIVE = re.compile(rf" = (.*?) {KINDS}(-start)?\(")
 
 
-def compiled(target: str, kind: str) -> Compiled:
+def topology_of(target: str) -> Topology:
+    """Skips the test where it cannot be compiled for."""
     topology = parse_topology(target)
     if missing := lacks(topology.chip.platform):
         pytest.skip(missing)
-    model = ModelConfig(
+    return topology
+
+
+def model_of(kind: str, **fields) -> ModelConfig:
+    jtok = JtokConfig(kind=kind, table_dtype="bfloat16")
+    return ModelConfig(
         vocab_size=ROWS, model_dim=DIM, num_layers=4, num_heads=16, num_kv_heads=8, ffn_dim=4096,
-        remat="dots", loss_chunk=4096, attention="xla",
-        jtok=JtokConfig(kind=kind, table_dtype="bfloat16"),
+        remat="dots", loss_chunk=4096, attention="xla", jtok=jtok, **fields,
     )  # fmt: skip
+
+
+def compiled(target: str, kind: str) -> Compiled:
+    topology = topology_of(target)
     train = TrainConfig(batch_size=BATCH, seq_len=LENGTH, max_unique_ids=UNIQUE)
-    return compile_step(Config(model=model, mesh=MeshConfig(fsdp=DEVICES), train=train), topology)
+    config = Config(model=model_of(kind), mesh=MeshConfig(fsdp=DEVICES), train=train)
+    return compile_step(config, topology)
 
 
 def results(text: str) -> list[tuple[str, str, list[tuple[str, tuple[int, ...]]], str]]:
@@ -125,6 +146,41 @@ def check_the_head_is_sent_once(text: str) -> None:
     assert len(sent) == 2, sent
     assert gathered in sent, sent
     assert summed & {*sent}, sent
+
+
+@pytest.mark.parametrize(("target", "split"), [
+    ("h100:1x8", {"table_columns": "fsdp"}),
+    ("v5e:2x4", {"table_columns": "", "table_rows": "fsdp"}),
+])  # fmt: skip
+def test_decoding_on_eight_devices_sends_activations_alone(target, split):
+    """Experts and JTok-M: nothing sent is larger than the logits, no table or matrix is copied."""
+    moe = MoeConfig(num_experts=8, top_k=2, expert_dim=1024)
+    model, prompts, places = model_of("jtok_m", moe=moe), 4, 512
+    plain = dataclasses.replace(model.jtok, implementation="xla")  # what generate takes
+    model = dataclasses.replace(model, jtok=plain, attention="chunked")
+    config = Config(model=model, mesh=MeshConfig(fsdp=DEVICES, **split))
+    topology = topology_of(target)
+    name = topology.name if topology.chip.platform == "tpu" else "h100"
+    mesh = Mesh(absent_devices(name, DEVICES).reshape(1, DEVICES, 1, 1), AXES, axis_types=AUTO)
+    whole, rules, letters = replicated(mesh), axis_rules(config, mesh), parameter_axes(model)
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(for_inference, model), shapes)
+    params = {
+        name: leaf.update(sharding=sharding(mesh, rules, letters[name], leaf.shape))
+        for name, leaf in shapes.items()
+    }
+    put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+    kept = put((model.num_layers, prompts, places, 8, DIM // 16), jnp.bfloat16)
+    ids, key = put((prompts,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    arguments = ids, Cache(kept, kept, ids), put((), key.dtype), Sampling(), mesh
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), not_cached():
+        program = generator._decode.lower(model, params, *arguments).compile()
+    sent = [size(*shape) for _, _, shapes in results(program.as_text()) for shape in shapes]
+    assert sent
+    assert max(sent) <= 4 * prompts * ROWS
+    sizes = program.memory_analysis()
+    assert sizes.alias_size_in_bytes >= 2 * size("bf16", kept.shape)  # the cache is not a copy
+    assert sizes.temp_size_in_bytes < 2**26  # of 1.4 GiB here; 3 to 45 MiB when written
 
 
 def in_loops(text: str) -> str:

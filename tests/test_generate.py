@@ -69,6 +69,23 @@ def test_one_decode_step_is_compiled_and_rows_do_not_affect_each_other():
     assert np.any(drawn != other)
 
 
+@pytest.mark.parametrize("name", ["dense-jtok", "moe-jtok_m"])
+def test_matrices_in_the_compute_dtype_give_the_same_bits(name):
+    config = dataclasses.replace(KINDS[name], compute_dtype="bfloat16", qk_norm="rms")
+    params = random_params(config)
+    given, last = dict(params), jnp.int32([7])
+    narrow = generator.for_inference(config, given)
+    assert not given
+    assert params.keys() == narrow.keys()
+    kept = {name for name, value in narrow.items() if value.dtype == jnp.float32}
+    norms = {"final_norm", *(f"blocks/attention/{x}" for x in ("norm", "query_norm", "key_norm"))}
+    of = {"dense-jtok": {"ffn/norm"}, "moe-jtok_m": {"moe/norm", "moe/router", "jtok/router"}}
+    assert kept == norms | {"tables", "blocks/jtok/scale", *(f"blocks/{x}" for x in of[name])}
+    ids = random_ids(config, 1, 7)
+    run = jax.jit(lambda params: prefill(bind(config, params), ids, last, capacity=8))
+    jax.tree.map(np.testing.assert_array_equal, run(params), run(narrow))
+
+
 def test_bad_prompts_are_refused():
     config = KINDS["dense"]
     params = random_params(config)

@@ -17,7 +17,13 @@ from test_configs import load
 from test_resume import final_state, records, start
 
 from jtok_jax.arms import ArmsConfig
-from jtok_jax.config import Config, MeshConfig, OptimizerConfig, TableOptimizerConfig
+from jtok_jax.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TableOptimizerConfig,
+)
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import (
     AXES,
@@ -26,7 +32,9 @@ from jtok_jax.mesh import (
     axis_rules,
     check_batch,
     describe,
+    fitting,
     make_mesh,
+    over_all,
     sharding,
     table_layout,
 )
@@ -129,6 +137,24 @@ def test_columns_are_split_while_they_fill_the_lanes_of_a_tpu():
     assert layout(fsdp=8, data=2) == ("fsdp", "data")
     assert layout(fsdp=8, data=4) == ("fsdp",)  # 64 columns would be left
     assert layout(fsdp=32, tensor=4) == ("tensor",)
+
+
+def test_tools_split_a_model_over_the_devices_there_are(monkeypatch):
+    """By columns of whole lanes, else by rows where these divide, else by columns; D decides."""
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    model = lambda dim, vocab: ModelConfig(
+        model_dim=dim, vocab_size=vocab, num_heads=2, num_kv_heads=2
+    )
+    columns = {"table_columns": "fsdp"}
+    rows = {"table_columns": "", "table_rows": "fsdp"}
+    assert over_all(model(2048, 152064)) == MeshConfig(fsdp=8, **columns)
+    assert over_all(model(768, 152064)) == MeshConfig(fsdp=8, **rows)
+    assert over_all(model(768, 50257)) == MeshConfig(fsdp=8, **columns)
+    assert over_all(model(12, 29)) == MeshConfig(fsdp=4, **columns)
+    of_run = MeshConfig(fsdp=4, tensor=2)
+    assert fitting(Config(model=model(2048, 29), mesh=of_run)) == of_run
+    elsewhere = Config(model=model(2048, 29), mesh=MeshConfig(fsdp=16))
+    assert fitting(elsewhere) == MeshConfig(fsdp=8, **columns)
 
 
 def test_meshes_and_batches_that_do_not_fit_are_refused():

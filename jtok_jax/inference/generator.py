@@ -1,20 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Generation of a batch of prompts with one compiled prefill and one compiled decode step."""
+"""Generation of a batch of prompts with one compiled prefill and one compiled decode step.
 
+On several devices every one has the whole batch and a part of every parameter (`mesh.over_all`).
+Products with matrices split along D are partial sums, so that activations of a few tokens are sent
+and no matrix, and rows are read where they lie: the compiler sees to both, given plain XLA.
+"""
+
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jtok_jax.config import ModelConfig
 from jtok_jax.data.loader import check_ids
 from jtok_jax.errors import ConfigError
+from jtok_jax.flops import parameter_axes
 from jtok_jax.inference.cache import decode, prefill
 from jtok_jax.inference.sampling import Sampling, sample
+from jtok_jax.mesh import replicated
 from jtok_jax.model.params import Params, bind
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so few shapes are ever compiled
+
+
+def for_inference(config: ModelConfig, params: Params) -> Params:
+    """`params` with matrices in the compute dtype, as training rounds them in every step: decoding
+    reads a half of the bytes, or less. `params` is emptied, each array is freed when it is copied.
+    """
+    dtype, axes = jnp.dtype(config.compute_dtype), parameter_axes(config)
+
+    def narrowed(name: str, value: jax.Array) -> jax.Array:
+        kept = name == "tables" or "router" in name or len(axes[name].removeprefix("L")) == 1
+        return value if kept or value.dtype.itemsize <= dtype.itemsize else value.astype(dtype)
+
+    return {name: narrowed(name, params.pop(name)) for name in list(params)}
 
 
 def generate(
@@ -27,6 +50,9 @@ def generate(
     seed: int,
 ) -> np.ndarray:
     """Ids [len(prompts), tokens] that follow each prompt.
+
+    Args:
+        params: on one device, or split over a mesh of several.
 
     Raises:
         ConfigError: an empty prompt, or a model with arms.
@@ -47,25 +73,41 @@ def generate(
         ids_BT[row, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     capacity = -(-(padded + tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity)
+    mesh = _mesh_of(params)
+    if mesh:  # kernels are for one device, or for a part in shard_map
+        jtok = dataclasses.replace(config.jtok, implementation="xla")
+        config = dataclasses.replace(config, jtok=jtok, attention="chunked")
+    logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh)
     root = jax.random.key(seed)
     drawn = [_sample(logits, jax.random.fold_in(root, 0), sampling)]
     for index in range(1, tokens):
         key = jax.random.fold_in(root, index)
-        next_ids, cache = _decode(config, params, drawn[-1], cache, key, sampling)
+        next_ids, cache = _decode(config, params, drawn[-1], cache, key, sampling, mesh)
         drawn.append(next_ids)
     return np.stack([np.asarray(ids_B) for ids_B in drawn], axis=1)
+
+
+def _mesh_of(params: Params) -> Mesh | None:
+    """Several devices that `params` are split over; None for one."""
+    found = params["embed"].sharding
+    return found.mesh if len(found.device_set) > 1 else None
 
 
 _sample = jax.jit(sample)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(config, params, ids_BT, lengths_B, capacity):
-    return prefill(bind(config, params), ids_BT, lengths_B, capacity=capacity)
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _prefill(config, params, ids_BT, lengths_B, capacity, mesh):
+    logits_BV, cache = prefill(bind(config, params), ids_BT, lengths_B, capacity=capacity)
+    return _whole(mesh, (logits_BV, cache))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _decode(config, params, ids_B, cache, key, sampling):
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
+def _decode(config, params, ids_B, cache, key, sampling, mesh):
     logits_BV, cache = decode(bind(config, params), ids_B, cache)
-    return sample(logits_BV, key, sampling), cache
+    return _whole(mesh, (sample(_whole(mesh, logits_BV), key, sampling), cache))
+
+
+def _whole(mesh: Mesh | None, tree):
+    """Arrays `tree` whole on every device of `mesh`."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import flax
@@ -19,9 +19,11 @@ import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
-from jtok_jax.config import Config
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from jtok_jax.flops import parameter_axes
+from jtok_jax.mesh import axis_rules, make_mesh, num_shards, sharding
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.params import to_logical, to_stored
 from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
@@ -181,17 +183,30 @@ class Saved(NamedTuple):
     params: dict[str, jax.Array]
 
 
-def load_params(workdir: pathlib.Path) -> Saved:
-    """Parameters of the newest checkpoint under `workdir`, without the optimizer.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
+def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
+    """The folder of a run's checkpoints. Raises CheckpointError if there is none."""
     folder = workdir.absolute() / CHECKPOINTS
     if not folder.is_dir():
         raise CheckpointError(
             f"{workdir} holds no {CHECKPOINTS} folder; is this a train.py --workdir?"
         )
+    return folder
+
+
+def load_params(
+    workdir: pathlib.Path, choose: Callable[[Config], MeshConfig] | None = None
+) -> Saved:
+    """Parameters of the newest checkpoint under `workdir`, without the optimizer.
+
+    Args:
+        choose: a mesh of all devices here to split them over, by the configuration of the run; it
+            becomes the `config.mesh` of what is returned. None: all of them on one device.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: the mesh chosen does not fit the devices or the model.
+    """
+    folder = checkpoints_of(workdir)
     with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
         if checkpointer.latest is None:
             raise CheckpointError(
@@ -199,11 +214,14 @@ def load_params(workdir: pathlib.Path) -> Saved:
             )
         step = checkpointer.latest.step
         found = _metadata(checkpointer, step, folder)
-        config = _anywhere(from_config_dict(completed(found.custom_metadata["config"])))
+        config = from_config_dict(completed(found.custom_metadata["config"]))
+        if choose:
+            config = dataclasses.replace(config, mesh=choose(config))
+        place, column_shards = _placing(config, alone=choose is None)
+        config = _anywhere(config, column_shards)
         prefix = "params/"
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+            name: place(name.removeprefix(prefix), leaf)
             if name.startswith(prefix)
             else ...  # Orbax skips it
             for name, leaf in found.metadata.items()
@@ -214,10 +232,25 @@ def load_params(workdir: pathlib.Path) -> Saved:
     return Saved(step, config, found.custom_metadata["data"], params)
 
 
-def _anywhere(config: Config) -> Config:
+def _placing(config: Config, *, alone: bool) -> tuple[Callable, int]:
+    """(name, leaf -> where it is restored to, devices that split the columns of tables)."""
+    if alone:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return lambda _, leaf: _placed(leaf, device), 1
+    mesh = make_mesh(config.mesh)
+    axes, rules = parameter_axes(config.model), axis_rules(config, mesh)
+    place = lambda name, leaf: _placed(leaf, sharding(mesh, rules, axes[name], leaf.shape))
+    return place, num_shards(mesh, rules["C"])
+
+
+def _placed(leaf, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _anywhere(config: Config, column_shards: int = 1) -> Config:
     """A run's configuration, but for kernels it asked for that cannot run here."""
     try:
-        operations(config.model)
+        operations(config.model, column_shards=column_shards)
         return config
     except ConfigError:
         pass
