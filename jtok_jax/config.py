@@ -157,6 +157,7 @@ class ModelConfig:
     rope_base: float = 10000.0
     norm_eps: float = 1e-6
     init_std: float = 0.02  # every projection; output projections divide by sqrt(2 num_layers)
+    embed_init_std: float = 0.0  # of the embedding; 0: init_std
     param_dtype: str = "float32"
     compute_dtype: str = "bfloat16"  # norms, softmax, routers and loss stay in float32
     attention: str = "auto"  # auto (cudnn on a GPU that can, else xla) | xla | chunked | cudnn
@@ -164,16 +165,16 @@ class ModelConfig:
     loss_chunk: int = 0  # tokens whose logits exist at once; 0: all of a microbatch
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
     jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
-    arms: ArmsConfig = dataclasses.field(
-        default_factory=ArmsConfig
-    )  # what tables are compared with
+    arms: ArmsConfig = dataclasses.field(default_factory=ArmsConfig)  # compared with tables
 
     def __post_init__(self):
         _at_least(
             self, "model", 1, "vocab_size", "vocab_multiple", "model_dim", "num_layers",
             "num_heads", "num_kv_heads", "ffn_dim", "rope_base",
         )  # fmt: skip
-        _at_least(self, "model", 0, "head_dim", "loss_chunk", "init_std", "norm_eps")
+        _at_least(
+            self, "model", 0, "head_dim", "loss_chunk", "init_std", "embed_init_std", "norm_eps"
+        )
         _one_of(self.head, "model.head", ("untied", "tied"))
         _one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
         _one_of(self.attention, "model.attention", ("auto", "xla", "chunked", "cudnn"))

@@ -119,6 +119,7 @@ PROGRAM_FIELDS = {
     "model.num_layers": 2, "model.num_heads": 2,
     "model.num_kv_heads": 4, "model.head_dim": 4, "model.head": "tied", "model.qk_norm": "rms",
     "model.rope_base": 5e4, "model.norm_eps": 1e-3, "model.init_std": 0.1,
+    "model.embed_init_std": 0.5,
     "model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16", "model.remat": "full",
     "model.loss_chunk": 5, "model.moe.num_experts": 4, "model.moe.top_k": 1,
     "model.moe.expert_dim": 5, "model.moe.shared_dim": 0, "model.moe.renormalize": False,

@@ -2,9 +2,10 @@
 # Copyright 2026 The jtok_jax authors
 """Norm, rotation and the dense feed-forward; and how every weight starts.
 
-Initial values: norms 1; embedding, head and projections normal(init_std), those projections that
-write to the residual stream (attention out, feed-forward down) divided by sqrt(2 num_layers);
-tables, routers and scales as their own config fields say.
+Initial values: norms 1; head and projections normal(init_std), those projections that write to the
+residual stream (attention out, feed-forward down) divided by sqrt(2 num_layers); the embedding
+normal(embed_init_std), where that is 0 as the others; tables, routers and scales as their own
+config fields say.
 """
 
 from typing import NamedTuple

@@ -121,7 +121,8 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, vocab, dtype = config.model_dim, config.vocab_size, config.param_dtype
         pad = config.padded_vocab - vocab
-        self.embed = normal(rngs, vocab, dim, std=config.init_std, dtype=dtype, pad=(pad, 0))
+        std = config.embed_init_std or config.init_std
+        self.embed = normal(rngs, vocab, dim, std=std, dtype=dtype, pad=(pad, 0))
         self.blocks = _stacked_blocks(config, rngs)
         self.final_norm = nnx.Param(jnp.ones(dim, dtype))
         if config.head == "untied":
