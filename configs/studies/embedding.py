@@ -5,8 +5,8 @@
     python -m jtok_jax.study run --study=configs/studies/embedding.py --data=FOLDER
 
 dense, JTok and JTok-M as configs/studies/parameterisation.py chose them, whose runs are shared, and
-the same with the embedding alone starting at a standard deviation of 1: `model.init_std`, which
-those trials varied, is of all matrices at once. One seed, 200 steps, on two CPU cores.
+the same with the embedding alone starting larger: `model.init_std`, which those trials varied, is
+of all matrices at once. One seed, 200 steps, on two CPU cores.
 """
 
 import pathlib
@@ -14,16 +14,24 @@ import pathlib
 from jtok_jax.study import Arm, Stage, Study
 from jtok_jax.study.spec import load_study
 
-EMBED = "model.embed_init_std"
+EMBED, STD = "model.embed_init_std", "model.init_std"
+LARGER = {
+    "dense": ({EMBED: 1.0}, {EMBED: 0.3}),
+    "jtok": ({EMBED: 1.0},),
+    "jtok_m": ({EMBED: 1.0}, {EMBED: 1.0, STD: 0.088}),
+}
 
 
 def get_study():
     whole = load_study(str(pathlib.Path(__file__).with_name("arms.py")))
-    arms = [arm for arm in whole.arms if arm.name in ("dense", "jtok", "jtok_m")]
-    larger = [Arm(f"{arm.name}_embed_1", arm.config, arm.fields | {EMBED: 1.0}) for arm in arms]
+    arms = [arm for arm in whole.arms if arm.name in LARGER]
+    for arm in tuple(arms):
+        for fields in LARGER[arm.name]:
+            name = "_".join([arm.name, "embed", *map(str, fields.values())])
+            arms.append(Arm(name, arm.config, arm.fields | fields))
     return Study(
         question=__doc__.splitlines()[0],
         common=whole.common,
-        arms=(*arms, *larger),
+        arms=tuple(arms),
         stages=(Stage(steps=200),),
     )

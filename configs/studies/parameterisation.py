@@ -4,7 +4,8 @@
 
     python -m jtok_jax.study run --study=configs/studies/parameterisation.py --data=FOLDER
 
-Halving in stages on one seed with short runs: six starts; learning rates of tables for the two
+Stages on one seed with short runs, each over its own fields and from the best of the one before:
+six starts; learning rates of tables for the two
 best; decay and the size of all initial values; the learning rate of everything. The best two of
 each kind go the full length with three other seeds, as does dense with two sizes of initial values
 and four learning rates to choose from; with the second of these too, as short runs may want another
@@ -53,13 +54,13 @@ def get_study():
             Arm("jtok_m", "configs/arms/jtok_m.py", TABLES),
             Arm("dense_3e-3", "configs/arms/dense.py", {
                 "model.init_std": 0.088, "optimizer.learning_rate": 3e-3,
-            }),
+            }, tried=5),
             Arm("jtok_rms", "configs/arms/jtok.py", CHOSEN | {
                 "model.jtok.gate_scale_init": 1.0, "optimizer.learning_rate": 6e-3,
-            }),
+            }, tried=19),
             Arm("jtok_m_rms", "configs/arms/jtok_m.py", CHOSEN | {
                 "model.jtok.mixture_scale_init": 1 / SQRT_DIM, "optimizer.learning_rate": 3e-3,
-            }),
+            }, tried=19),
         ),
         stages=(
             Stage(
