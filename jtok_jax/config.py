@@ -162,7 +162,7 @@ class ModelConfig:
     compute_dtype: str = "bfloat16"  # norms, softmax, routers and loss stay in float32
     attention: str = "auto"  # auto (cudnn on a GPU that can, else xla) | xla | chunked | cudnn
     remat: str = "none"  # none | dots (keep matmul results) | full (keep layer inputs only)
-    loss_chunk: int = 0  # tokens whose logits exist at once; 0: all of a microbatch
+    loss_chunk: int = 0  # tokens of a device whose logits exist at once; 0: all of a microbatch
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
     jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
     arms: ArmsConfig = dataclasses.field(default_factory=ArmsConfig)  # compared with tables
@@ -172,9 +172,8 @@ class ModelConfig:
             self, "model", 1, "vocab_size", "vocab_multiple", "model_dim", "num_layers",
             "num_heads", "num_kv_heads", "ffn_dim", "rope_base",
         )  # fmt: skip
-        _at_least(
-            self, "model", 0, "head_dim", "loss_chunk", "init_std", "embed_init_std", "norm_eps"
-        )
+        _at_least(self, "model", 0, "head_dim", "loss_chunk", "norm_eps")
+        _at_least(self, "model", 0, "init_std", "embed_init_std")
         _one_of(self.head, "model.head", ("untied", "tied"))
         _one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
         _one_of(self.attention, "model.attention", ("auto", "xla", "chunked", "cudnn"))

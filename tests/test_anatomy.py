@@ -47,13 +47,28 @@ def test_rank_correlation_and_movement_in_initial_norms():
     assert study.spearman(x, -(x**3)) == pytest.approx(-1)
     assert study.spearman([1, 2, 2, 3], [10, 20, 30, 40]) == pytest.approx(0.9**0.5)
     assert np.isnan(study.spearman(x, np.ones(31)))
+    distance = lambda *x, **options: np.linalg.norm(study.movement(*x, **options), axis=-1)
     initial = np.array([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
     moved = np.array([[3.0, 4.0], [2.0, 2.0], [0.0, 3.0]])
-    np.testing.assert_allclose(study.movement(moved, initial), [0, 1, 3])
+    np.testing.assert_allclose(distance(moved, initial), [0, 1, 3])
     moved = np.array([[1.5, 2.0], [2.0, 0.5], [0.0, 3.0]])  # shrunk; turned as well; from zero
-    np.testing.assert_allclose(study.movement(moved, initial, decays=True), [0, 1, 3])
-    np.testing.assert_allclose(study.movement(-initial, initial, decays=True), [1, 1, 0])
-    np.testing.assert_allclose(study.movement(3 * initial, initial, decays=True), [2, 2, 0])
+    np.testing.assert_allclose(distance(moved, initial, decays=True), [0, 1, 3])
+    np.testing.assert_allclose(distance(-initial, initial, decays=True), [1, 1, 0])
+    np.testing.assert_allclose(distance(3 * initial, initial, decays=True), [2, 2, 0])
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_movements_show_what_initial_noise_hides(decays):
+    """Five tables of an id moved by one initial norm, two thirds of it alike; with decay shrunk."""
+    draw = np.random.default_rng(0).standard_normal
+    initial, own, alike = draw((1, 5, 300, 512)), draw((1, 5, 300, 512)), draw((1, 1, 300, 512))
+    moves = np.sqrt(2 / 3) * alike + np.sqrt(1 / 3) * own
+    tables = (0.5 if decays else 1.0) * initial + moves
+    found = study._of_tables(["0"], tables, initial, np.arange(1, 301), decays=decays)["cosines"]
+    assert found["movements_all_tokens"] == pytest.approx([2 / 3], abs=0.02)
+    hidden = 2 / 3 / (1.25 if decays else 2)  # what is alike, of the squared length of a row
+    assert found["all_tokens"] == pytest.approx([hidden], abs=0.02)
+    assert found["movements_decile_1_to_10"] == [pytest.approx([2 / 3] * 10, abs=0.05)]
 
 
 def test_spectrum_of_equal_directions_has_their_number_as_rank():

@@ -45,7 +45,7 @@ def model_of(kind: str, **fields) -> ModelConfig:
     jtok = JtokConfig(kind=kind, table_dtype="bfloat16")
     return ModelConfig(
         vocab_size=ROWS, model_dim=DIM, num_layers=4, num_heads=16, num_kv_heads=8, ffn_dim=4096,
-        remat="dots", loss_chunk=4096, attention="xla", jtok=jtok, **fields,
+        remat="dots", loss_chunk=512, attention="xla", jtok=jtok, **fields,
     )  # fmt: skip
 
 

@@ -57,6 +57,23 @@ def test_the_exchange_sends_one_vector_a_token_each_way():
     assert sent["rows, columns of them"].axes == ("fsdp",)
 
 
+def test_small_chunks_of_the_loss_take_time():
+    """Each of a device's chunks reads the head twice, and reads and writes its gradient."""
+    v5p = parse_topology("v5p:2x2x2")
+
+    def seconds(chunk):
+        fields = {"mesh.fsdp": 8, "model.loss_chunk": chunk, "train.grad_accumulation": 2}
+        config = changed(load("dense_l"), fields)
+        return traffic.step_time(config, abstract_mesh(config.mesh, 8), v5p).memory
+
+    train, model = load("dense_l").train, load("dense_l").model
+    tokens = train.batch_size * train.seq_len // 8  # of a device
+    rate = traffic.MEMORY_SHARE * v5p.chip.memory_rate
+    a_chunk = 12 * model.vocab_size * model.model_dim / rate
+    assert seconds(512) - seconds(1024) == pytest.approx(tokens / 1024 * a_chunk)
+    assert seconds(0) == seconds(tokens // 2)
+
+
 def test_rates_follow_the_slowest_link():
     """GPUs of several hosts talk over the network, those of one over NVLink."""
     config = changed(load("dense_l"), {"mesh.fsdp": 8})

@@ -4,12 +4,14 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 import tolerances
 from pythons import oldest
 from small import DENSE, KINDS, gradients, random_ids, random_params, small_config, training
@@ -201,11 +203,14 @@ def test_deviation_of_the_stream_is_that_of_its_entries():
     np.testing.assert_allclose(found, [np.std(np.float64(embed)[ids])] * 4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [0, 1, 4, 7, 100])
-def test_loss_and_its_gradients_equal_those_of_float64(chunk):
-    """With padding among the columns of the head, which has neither loss nor gradient."""
+@pytest.mark.parametrize(("chunk", "scale"), [(0, 1), (1, 1), (4, 1), (7, 1), (100, 1), (4, 20)])
+def test_loss_and_its_gradients_equal_those_of_float64(chunk, scale):
+    """With padding among the columns of the head, which has neither loss nor gradient.
+
+    Of logits up to hundreds an exponential alone would be infinite.
+    """
     rng = np.random.default_rng(0)
-    hidden, head = rng.standard_normal((2, 11, 5)), rng.standard_normal((5, 13))
+    hidden, head = scale * rng.standard_normal((2, 11, 5)), rng.standard_normal((5, 13))
     targets, weights = rng.integers(0, 12, (2, 11)), rng.integers(0, 2, (2, 11))
     options = {"vocab_size": 12, "chunk": chunk, "z_loss": 0.1}
 
@@ -216,7 +221,8 @@ def test_loss_and_its_gradients_equal_those_of_float64(chunk):
     mean, (of_hidden, of_head) = jax.jit(grad)(jnp.float32(hidden), jnp.float32(head))
     alone, sums = loss(jnp.float32(hidden), jnp.float32(head))
     logits, is_target = hidden @ head[:, :12], targets[..., None] == np.arange(12)
-    lse = np.log(np.exp(logits).sum(-1))
+    lse = scipy.special.logsumexp(logits, axis=-1)
+    assert scale == 1 or logits.max() > 100  # e^89 is infinite in float32
     nats, z = (weights * (lse - logits[is_target].reshape(2, 11))).sum(), (weights * lse**2).sum()
     of_logits = np.exp(logits - lse[..., None]) * (1 + 0.2 * lse[..., None]) - is_target
     of_logits = 3 * of_logits * weights[..., None] / weights.sum()
@@ -228,7 +234,7 @@ def test_loss_and_its_gradients_equal_those_of_float64(chunk):
     assert not of_head[:, 12].any()
 
 
-@pytest.mark.parametrize("chunk", [0, 4096])
+@pytest.mark.parametrize("chunk", [0, 64])
 def test_many_tokens_of_one_id_add_up_in_the_gradient_of_a_bfloat16_head(chunk):
     """A sum of thousands of terms in bfloat16 would stop growing."""
     rng, vocab = np.random.default_rng(0), 512
@@ -249,6 +255,19 @@ def test_many_tokens_of_one_id_add_up_in_the_gradient_of_a_bfloat16_head(chunk):
     exact, found = gradient("float32"), gradient("bfloat16")
     error_V = np.linalg.norm(found - exact, axis=0) / np.linalg.norm(exact, axis=0)
     assert error_V.max() < 0.01, error_V.max()
+
+
+def test_matmuls_of_the_loss_take_the_compute_dtype_and_add_up_in_float32():
+    """As it is traced: a CPU computes all of them in float32 whatever is asked for."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 8, 4), (4, 32))]
+    targets, weights = jnp.zeros((2, 8), jnp.int32), jnp.ones((2, 8))
+    loss = lambda *x: cross_entropy(*x, targets, weights, vocab_size=32, chunk=8)[0]
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(*shapes))
+    made = re.findall(r":(\w+)\[([\d,]+)\] = dot_general\[", text)
+    logits, of_target = ("f32", "8,32"), ("f32", "8")
+    assert sorted(made) == sorted([logits, of_target, ("bf16", "8,4"), ("f32", "4,32")])
+    narrow = re.findall(r":bf16\[8,32\] = convert_element_type", text)
+    assert len(narrow) == 1  # the gradient of the logits
 
 
 def test_chunked_loss_never_holds_all_logits():

@@ -295,6 +295,11 @@ def test_what_is_off_does_not_decide_a_result():
     (FILE.replace("keep=0),)", "keep=1),)"), "Every stage but the last chooses"),
     (FILE.replace("seeds=(0, 1)", "seeds=(1, 1)"), "each named once"),
     (FILE.replace("vary={}", "vary={'jtokm:model.init_std': (1,)}"), "names no arm"),
+    (FILE.replace("vary={}", "vary={'model.init_std': 0.1}"), "over 0.1; expected a tuple"),
+    (FILE.replace("vary={}", "vary={'model.init_std': ()}"), "expected a tuple"),
+    (FILE.replace("vary={}", "vary={'model.init_std': ([1],)}"), "expected plain values"),
+    (FILE.replace("keep=0),)", "keep=-1),)"), "keeps -1 candidates"),
+    ("get_study = lambda: None", "get_study.. returned None"),
 ])  # fmt: skip
 def test_files_that_are_no_studies_are_refused(text, message, tmp_path):
     path = tmp_path / "study.py"

@@ -12,7 +12,8 @@ of parameters, and so has the larger of two bigram tables on the H100.
 On two CPU cores, runs of 1 to 4 minutes: dense, JTok and JTok-M start as
 configs/studies/parameterisation.py found best, and share its runs. These two table models were
 chosen among two at full length on the very seeds that are shown, the other arms by short runs on
-another seed alone, with the tables' weight decay found for JTok-M: read their distance with that in
+another seed alone, with the tables' weight decay found for JTok-M, and none of them with a larger
+embedding, which dense wins by (configs/studies/embedding.py): read their distance with that in
 mind. On one H100, bfloat16, 8,192 entries, so that a table by token outweighs the backbone, 52M
 tokens (at most 4 passes over the corpus of docs/study.md): every arm chooses its learning rates and
 initial values alike, on a seed of its own; weight decay on tables only where rows are normalised,
@@ -22,7 +23,7 @@ so that it takes nothing from them.
 from jtok_jax.study import Arm, Stage, Study
 
 MULTIPLIER, RATE = "optimizer.tables.learning_rate_multiplier", "optimizer.learning_rate"
-STD = "model.init_std"
+STD, EMBED = "model.init_std", "model.embed_init_std"
 
 COMMON = {
     "cpu": {
@@ -119,5 +120,5 @@ def choose_on_h100(names, common):
             f"{normed}:{MULTIPLIER}": (3.0, 10.0, 30.0),
             f"{others}:{MULTIPLIER}": (0.3, 1.0, 3.0, 10.0),
         },
-        {STD: (0.02, common["model.model_dim"] ** -0.5)},
+        {STD: (0.02, common["model.model_dim"] ** -0.5), EMBED: (0.0, 1.0)},
     )

@@ -28,7 +28,7 @@ def get_study():
     for arm in tuple(arms):
         for fields in LARGER[arm.name]:
             name = "_".join([arm.name, "embed", *map(str, fields.values())])
-            arms.append(Arm(name, arm.config, arm.fields | fields))
+            arms.append(Arm(name, arm.config, arm.fields | fields, tried=arm.tried))
     return Study(
         question=__doc__.splitlines()[0],
         common=whole.common,

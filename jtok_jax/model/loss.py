@@ -2,10 +2,10 @@
 # Copyright 2026 The jtok_jax authors
 """Cross-entropy over a large vocabulary, a chunk of tokens at a time.
 
-Gradients are computed with the loss, chunk by chunk: logits exist once, and of them one chunk. On
-several devices each has the chunks of its own sequences, for its columns where V is split; the head
-is gathered along D once, and its gradient, a float32 sum over the chunks, is summed over devices
-once, in the compute dtype.
+Gradients are computed with the loss, chunk by chunk: of logits and their gradient one chunk exists.
+On several devices each has the chunks of its own sequences, for its part of V where that is split;
+the head is gathered along D once a microbatch, and its gradient, a float32 sum over the chunks, is
+rounded to the compute dtype and summed over devices once.
 """
 
 import functools
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jtok_jax.mesh import BATCH, RULES
+from jtok_jax.mesh import BATCH, RULES, num_shards
 
 
 class LossSums(NamedTuple):
@@ -29,8 +29,8 @@ class LossSums(NamedTuple):
 
 class _Fixed(NamedTuple):
     vocab_size: int
-    columns: int  # of the head, padding included
-    places: int  # of every sequence, in a chunk
+    padded_vocab: int  # columns of the head
+    positions: int  # of every sequence, in a chunk
     z_loss: float
     mesh: Mesh | None
 
@@ -55,18 +55,23 @@ def cross_entropy(
 ) -> tuple[jax.Array, LossSums]:
     """Mean of cross-entropy + `z_loss` * logsumexp^2 over weighted tokens, and sums over them.
 
-    Only the mean has derivatives, by hidden states and head; to the sums nothing flows back.
+    Only the mean has derivatives, first ones in reverse mode, by hidden states and head; to the
+    sums nothing flows back. All weights zero: NaN.
 
     Args:
+        targets_BT: int32 in [0, vocab_size); not checked here.
         vocab_size: columns of the head that take part, from the first.
-        chunk: tokens whose float32 logits [chunk, V] exist at once, those of all devices together,
-            at least one place of every sequence; 0 for all tokens at once.
+        chunk: tokens of a device whose float32 logits [chunk, V] exist at once, at least one
+            position of every sequence; 0 for all tokens at once.
+        z_loss: a Python number.
         mesh: of the devices that the sequences are split over, where there are several.
     """
     batch, length = targets_BT.shape
     # Chunks are cut along T: every device keeps its own sequences in each of them.
-    places = min(length, max(1, chunk // batch)) if chunk else length
-    fixed = _Fixed(vocab_size, head_DV.shape[1], places, z_loss, mesh)
+    sequences = batch // num_shards(mesh, BATCH) if mesh else batch
+    positions = min(length, max(1, chunk // sequences)) if chunk else length
+    fixed = _Fixed(vocab_size, head_DV.shape[1], positions, z_loss, mesh)
+    weights_BT = weights_BT.astype(jnp.float32)
     return _cross_entropy(fixed, hidden_BTD, head_DV, targets_BT, weights_BT)
 
 
@@ -99,21 +104,21 @@ def _on_devices(
     arrays = hidden_BTD, head_DV, targets_BT, weights_BT, weights_BT.sum()
     if fixed.mesh is None:
         return _all_chunks(fixed, *arrays, with_grads=with_grads)
-    rows, columns = RULES["D"], RULES["V"]
+    of_D, of_V = RULES["D"], RULES["V"]
 
     def here(hidden_BTD, part_DV, *others):
         dtype = hidden_BTD.dtype
-        head_DV = jax.lax.all_gather(part_DV.astype(dtype), rows, axis=0, tiled=True)
+        head_DV = jax.lax.all_gather(part_DV.astype(dtype), of_D, axis=0, tiled=True)
         sums, grads = _all_chunks(fixed, hidden_BTD, head_DV, *others, with_grads=with_grads)
         sums = jax.lax.psum(sums, BATCH)
         if grads is None:
             return sums, None
-        of_head = jax.lax.psum_scatter(grads.head_DV, rows, scatter_dimension=0, tiled=True)
-        of_head = jax.lax.psum(of_head, tuple(name for name in BATCH if name not in rows))
-        of_hidden = jax.lax.psum(grads.hidden_BTD, columns)
+        of_head = jax.lax.psum_scatter(grads.head_DV, of_D, scatter_dimension=0, tiled=True)
+        of_head = jax.lax.psum(of_head, tuple(name for name in BATCH if name not in of_D))
+        of_hidden = jax.lax.psum(grads.hidden_BTD, of_V)
         return sums, _Grads(of_hidden, of_head.astype(part_DV.dtype))
 
-    split, part = P(BATCH), P(rows, columns)
+    split, part = P(BATCH), P(of_D, of_V)
     specs = {
         "in_specs": (split, part, split, split, P()),
         "out_specs": (P(), _Grads(split, part) if with_grads else None),
@@ -128,12 +133,12 @@ def _all_chunks(
     arrays, narrow_DV = (hidden_BTD, targets_BT, weights_BT), head_DV.astype(hidden_BTD.dtype)
     batch, length, dim = hidden_BTD.shape
     one = functools.partial(_chunk, fixed, narrow_DV, weight, with_grads=with_grads)
-    if fixed.places == length:
+    if fixed.positions == length:
         sums, grads = one(*arrays)
         return sums, grads and grads._replace(head_DV=grads.head_DV.astype(head_DV.dtype))
-    missing = -length % fixed.places
+    missing = -length % fixed.positions
     padded = [jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
-    chunks = [x.reshape(batch, -1, fixed.places, *x.shape[2:]).swapaxes(0, 1) for x in padded]
+    chunks = [x.reshape(batch, -1, fixed.positions, *x.shape[2:]).swapaxes(0, 1) for x in padded]
 
     def body(total, arrays):
         sums, grads = one(*arrays)
@@ -157,19 +162,19 @@ def _chunk(
     # Two axes, not three: XLA on the CPU copies three-axis logits.
     hidden_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     targets_R, weights_R = targets_BT.reshape(-1), weights_BT.reshape(-1)
-    first, over_columns = _columns(fixed, head_DV)
+    first, over_parts = _part(fixed, head_DV)
     column_V = first + jnp.arange(head_DV.shape[1])
     logits_RV = jnp.dot(hidden_RD, head_DV, preferred_element_type=jnp.float32)
-    if fixed.vocab_size < fixed.columns:  # masked, not cut out: a cut would not divide over devices
+    if fixed.vocab_size < fixed.padded_vocab:  # masked: a cut would not divide over devices
         logits_RV = jnp.where(column_V < fixed.vocab_size, logits_RV, -jnp.inf)
-    most_R = over_columns(jax.lax.pmax, logits_RV.max(axis=-1))
-    sum_R = over_columns(jax.lax.psum, jnp.exp(logits_RV - most_R[:, None]).sum(axis=-1))
-    lse_R = most_R + jnp.log(sum_R)
+    max_R = over_parts(jax.lax.pmax, logits_RV.max(axis=-1))
+    sum_R = over_parts(jax.lax.psum, jnp.exp(logits_RV - max_R[:, None]).sum(axis=-1))
+    lse_R = max_R + jnp.log(sum_R)
     # From the head's columns: the logits are not read again.
     is_here_R = (targets_R >= first) & (targets_R < first + head_DV.shape[1])
     of_target_RD = head_DV.T[jnp.where(is_here_R, targets_R - first, 0)]
     target_R = jnp.einsum("RD,RD->R", hidden_RD, of_target_RD, preferred_element_type=jnp.float32)
-    target_R = over_columns(jax.lax.psum, jnp.where(is_here_R, target_R, 0.0))
+    target_R = over_parts(jax.lax.psum, jnp.where(is_here_R, target_R, 0.0))
     sums = LossSums(
         nats=jnp.sum(weights_R * (lse_R - target_R)),
         z=jnp.sum(weights_R * jnp.square(lse_R)),
@@ -189,7 +194,7 @@ def _chunk(
     return sums, _Grads(of_hidden_RD.reshape(hidden_BTD.shape), of_head_DV)
 
 
-def _columns(fixed: _Fixed, head_DV: jax.Array):
+def _part(fixed: _Fixed, head_DV: jax.Array):
     """The first column of this part of the head, and how a reduction goes over all parts."""
     if fixed.mesh is None:
         return 0, lambda reduce, x: x

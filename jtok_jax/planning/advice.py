@@ -82,7 +82,7 @@ def _candidates(config: Config, devices: int) -> Iterator[Change]:
         for kind in kinds[kinds.index(tables.kind) + 1 :]:
             yield {"optimizer.tables.kind": kind}
     if not model.loss_chunk:
-        yield {"model.loss_chunk": 8192}
+        yield {"model.loss_chunk": 4096}
 
 
 def _meshes(config: Config, devices: int) -> Iterator[Change]:

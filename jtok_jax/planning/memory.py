@@ -251,8 +251,7 @@ def _head(shapes: _Shapes) -> int:
     """Logits of a chunk, and the head as gathered with its float32 gradient."""
     model = shapes.model
     vocab = model.padded_vocab / shapes.tensor
-    chunk = min(model.loss_chunk or math.inf, shapes.tokens * num_shards(shapes.mesh, BATCH))
-    logits = chunk / num_shards(shapes.mesh, BATCH) * vocab * 4
+    logits = min(model.loss_chunk or math.inf, shapes.tokens) * vocab * 4
     return int(logits + vocab * model.model_dim * (shapes.compute + 4))
 
 

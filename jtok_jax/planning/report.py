@@ -206,7 +206,7 @@ def _time_lines(plan: dict) -> list[str]:
         "",
         f"{plan['flops']['step']:.3e} FLOPs a step of {plan['tokens_per_step']:,} tokens",
         f"ESTIMATE at assumed shares of stated rates ({shares}):",
-        f"  matmuls {_time(estimate['matmul_seconds'])}, rows and optimizer "
+        f"  matmuls {_time(estimate['matmul_seconds'])}, rows, loss, optimizer "
         f"{_time(estimate['memory_seconds'])}, collectives {_time(estimate['collective_seconds'])}",
         f"  a step {_time(low)} with all collectives hidden to {_time(high)} with none; "
         f"MFU (of bfloat16) {100 * estimate['mfu'][1]:.0f}% to {100 * estimate['mfu'][0]:.0f}%",

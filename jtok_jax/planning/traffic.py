@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """What a step sends and how long it takes at stated rates: an estimate, never a measurement."""
 
+import math
 from typing import NamedTuple
 
 from jax.sharding import AbstractMesh
@@ -27,7 +28,7 @@ class Collective(NamedTuple):
 
 
 class Time(NamedTuple):
-    """Seconds of a step: matmuls, row operations and optimizer, collectives."""
+    """Seconds of a step: matmuls; row operations, loss and optimizer; collectives."""
 
     matmuls: float
     memory: float
@@ -112,7 +113,7 @@ def step_time(config: Config, mesh: AbstractMesh, topology: Topology) -> Time:
     tokens = config.train.batch_size * config.train.seq_len / mesh.size
     forward = {"none": 0, "dots": 0, "full": 1}[model.remat]  # computed once more
     work = tokens * (counts.train_flops + forward * counts.forward_flops)
-    moved = _row_bytes(config, tokens) + update_bytes(config, mesh)
+    moved = _row_bytes(config, tokens) + _loss_bytes(config, mesh) + update_bytes(config, mesh)
     sent = sum(
         one.size / (LINK_SHARE * _rate(one, mesh, topology)) for one in collectives(config, mesh)
     )
@@ -139,6 +140,17 @@ def _row_bytes(config: Config, tokens: float) -> float:
     row, wide = flops.BYTES[jtok.table_dtype], flops.BYTES[model.compute_dtype]
     entry = 2 * used * row + 6 * wide + 4 * used
     return tokens * model.model_dim * entry * len(jtok.table_layers(model.num_layers))
+
+
+def _loss_bytes(config: Config, mesh: AbstractMesh) -> float:
+    """Read and written by the loss: each chunk reads the head twice and adds to its gradient;
+    logits are written and read twice in float32, their gradient once written and twice read.
+    """
+    model, passes = config.model, config.train.grad_accumulation
+    tokens = config.train.batch_size * config.train.seq_len / num_shards(mesh, BATCH)
+    chunks = passes * math.ceil(tokens / passes / (model.loss_chunk or math.inf) or 1)
+    wide, vocab = flops.BYTES[model.compute_dtype], model.padded_vocab / mesh.shape["tensor"]
+    return vocab * (chunks * model.model_dim * (2 * wide + 8) + tokens * (3 * 4 + 3 * wide))
 
 
 def _rate(one: Collective, mesh: AbstractMesh, topology: Topology) -> float:

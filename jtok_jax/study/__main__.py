@@ -60,7 +60,7 @@ def _anatomy(options: argparse.Namespace) -> None:
 
 
 def _published(options: argparse.Namespace) -> None:
-    text = f"# The published scaling lines, refitted\n\n{published_table()}\n"
+    text = f"# The published scaling lines, evaluated\n\n{published_table()}\n"
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "published-lines.md").write_text(text)
     print(text)

@@ -37,9 +37,11 @@ SECTIONS = {
     f"as brings it nearest. Moved: share of rows with more than {MOVED}.",
     "tables": "Spearman: rank correlation with how often an id was read. Then of each table's "
     "moved rows less their mean: effective rank (exp of the entropy of squared singular values), "
-    "share of the ten largest in their sum; and the share of that mean in the squared length.",
-    "cosines": "Of an id's moved rows, between the tables of a layer (JTok-M) or two layers "
-    "(JTok): mean over pairs, then over all tokens read, and over the ids of each decile.",
+    "share of the ten largest in their sum; and the share of that mean in the squared length. "
+    "What is left of the initial noise counts.",
+    "cosines": "Of an id's moved rows, and of their movements, between the tables of a layer "
+    "(JTok-M) or two layers (JTok): mean over pairs, then over all tokens read, and over the ids "
+    "of each decile. What is left of the initial noise, much of a rare id's row, is in rows alone.",
     "layers": "Scale s, percentiles of its size; the router's entropy over log M, use of tables.",
     "removal": "Of the most frequent tokens, those that cost most with their rows zero everywhere.",
 }
@@ -111,17 +113,16 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def movement(tables: np.ndarray, initial: np.ndarray, *, decays: bool = False) -> np.ndarray:
-    """L2 distance of rows [..., D] from the initial ones, in norms of those (or 1 for zeros).
+    """Rows [..., D] less the initial ones, in norms of those (or 1 for zeros).
 
-    decays: weight decay alone moves nothing; the distance is from the nearest c initial, c in
-        [0, 1].
+    decays: weight decay alone moves nothing; taken off is the nearest c initial, c in [0, 1].
     """
-    norm = np.linalg.norm(initial, axis=-1)
+    norm = np.linalg.norm(initial, axis=-1, keepdims=True)
     unit = np.where(norm > 0, norm, 1)
     if decays:
-        along = np.sum(tables * initial, axis=-1) / unit**2
-        initial = initial * np.clip(along, 0, 1)[..., None]
-    return np.linalg.norm(tables - initial, axis=-1) / unit
+        along = np.sum(tables * initial, axis=-1, keepdims=True) / unit**2
+        initial = initial * np.clip(along, 0, 1)
+    return (tables - initial) / unit
 
 
 def spectrum(rows_RD: np.ndarray) -> dict[str, float | np.ndarray]:
@@ -196,7 +197,8 @@ def _logical(model: ModelConfig, tables: jax.Array) -> np.ndarray:
 
 def _of_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, decays: bool) -> dict:
     decile_V, seen_V, pairs = deciles(count_V), count_V > 0, stack
-    far_GMV = movement(tables_GMVD, initial_GMVD, decays=decays)
+    moves_GMVD = movement(tables_GMVD, initial_GMVD, decays=decays)
+    far_GMV = np.linalg.norm(moves_GMVD, axis=-1)
     norm_GMV = np.linalg.norm(tables_GMVD, axis=-1)
     moved_GMV = (far_GMV > MOVED) & seen_V
     against = lambda x_GMV: [spearman(count_V[seen_V], x_V[seen_V]) for x_V in x_GMV.mean(axis=1)]
@@ -208,9 +210,12 @@ def _of_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, decays: 
     columns = {name: [[x[name] for x in layer] for layer in spectra] for name in names}
     if tables_GMVD.shape[1] == 1:  # JTok: the tables of neighbouring layers take the place of M
         pairs = list(map(", ".join, itertools.pairwise(stack)))
-        both = tables_GMVD, moved_GMV
-        tables_GMVD, moved_GMV = (np.concatenate([x[:-1], x[1:]], axis=1) for x in both)
-    cosines = [cosine_means(x_V, count_V) for x_V in map(mean_cosine, tables_GMVD, moved_GMV)]
+        of_pair = tables_GMVD, moves_GMVD, moved_GMV
+        tables_GMVD, moves_GMVD, moved_GMV = (
+            np.concatenate([x[:-1], x[1:]], axis=1) for x in of_pair
+        )
+    cosines = _cosines(tables_GMVD, moved_GMV, count_V)
+    of_movements = _cosines(moves_GMVD, moved_GMV, count_V)
     return {
         "initial_norm": np.median(np.linalg.norm(initial_GMVD, axis=-1)),
         "singular_values": columns.pop("singular_values"),
@@ -232,10 +237,16 @@ def _of_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, decays: 
         },
         "cosines": {
             "layer": pairs,
-            "all_tokens": [mean for mean, _ in cosines],
-            "decile_1_to_10": [of_decile for _, of_decile in cosines],
+            **cosines,
+            **{f"movements_{name}": values for name, values in of_movements.items()},
         },
     }
+
+
+def _cosines(rows_GMVD, counted_GMV, count_V) -> dict[str, list]:
+    found = [cosine_means(x_V, count_V) for x_V in map(mean_cosine, rows_GMVD, counted_GMV)]
+    means, deciles = zip(*found, strict=True) if found else ((), ())
+    return {"all_tokens": list(means), "decile_1_to_10": list(deciles)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -326,9 +337,11 @@ def draw(found: dict, figure) -> None:
         moves.plot(DECILES, floats(found["movement_by_decile"][g]), color=colour, label=label)
         square_D = np.square(found["singular_values"][g]).sum(axis=0)
         variance.semilogy(1 + np.arange(len(square_D)), square_D, color=colour)
-    curves = {f"decile {n}": [x[n - 1] for x in cosine["decile_1_to_10"]] for n in (10, 5, 1)}
-    for name, values in ({"all tokens": cosine["all_tokens"]} | curves).items():
-        cosines.plot(cosine["layer"], floats(values), "o-", label=name)
+    for what, prefix, style in (("rows", "", "o-"), ("movements", "movements_", "x--")):
+        for n, colour in ((10, "tab:blue"), (5, "tab:orange"), (1, "tab:green")):
+            values = floats([x[n - 1] for x in cosine[f"{prefix}decile_1_to_10"]])
+            label = f"{what}, decile {n}"
+            cosines.plot(cosine["layer"], values, style, color=colour, label=label)
     costs = found["removal"]["nats_per_1000_tokens"][:10]
     plain = lambda text: text.encode("ascii", "backslashreplace").decode().replace("$", r"\$")
     removal.barh(range(len(costs)), costs, color="#33608c")
@@ -336,7 +349,7 @@ def draw(found: dict, figure) -> None:
     removal.invert_yaxis()
     moves.set(title="Movement of rows", xlabel="decile of ids", ylabel="distance / initial norm")
     variance.set(title="Squared singular values of moved rows", xlabel="direction")
-    cosines.set(title="Cosine of an id's moved rows", xlabel="layer", ylabel="mean cosine")
+    cosines.set(title="Cosine of an id's rows", xlabel="layer", ylabel="mean cosine")
     cosines.tick_params("x", rotation=90 if len(names) > 12 else 0)
     removal.set(title="Rows of a token removed", xlabel="more nats per 1,000 tokens")
     for panel in (moves, cosines):

@@ -30,7 +30,7 @@ class Worth(NamedTuple):
     name: str
     loss: float
     eta: float  # parameters of tables over those of the backbone
-    rho: float  # K / n_e of JTok-M, 1 of JTok
+    rho: float  # K / n_e of JTok-M and of the arm `mixture`, else 1
     gain: float  # N_eff / N_c; nan if it diverged, infinite where no float holds it
     inside: bool  # N_eff is among the baseline's sizes; else extrapolated
 
@@ -115,8 +115,10 @@ def _size_with(loss: float, counts: np.ndarray, losses: np.ndarray) -> float:
 
 def _rho(study: Study, one: Ranked, places: Places) -> float:
     (first, *_) = cells(study, study.stages[-1], {"": [one.candidate]})
-    jtok = resolve(first, places.root).model.jtok
-    return jtok.top_k / jtok.num_tables if jtok.kind == "jtok_m" else 1.0
+    model = resolve(first, places.root).model
+    mixture = model.arms.mixture if "mixture" in model.arms.chosen() else None
+    routed = model.jtok if model.jtok.kind == "jtok_m" else mixture
+    return routed.top_k / routed.num_tables if routed else 1.0
 
 
 def _gamma_law(found: list[Worth]) -> str:

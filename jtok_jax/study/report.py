@@ -137,7 +137,10 @@ def _lacking(names: list[str]) -> str:
 
 def _against(results: list[Result], baseline: list[Result]) -> str:
     difference = None if results == baseline else paired(results, baseline)
-    return difference.signed() if difference else ""
+    common = len({result.seed for result in results} & {result.seed for result in baseline})
+    fewer = f" ({common} of {max(len(results), len(baseline))} seeds)"
+    fewer *= not len(results) == len(baseline) == common
+    return difference.signed() + fewer if difference else ""
 
 
 def stage_table(stage: StageResults) -> str:
@@ -187,6 +190,8 @@ def draw_cost(
     from matplotlib import ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    finite = sorted(one.loss for one in best.values() if math.isfinite(one.loss))
+    crowded = (finite[-1] - finite[0]) / 20 if finite else 0
     for arm, one in best.items():
         losses = estimate([result.val_loss for result in one.results])
         if not math.isfinite(losses.mean):
@@ -195,11 +200,13 @@ def draw_cost(
         step = seconds[one.candidate.name] / seconds[baseline.candidate.name]
         places = (first.backbone + first.tables) / 1e6, step
         half = 0 if math.isnan(losses.half) else losses.half
+        above = any(0 < loss - losses.mean < crowded for loss in finite)  # its label goes there
         for axis, place in zip(axes, places, strict=True):
             axis.errorbar(place, losses.mean, yerr=half, fmt="o", capsize=3)
             axis.annotate(
-                arm, (place, losses.mean), xytext=(5, 4), textcoords="offset points", fontsize=8
-            )
+                arm, (place, losses.mean), xytext=(5, -11 if above else 4),
+                textcoords="offset points", fontsize=8,
+            )  # fmt: skip
     axes[0].set(xscale="log", xlabel="parameters, tables included, millions")
     axes[0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes[0].xaxis.set_minor_locator(ticker.NullLocator())
@@ -208,7 +215,7 @@ def draw_cost(
     axes[1].set_xlabel("seconds a step over the baseline's")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.margins(x=0.15)
+        axis.margins(x=0.35)
     _save(figure, path)
 
 

@@ -67,7 +67,9 @@ class Table:
         try:
             text = path.read_text() if path.exists() else '{"base": {}, "cells": {}}'
             self._configs = json.loads(text)
-        except json.JSONDecodeError as error:
+            if not self._configs.keys() >= {"base", "cells"}:
+                raise ValueError('"base" or "cells" is missing')
+        except (ValueError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); restore it.") from error
         unknown = self._results.keys() - self._configs["cells"].keys()
         if unknown:

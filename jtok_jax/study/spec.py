@@ -60,6 +60,13 @@ class Stage:
     keep: int = 0
 
     def __post_init__(self):
+        for key, values in self.vary.items():
+            if not isinstance(values, tuple) or not values:
+                raise ConfigError(f"A stage varies {key!r} over {values!r}; expected a tuple.")
+            if any(isinstance(value, list | dict) for value in values):
+                raise ConfigError(f"A stage varies {key!r} over {values!r}; expected plain values.")
+        if self.keep < 0:
+            raise ConfigError(f"A stage keeps {self.keep} candidates; expected at least 0.")
         if self.steps < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(
                 f"A stage has {self.steps} steps and seeds {self.seeds}; expected at least 1 step "
@@ -149,6 +156,8 @@ def load_study(text: str) -> Study:
         raise
     except Exception as error:  # whatever the file raises: it is Python
         raise ConfigError(f"{path} gives no study: {error!r}.") from error
+    if not isinstance(study, Study):
+        raise ConfigError(f"{path} gives no study: get_study() returned {study!r}.")
     return study
 
 

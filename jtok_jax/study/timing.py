@@ -62,8 +62,10 @@ def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> 
     All are compiled and held at once; the order of a round rotates.
 
     Raises:
-        ConfigError: a stage before it is not finished.
+        ConfigError: a stage before it is not finished, or there are no rounds.
     """
+    if rounds < 1:
+        raise ConfigError(f"--rounds is {rounds}; expected at least 1.")
     candidates = last_candidates(study, places)
     stage = dataclasses.replace(study.stages[-1], seeds=study.stages[-1].seeds[:1])
     timed = {cell.candidate.name: cell for cell in cells(study, stage, candidates)}
