@@ -311,7 +311,7 @@ def test_files_that_are_no_studies_are_refused(text, message, tmp_path):
 STUDIES = sorted(path.name for path in (ROOT / "configs" / "studies").glob("*.py"))
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "arms.py:h100"])
+@pytest.mark.parametrize("name", [*STUDIES, "arms.py:h100", "embedding.py:full"])
 def test_every_study_of_the_repository_can_start(name):
     study = load_study(str(ROOT / "configs" / "studies" / name))
     check_study(study, ROOT, data="folder")

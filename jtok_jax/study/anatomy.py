@@ -74,7 +74,9 @@ def anatomy(
             f"data.path {saved.config.data.path!r} holds other data than {workdir} was trained on: "
             "frequencies would be wrong. Restore its shards and tokenizer."
         )
-    found = json.dumps(measure(saved, source, removed=removed), default=lambda x: x.tolist())
+    command = f"python -m jtok_jax.study anatomy --workdir={workdir} --output={output}"
+    found = {"command": command} | measure(saved, source, removed=removed)
+    found = json.dumps(found, default=lambda x: x.tolist())
     found = json.loads(found, parse_constant=lambda _: None)  # NaN: there was nothing to measure
     text = as_markdown(found)
     output.mkdir(parents=True, exist_ok=True)
@@ -175,6 +177,7 @@ def measure(saved: Saved, source: Source, *, removed: int) -> dict:
     decays = config.optimizer.tables.weight_decay > 0
     return {
         "step": saved.step,
+        "seed": config.train.seed,
         "model": f"{jtok.kind}, tables {list(model.tables_shape)} in layers {layers} of "
         f"{model.num_layers} ({jtok.sharing}), norm {jtok.norm}",
         "tokens_read": saved.step * step_tokens,
@@ -300,7 +303,7 @@ def _removal(config: Config, params: Params, source: Source, removed: int) -> di
 def as_markdown(found: dict) -> str:
     """The figures of anatomy.json as short tables."""
     parts = [
-        f"`python -m jtok_jax.study anatomy --workdir=...`\n\nStep {found['step']:,}: "
+        f"`{found['command']}`\n\nStep {found['step']:,}, seed {found['seed']}: "
         f"{found['model']}. Ids counted in {found['tokens_counted']:,} of {found['tokens_read']:,} "
         f"tokens read; norm at the start {found['initial_norm']:.3f}. Loss of the first "
         f"{found['validation_tokens']:,} validation tokens {found['validation_loss']:.4f} "
