@@ -5,13 +5,12 @@
     python -m jtok_jax.study run --study=configs/studies/parameterisation.py --data=FOLDER
 
 Stages on one seed with short runs, each over its own fields and from the best of the one before:
-six starts; learning rates of tables for the two
-best; decay and the size of all initial values; the learning rate of everything. The best two of
-each kind go the full length with three other seeds, as does dense with two sizes of initial values
-and four learning rates to choose from; with the second of these too, as short runs may want another
-than long ones. A third of each kind, with the other norm and the same size of rows at the start, is
-what the first two leave open: is it the norm, or the size it gives? 67 runs of 1 to 4 minutes on
-two CPU cores.
+six starts; learning rates of tables for the two best; decay and the size of all initial values; the
+learning rate of everything. The best two of each kind go the full length with three other seeds, as
+does dense with two sizes of initial values and four learning rates to choose from; with the second
+of these too, as short runs may want another than long ones. A third of each kind, with the other
+norm and the same size of rows at the start, is what the first two leave open: is it the norm, or
+the size it gives? 67 runs of 1 to 4 minutes on two CPU cores.
 """
 
 from jtok_jax.study import Arm, Stage, Study
