@@ -5,7 +5,7 @@
 import bisect
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jtok_jax.config import Config, MeshConfig, ModelConfig
 from jtok_jax.errors import ConfigError
+from jtok_jax.flops import parameter_axes
 
 AXES = ("data", "fsdp", "expert", "tensor")
 AUTO = (AxisType.Auto,) * len(AXES)
@@ -161,6 +162,14 @@ def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> 
                 f"{_PAD if letter == 'V' else ''}."
             )
     return NamedSharding(mesh, PartitionSpec(*(names or None for names in axes)))
+
+
+def parameter_sharding(
+    config: Config, mesh: Mesh
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """(name, shape) -> sharding of that parameter, or of an array of its first axes."""
+    axes, rules = parameter_axes(config.model), axis_rules(config, mesh)
+    return lambda name, shape: sharding(mesh, rules, axes[name][: len(shape)], shape)
 
 
 def num_shards(mesh: Mesh, names: tuple[str, ...]) -> int:

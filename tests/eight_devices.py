@@ -28,18 +28,17 @@ from jtok_jax.config import (
     TableOptimizerConfig,
     TrainConfig,
 )
-from jtok_jax.flops import parameter_axes
 from jtok_jax.inference.generator import generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.mesh import (
     AUTO,
     AXES,
     RULES,
-    axis_rules,
     make_mesh,
     mesh_shape,
     num_shards,
     over_all,
+    parameter_sharding,
     put_batch,
     sharding,
     table_layout,
@@ -337,9 +336,8 @@ def test_text_is_that_of_one_device(model, layout):
     layout = layout or over_all(model)
     assert layout.table_rows or layout.table_columns == "fsdp"
     config, params = Config(model=model, mesh=layout), random_params(model)
-    mesh, axes = make_mesh(layout), parameter_axes(model)
-    place = lambda name, x: sharding(mesh, axis_rules(config, mesh), axes[name], x.shape)
-    split = {name: jax.device_put(x, place(name, x)) for name, x in params.items()}
+    place = parameter_sharding(config, make_mesh(layout))
+    split = {name: jax.device_put(x, place(name, x.shape)) for name, x in params.items()}
     assert split["tables"].addressable_shards[0].data.size == params["tables"].size / 8
     options = {"tokens": 9, "sampling": Sampling(temperature=0.0), "seed": 0}
     write = lambda params: generate(model, params, [[3, 4, 5], [6], [7, 8, 9, 1, 2]], **options)

@@ -14,12 +14,11 @@ from aot import copies_of
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config, JtokConfig, MeshConfig, ModelConfig, MoeConfig, TrainConfig
-from jtok_jax.flops import parameter_axes
 from jtok_jax.inference import generator
 from jtok_jax.inference.cache import Cache
 from jtok_jax.inference.generator import for_inference
 from jtok_jax.inference.sampling import Sampling
-from jtok_jax.mesh import AUTO, AXES, abstract_mesh, axis_rules, replicated, sharding
+from jtok_jax.mesh import AUTO, AXES, abstract_mesh, parameter_sharding, replicated
 from jtok_jax.model.params import init_params
 from jtok_jax.planning.compiled import Compiled, absent_devices, compile_step, lacks, not_cached
 from jtok_jax.planning.memory import memory
@@ -162,13 +161,10 @@ def test_decoding_on_eight_devices_sends_activations_alone(target, split):
     topology = topology_of(target)
     name = topology.name if topology.chip.platform == "tpu" else "h100"
     mesh = Mesh(absent_devices(name, DEVICES).reshape(1, DEVICES, 1, 1), AXES, axis_types=AUTO)
-    whole, rules, letters = replicated(mesh), axis_rules(config, mesh), parameter_axes(model)
+    whole, place = replicated(mesh), parameter_sharding(config, mesh)
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     shapes = jax.eval_shape(functools.partial(for_inference, model), shapes)
-    params = {
-        name: leaf.update(sharding=sharding(mesh, rules, letters[name], leaf.shape))
-        for name, leaf in shapes.items()
-    }
+    params = {n: leaf.update(sharding=place(n, leaf.shape)) for n, leaf in shapes.items()}
     put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
     kept = put((model.num_layers, prompts, places, 8, DIM // 16), jnp.bfloat16)
     ids, key = put((prompts,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))

@@ -22,8 +22,7 @@ import jtok_jax
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from jtok_jax.flops import parameter_axes
-from jtok_jax.mesh import axis_rules, make_mesh, num_shards, sharding
+from jtok_jax.mesh import make_mesh, num_shards, parameter_sharding, table_layout
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.params import to_logical, to_stored
 from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
@@ -238,9 +237,9 @@ def _placing(config: Config, *, alone: bool) -> tuple[Callable, int]:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return lambda _, leaf: _placed(leaf, device), 1
     mesh = make_mesh(config.mesh)
-    axes, rules = parameter_axes(config.model), axis_rules(config, mesh)
-    place = lambda name, leaf: _placed(leaf, sharding(mesh, rules, axes[name], leaf.shape))
-    return place, num_shards(mesh, rules["C"])
+    of_parameter = parameter_sharding(config, mesh)
+    place = lambda name, leaf: _placed(leaf, of_parameter(name, leaf.shape))
+    return place, num_shards(mesh, table_layout(config, mesh).columns)
 
 
 def _placed(leaf, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

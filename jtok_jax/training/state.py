@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.mesh import axis_rules, replicated, sharding
+from jtok_jax.mesh import parameter_sharding, replicated
 from jtok_jax.model.params import Params, init_params, to_stored
 from jtok_jax.training.optimizer import Optimizer
 
@@ -50,14 +50,14 @@ def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSt
 
     The optimizer of the tables has leaves of their shape, of one number a row, and scalars.
     """
-    axes, rules = flops.parameter_axes(config.model), axis_rules(config, mesh)
+    axes, place = flops.parameter_axes(config.model), parameter_sharding(config, mesh)
 
     def leaf_sharding(path, leaf):
         keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
         name = next((key for key in reversed(keys) if key in axes), None)  # groups have names too
         if name is None or leaf.ndim == 0:
             return replicated(mesh)
-        return sharding(mesh, rules, axes[name][: leaf.ndim], leaf.shape)
+        return place(name, leaf.shape)
 
     shapes = jax.eval_shape(_builder(config, optimizer), jax.random.key(0))
     return jax.tree_util.tree_map_with_path(leaf_sharding, shapes)
