@@ -3,11 +3,13 @@
 """What a report and a fit say of results whose mean, difference or gain is known."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from pythons import oldest
+from scipy import stats
 from small_study import ARMS, COMMON, RATE, STUDY, fill, filled, first_cells
 
 from jtok_jax import flops
@@ -193,12 +195,40 @@ def test_a_fit_finds_the_size_that_an_arm_is_worth(tmp_path):
     text = write_fit(study, places, "x.py")
     law = "gamma = 0.300 eta^-0.500 rho^0.250, r2 1.000, over 4 candidates, 1 of them beyond the"
     assert law in text
+    assert "factor 0.300 to 0.300, exponent of eta -0.500 to -0.500, of rho 0.250 to 0.250" in text
     assert "| jtok_m 4/1 |" in text
     assert "*" in text.split("jtok_m 8/8")[1].split("\n")[0]  # beyond the largest dense
     assert "*" not in text.split("| jtok_m 2/1")[1].split("\n")[0]
     few = dataclasses.replace(study, arms=SIZES[:2] + MIXED)
     with pytest.raises(ConfigError, match=r"has 2 sizes .*; a curve through them needs 3"):
         write_fit(few, places, "x.py")
+
+
+def test_a_gain_has_an_interval_over_seeds(tmp_path):
+    """A seed by which all sizes are better or worse leaves the gain as it is."""
+    gains = {1: 1.02, 2: 1.04, 3: 1.06}
+    arms = (*SIZES, MIXED[0])
+    study = Study("?", COMMON, arms, (Stage(steps=5, seeds=tuple(gains)),), baseline="dense64")
+
+    def loss(cell):
+        size = flops.count(resolve(cell, ROOT).model, seq_len=16).backbone
+        of_arm = gains[cell.seed] if cell.candidate.arm == MIXED[0] else 1.0
+        return (4 + 0.2 * cell.seed) * (size * of_arm) ** -0.07
+
+    row = lambda folder, study, loss: next(
+        line.split("|")[5].strip()
+        for line in write_fit(study, fill(folder, first_cells(study), loss), "x").splitlines()
+        if line.startswith("| jtok_m")
+    )
+    logs = np.log(list(gains.values()))
+    half = stats.t.ppf(0.975, 2) * np.std(logs, ddof=1) / 3**0.5
+    gain, low, high = map(float, re.findall(r"[\d.]+", row(tmp_path / "all", study, loss)))
+    assert gain == pytest.approx(np.exp(logs.mean()), abs=2e-3)
+    assert [low, high] == pytest.approx(gain * np.exp([-half, half]), abs=1e-3)
+    noisy = lambda cell: loss(cell) + 0.03 * (cell.seed == 2 and cell.candidate.arm == SIZES[2])
+    assert "to" not in row(tmp_path / "noisy", study, noisy)
+    one_seed = dataclasses.replace(study, stages=(Stage(steps=5, seeds=(2,)),))
+    assert row(tmp_path / "one", one_seed, loss) == "1.040"
 
 
 def test_a_fit_reads_bent_curves_and_tells_what_has_no_size(tmp_path):
