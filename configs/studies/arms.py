@@ -9,7 +9,7 @@ All in one decoder, on the same batches, three seeds. wider_dense is to have the
 JTok-M (`study time` tells; for the H100 the width is a guess until then), experts have its number
 of parameters, and so has the larger of two bigram tables on the H100.
 
-On two CPU cores, runs of 1 to 4 minutes: dense, JTok and JTok-M start as
+On two CPU cores, runs of 1 to 7 minutes: dense, JTok and JTok-M start as
 configs/studies/parameterisation.py found best, and share its runs. These two table models were
 chosen among two at full length on the very seeds that are shown, the other arms by short runs on
 another seed alone, with the tables' weight decay found for JTok-M, and none of them with a larger

@@ -10,7 +10,7 @@ learning rate of everything. The best two of each kind go the full length with t
 does dense with two sizes of initial values and four learning rates to choose from; with the second
 of these too, as short runs may want another than long ones. A third of each kind, with the other
 norm and the same size of rows at the start, is what the first two leave open: is it the norm, or
-the size it gives? 67 runs of 1 to 4 minutes on two CPU cores.
+the size it gives? 67 runs of 1 to 4 minutes on two CPU cores (up to 7 on a slower machine).
 """
 
 from jtok_jax.study import Arm, Stage, Study

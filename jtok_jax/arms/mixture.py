@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""JTok-M in plain autodiff, with what ablations change; at its defaults the product's own sum.
+"""JTok-M in plain autodiff, with what ablations change.
+
+The product's own sum with depth_scale 1 / sqrt(2 num_layers) and the product's norm and s.
 
 Differs from the paper: no balance loss.
 """

@@ -60,7 +60,8 @@ def _anatomy(options: argparse.Namespace) -> None:
 
 
 def _published(options: argparse.Namespace) -> None:
-    text = f"# The published scaling lines, evaluated\n\n{published_table()}\n"
+    title = "# The published scaling lines, evaluated\n\n`python -m jtok_jax.study published`"
+    text = f"{title}\n\n{published_table()}\n"
     options.results.mkdir(parents=True, exist_ok=True)
     (options.results / "published-lines.md").write_text(text)
     print(text)

@@ -259,10 +259,11 @@ def published_table() -> str:
     implied = 1 - 10 ** (-np.log2(1 - reduction) / base.slope)
     return "\n".join(rows).replace("e+", "e") + (
         f"\n| claimed | | | {reduction:.1%} | {saved:.1%} |\n\n"
-        f"The claimed saving is 1 - 10^({gap} / {base.slope}), but log2 L of the two lines differs "
-        f"by {gaps.max():.4f} to {gaps.min():.4f} at these budgets and by "
-        f"{base.intercept - other.intercept:.4f} at log10 C = 0, at none of these by {gap}: that "
-        f"would be {1 - 2**-gap:.1%} less loss, and {reduction:.1%} less is worth {implied:.1%}.\n"
+        f"The claimed saving is 1 - 10^({gap} / {base.slope}), from a gap of {gap} in log2 L. The "
+        f"printed lines differ by {gaps.max():.4f} to {gaps.min():.4f} at these budgets, and by "
+        f"{base.intercept - other.intercept:.4f} at log10 C = 0. A gap of {gap} would be "
+        f"{1 - 2**-gap:.1%} less loss, not the {reduction:.1%} claimed, which is worth "
+        f"{implied:.1%}.\n"
     )
 
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What the documents tell a reader to type is what the tools take."""
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from absl import flags
+from conftest import ROOT
+from flax import nnx
+from ml_collections import config_flags
+from pythons import oldest
+
+from jtok_jax.config_dict import from_config_dict
+from jtok_jax.study.spec import check_study
+
+pytestmark = oldest
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{x}.md" for x in ("hosts", "plan", "study")))
+SCRIPT = re.compile(r"train\.py|benchmarks/\w+\.py")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    """What follows `python` in every command of this project, also where another starts it."""
+    found, variables = [], {}
+    for line in re.sub(r"\\\n|(?<=&&)\n", " ", text).splitlines():
+        for name, value in variables.items():
+            line = line.replace(f"${name}", value)
+        if assigned := re.fullmatch(r"(\w+)='(.*)'", line.strip()):
+            variables[assigned[1]] = assigned[2]
+        words = shlex.split(line, comments=True)
+        for word in words:
+            if "python " in word:
+                found += commands(word.replace("&&", "\n"))
+        if "python" in words:
+            first, *rest = words[words.index("python") + 1 :]
+            ends = [rest.index(end) for end in ("&", ";", "|", "&&") if end in rest]
+            rest = rest[: min(ends, default=None)]
+            if SCRIPT.fullmatch(first) or (first == "-m" and rest[0].startswith("jtok_jax.")):
+                found.append([first, *rest] if first != "-m" else rest)
+    return found
+
+
+COMMANDS = [
+    (name, words) for name in DOCUMENTS for text in blocks(name, "sh") for words in commands(text)
+]
+
+
+def test_the_commands_are_found():
+    names = {words[0] for _, words in COMMANDS}
+    tools = {
+        f"jtok_jax.{x}" for x in ("doctor", "prepare", "evaluate", "generate", "plan", "study")
+    }
+    assert names == tools | {"train.py", "benchmarks/gpu.py"}
+    assert {name for name, words in COMMANDS if words[0] == "train.py"} >= {"docs/hosts.md"}
+
+
+@pytest.mark.filterwarnings(r"ignore:the load_module\(\):DeprecationWarning")  # ml_collections
+@pytest.mark.parametrize(
+    ("document", "words"), COMMANDS, ids=lambda x: x if isinstance(x, str) else " ".join(x[:2])
+)
+def test_the_tools_take_the_commands(document, words, monkeypatch):
+    tool, *arguments = words
+    monkeypatch.chdir(ROOT)
+    path = ROOT / (tool if tool.endswith(".py") else tool.replace(".", "/") + ".py")
+    path = path if path.exists() else path.with_suffix("") / "__main__.py"
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    if tool in ("train.py", "jtok_jax.plan"):
+        takes_configuration(path)
+    elif arguments:
+        takes_arguments(path, monkeypatch)
+
+
+def takes_configuration(path):
+    known = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=known, lock_config=True)
+    for name in re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', path.read_text()):
+        if name != "config":
+            flags.DEFINE_string(name, None, "", flag_values=known)
+    assert known(sys.argv)[1:] == []
+    from_config_dict(known.config)
+
+
+def takes_arguments(path, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    class Taken(Exception):
+        pass
+
+    def taken(parser, given=None, namespace=None):
+        parse(parser, given, namespace)  # SystemExit: it does not
+        raise Taken
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", taken)
+    with pytest.raises(Taken):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def test_the_study_of_the_documents_is_one():
+    (text,) = blocks("docs/choosing.md", "python")
+    scope = {}
+    exec(text, scope)
+    check_study(scope["get_study"](), ROOT)
+
+
+def test_the_example_of_the_kernels_learns(capsys):
+    text = (ROOT / "kernels" / "README.md").read_text()
+    exec(blocks("kernels/README.md", "python")[0], {})
+    first, last = map(float, re.findall(r"loss (\S+)", capsys.readouterr().out))
+    said = map(float, re.search(r"loss falls from (\S+) to (\S+)\. ", text).groups())
+    assert [round(first, 1), round(last, 1)] == list(said)
+
+
+def test_the_module_of_the_documents_is_jtok_m():
+    scope = {}
+    exec(blocks("kernels/README.md", "python")[1], scope)
+    vocab, dim, num_layers = 11, 16, 3
+    tables = scope["Tables"](vocab, dim, num_layers, rngs=nnx.Rngs(0))
+    x, h, delta = jax.random.normal(jax.random.key(1), (3, 2, 4, dim))
+    ids = jax.random.randint(jax.random.key(2), (2, 4), 0, vocab)
+    out, balance = tables(x, h, delta, ids)
+    params = {
+        name: np.float64(value[...])
+        for name, value in vars(tables).items()
+        if isinstance(value, nnx.Param)
+    }
+    for at in np.ndindex(2, 4):
+        choice, weights, _ = oracle.jtok_m_route(
+            np.float64(x[at]), params["router"], np.zeros(5), 2
+        )
+        expected = oracle.jtok_m_delta(
+            params["tables"][:, ids[at]], choice, weights, params["scale"],
+            num_layers=num_layers, norm="rms", eps=1e-6,
+        )  # fmt: skip
+        np.testing.assert_allclose(out[at], h[at] + delta[at] + expected, atol=1e-5)
+    assert 0 < balance < 5
+
+    def objective(tables):
+        out, balance = tables(x, h, delta, ids)
+        return jnp.sum(out**2) + balance
+
+    for name, grad in nnx.to_pure_dict(nnx.state(nnx.grad(objective)(tables))).items():
+        assert np.any(grad), name
