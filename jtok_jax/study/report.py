@@ -69,7 +69,8 @@ def write_report(study: Study, places: Places, file: str) -> str:
     draw_cost(best, seconds, best[study.baseline], places.results / f"{name}-cost.svg")
     parts = [
         f"# {study.question}",
-        f"`python -m jtok_jax.study run --study={file} --data=FOLDER`, then `report`. " + _circumstances(every),
+        f"`python -m jtok_jax.study run --study={file} --data=FOLDER`, then `report`. "
+        + _circumstances(every),
         final_table(stages, baseline, trials, seconds),
         "Mean and 95% interval (Student's t) over seeds; differences are taken seed by seed. "
         "eta: parameters of tables over those of the backbone. Trials: different runs "
