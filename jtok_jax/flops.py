@@ -131,7 +131,9 @@ def count(config: ModelConfig, *, seq_len: int) -> Counts:
     shapes = parameter_shapes(config)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     tables = sizes.pop("tables", 0)
-    of_arms = sum(sizes.pop(name) for name in list(sizes) if name.endswith(TABLES))
+    looked_up = {name for name, of_arm in arm_parameters(config).items() if of_arm.looked_up}
+    looked_up |= {name for name in sizes if name.endswith(TABLES)}
+    of_arms = sum(sizes.pop(name) for name in looked_up)
     backbone = sum(sizes.values())
     idle = 0
     if config.moe.num_experts:

@@ -233,6 +233,18 @@ def test_arms_go_together_and_with_token_tables():
     )
 
 
+def test_logits_by_token_are_looked_up():
+    def counts(router):
+        arm = dataclasses.replace(ArmsConfig().mixture, router=router)
+        arms = ArmsConfig(names="mixture", mixture=arm)
+        return flops.count(dataclasses.replace(DENSE, arms=arms), seq_len=16), arm
+
+    (token, arm), (fixed, _) = counts("token"), counts("random")
+    assert (token.forward_flops, token.backbone) == (fixed.forward_flops, fixed.backbone)
+    logits = DENSE.num_layers * DENSE.padded_vocab * arm.num_tables
+    assert token.tables - fixed.tables == logits
+
+
 def test_flops_are_those_of_the_matrices():
     count = lambda names: flops.count(model_with(names), seq_len=16).forward_flops
     film, adapter = ArmsConfig().film, ArmsConfig().adapter

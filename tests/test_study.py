@@ -2,7 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """A study as a user runs it, and what it refuses; arithmetic of its report."""
 
+import concurrent.futures
 import dataclasses
+import fcntl
 import os
 import signal
 import subprocess
@@ -145,14 +147,56 @@ def test_switching_something_on_is_another_configuration(tmp_path):
             table.get(cell, other)
 
 
+def finished_at(cell, **changes):
+    """What `Table.add` takes of a run that ended at a loss of 1."""
+    config = resolve(cell, ROOT)
+    steps = config.train.steps
+    records = [{"step": steps, "loss": 1.0, "step_seconds": 1.0, "val_loss": 1.0, "val_bpb": 1.0}]
+    about = {"device": "1 x cpu", "data": "", "commit": ""} | changes
+    result, curve = measured(cell, config, records, **about)
+    return result, config, curve
+
+
 def test_two_studies_add_to_one_table(tmp_path):
-    first, second = first_cells(STUDY)[:2]
+    first, second, third = first_cells(STUDY)[:3]
     tables = Table(tmp_path), Table(tmp_path)
     for table, cell in zip(tables, (first, second), strict=True):
-        config = resolve(cell, ROOT)
-        records = [{"step": 600, "loss": 1.0, "step_seconds": 1.0, "val_loss": 1.0, "val_bpb": 1.0}]
-        table.add(*measured(cell, config, records, device="", data="", commit="")[:1], config, [])
-    assert all(Table(tmp_path).get(cell, resolve(cell, ROOT)) for cell in (first, second))
+        table.add(*finished_at(cell))
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        with (tmp_path / ".lock").open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            adding = threads.submit(tables[0].add, *finished_at(third))
+            with pytest.raises(TimeoutError):  # another is writing
+                adding.result(timeout=0.3)
+            assert (tmp_path / "cells.csv").read_text().count("\n") == 3
+        adding.result(timeout=60)
+    known = Table(tmp_path)
+    assert all(known.get(cell, resolve(cell, ROOT)) for cell in (first, second, third))
+
+
+def test_a_run_that_another_study_has_trained_meanwhile_is_not_trained(tmp_path, monkeypatch):
+    places, trained = Places(ROOT, tmp_path / "runs", tmp_path), []
+
+    def train(cell, config, places, bar, stop, *, data):
+        trained.append(cell)
+        result, _, curve = finished_at(cell, data=data)
+        if len(trained) == 1:
+            for other in first_cells(STUDY)[1:]:
+                Table(tmp_path).add(*finished_at(other, data=data))
+        return result, curve
+
+    monkeypatch.setattr("jtok_jax.study.run.train_cell", train)
+    run_study(STUDY, places, keep_checkpoints=False)
+    assert trained == first_cells(STUDY)[:1]
+
+
+def test_a_run_that_ended_as_not_finite_is_not_finished():
+    """Its parameters may overflow where validation does not read them."""
+    cell = first_cells(STUDY)[0]
+    assert [finished_at(cell, diverged=d)[0].status for d in (False, True)] == [
+        "finished", "diverged"
+    ]  # fmt: skip
+    assert finished_at(cell, diverged=True)[0].val_loss == float("inf")
 
 
 def test_requests_to_stop_are_passed_on_and_kept():

@@ -15,7 +15,7 @@ from small_study import ARMS, COMMON, RATE, STUDY, fill, filled, first_cells
 from jtok_jax import flops
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.study import Arm, Stage, Study
-from jtok_jax.study.fit import _size_with, write_fit
+from jtok_jax.study.fit import _log_size, write_fit
 from jtok_jax.study.report import estimate, paired, write_report
 from jtok_jax.study.results import Result
 from jtok_jax.study.run import finished
@@ -57,6 +57,8 @@ def test_a_run_that_diverged_comes_last_and_is_told(tmp_path):
     line = next(line for line in text.splitlines() if "multiplier 1 (lowest of 2)" in line)
     assert line.startswith("| bigram | learning_rate_multiplier 1 (lowest of 2) | 1 | diverged |")
     assert line.count("diverged") == 3
+    places = fill(tmp_path / "all", wanted, lambda _: None)
+    assert write_report(study, places, "x").count("diverged") >= 6
 
 
 def test_step_times_are_paired_and_used_by_the_report(tmp_path):
@@ -260,6 +262,14 @@ def test_a_fit_reads_bent_curves_and_tells_what_has_no_size(tmp_path):
     falls = lambda cell: 3.0 if cell.candidate.arm.name == "dense80" else 2.0
     with pytest.raises(ConfigError, match="losses do not fall with its size"):
         write_fit(study, fill(tmp_path / "flat", first_cells(study), falls), "x")
+    steep = lambda cell: None if cell.candidate.arm.name == "dense64" else loss(cell)
+    with pytest.raises(ConfigError, match=r"losses do not fall with its size: \[\(\d+, inf\)"):
+        write_fit(study, fill(tmp_path / "steep", first_cells(study), steep), "x")
+    slope = lambda cell: 2.0 - 1e-9 * counts[cell.candidate.arm.name]  # nearly flat
+    far = lambda cell: slope(cell) if cell.candidate.arm.name.startswith("dense") else 1.0
+    assert "| inf *" in write_fit(study, fill(tmp_path / "far", first_cells(study), far), "x")
+    low = lambda cell: slope(cell) if cell.candidate.arm.name.startswith("dense") else 3.0
+    assert "| 0.000 *" in write_fit(study, fill(tmp_path / "low", first_cells(study), low), "x")
     twice = dataclasses.replace(study, arms=(*study.arms, dataclasses.replace(sizes[0], name="b")))
     with pytest.raises(ConfigError, match=r"Two arms of .*dense\.py have one size"):
         write_fit(twice, Places(ROOT, tmp_path, tmp_path), "x")
@@ -274,7 +284,7 @@ def test_small_gains_are_read_off_bent_curves(alpha_beta, bound_by_data):
     counts = np.array([6.7e6, 10.6e6, 20.5e6, 34.1e6, 60.1e6])
     for base in counts[1:3]:
         for gain in (1.1, 1.5, 2.0):
-            found = _size_with(loss(gain * base), counts, loss(counts)) / base
+            found = np.exp(_log_size(loss(gain * base), counts, loss(counts))) / base
             assert found - 1 == pytest.approx(gain - 1, rel=0.05)
 
 

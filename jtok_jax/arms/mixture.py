@@ -61,7 +61,8 @@ class Mixture:
         if self.router in ("hidden", "before"):
             parameters["router"] = Parameter("Dm", (sizes.dim, self.num_tables), std=std)
         if self.router == "token":
-            parameters["router_by_token"] = Parameter("vm", (sizes.vocab, self.num_tables), std=std)
+            shape = sizes.vocab, self.num_tables
+            parameters["router_by_token"] = Parameter("vm", shape, std=std, looked_up=True)
         return parameters
 
     def increment(self, params: Params, dm_BTD: jax.Array, seen: Seen) -> jax.Array:

@@ -33,13 +33,15 @@ class Parameter(NamedTuple):
     """One array: `start` + normal(0, `std`) in float32.
 
     A name that ends in "table" is a table of vectors by token: optimizer.tables sets its learning
-    rate and decay. "scale" and "bias" have no decay.
+    rate and decay. "scale" and "bias" have no decay. Anything else is a matrix of the backbone,
+    unless it is `looked_up` by token: without FLOPs, and counted as a table.
     """
 
     axes: str  # letters as in jtok_jax; small ones are the arm's own, v the rows of a vocabulary
     shape: tuple[int, ...]
     std: float = 0.0
     start: float = 0.0
+    looked_up: bool = False
 
 
 def check(arm: object, name: str, *counts: str, norms: tuple[str, ...] = ("l2", "rms")) -> None:

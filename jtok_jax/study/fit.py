@@ -96,18 +96,19 @@ def worth(
         )
     if not np.all(np.diff(counts)):
         raise ConfigError(f"Two arms of {base.config} have one size: {sizes}. Leave one of them.")
-    if not np.all(np.diff(losses) < 0):
+    if not _falls(losses):
         raise ConfigError(
             f"The baseline's losses do not fall with its size: {sizes}. Tune each size, or average "
             "over more seeds."
         )
     found, of_seeds = [], _curves([last[name][0].results for name in names])
     for one in [one for name, some in last.items() if name not in names for one in some]:
-        first, size = one.results[0], _size_with(one.loss, counts, losses)
-        inside = bool(counts[0] <= size <= counts[-1])
-        eta, gain = first.tables / first.backbone, size / first.backbone
+        first, inside = one.results[0], bool(losses[-1] <= one.loss <= losses[0])
+        eta, log_size = first.tables / first.backbone, _log_size(one.loss, counts, losses)
+        with np.errstate(over="ignore"):
+            gain = float(np.exp(log_size - math.log(first.backbone)))
         logs = [
-            math.log(_size_with(result.val_loss, counts, of_seeds[result.seed]))
+            _log_size(result.val_loss, counts, of_seeds[result.seed])
             for result in one.results
             if result.seed in of_seeds
         ]
@@ -126,19 +127,22 @@ def _curves(sizes: list[list[Result]]) -> dict[int, np.ndarray]:
     losses = [{result.seed: result.val_loss for result in results} for results in sizes]
     common = set.intersection(*map(set, losses))
     curves = {seed: np.array([size[seed] for size in losses]) for seed in common}
-    return curves if all(np.all(np.diff(curve) < 0) for curve in curves.values()) else {}
+    return curves if all(map(_falls, curves.values())) else {}
 
 
-def _size_with(loss: float, counts: np.ndarray, losses: np.ndarray) -> float:
-    """Parameters at `loss`, on a monotone cubic through the sizes; outside a line through two."""
+def _falls(losses: np.ndarray) -> bool:
+    return bool(np.all(np.isfinite(losses)) and np.all(np.diff(losses) < 0))
+
+
+def _log_size(loss: float, counts: np.ndarray, losses: np.ndarray) -> float:
+    """log N at `loss`, on a monotone cubic through the sizes; outside a line through two."""
     if not math.isfinite(loss):
         return math.nan
     x, y, at = -np.log(losses), np.log(counts), -math.log(loss)
     if x[0] <= at <= x[-1]:
-        return float(np.exp(PchipInterpolator(x, y)(at)))
+        return float(PchipInterpolator(x, y)(at))
     (x0, x1), (y0, y1) = (v[:2] if at < x[0] else v[-2:] for v in (x, y))
-    with np.errstate(over="ignore"):
-        return float(np.exp(y0 + (at - x0) * (y1 - y0) / (x1 - x0)))
+    return float(y0 + (at - x0) * (y1 - y0) / (x1 - x0))
 
 
 def _rho(study: Study, one: Ranked, places: Places) -> float:

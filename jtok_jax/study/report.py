@@ -175,7 +175,9 @@ def draw_curves(
     for axis, label in zip(axes, ("steps", "training FLOPs", "seconds of steps"), strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="training loss, nats/token", ylim=(lowest - 0.05, lowest + 2))
+    axes[0].set_ylabel("training loss, nats/token")
+    if math.isfinite(lowest):  # not all diverged
+        axes[0].set_ylim(lowest - 0.05, lowest + 2)
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small",
         title="validation at the end", title_fontsize="small",

@@ -10,7 +10,6 @@ import csv
 import fcntl
 import json
 import math
-import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -54,9 +53,10 @@ class Table:
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
-        self._read()
+        self.refresh()
 
-    def _read(self) -> None:
+    def refresh(self) -> None:
+        """Read what others have added."""
         path = self._folder / "configs.json"
         results = _read(self._folder / "cells.csv")
         self._results = {result.cell: result for result in results}
@@ -116,7 +116,7 @@ class Table:
     def add(self, result: Result, config: Config, curve: list[tuple[int, float]]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         with _locked(self._folder):
-            self._read()
+            self.refresh()
             self._add(result, config, curve)
 
     def _add(self, result: Result, config: Config, curve: list[tuple[int, float]]) -> None:
@@ -150,13 +150,24 @@ class Table:
 
 
 def measured(
-    cell: Cell, config: Config, records: list[dict], *, device: str, data: str, commit: str
+    cell: Cell,
+    config: Config,
+    records: list[dict],
+    *,
+    device: str,
+    data: str,
+    commit: str,
+    diverged: bool = False,
 ) -> tuple[Result, list[tuple[int, float]]]:
-    """The line of a run and its curve, from what it wrote into metrics.jsonl."""
+    """The line of a run and its curve, from what it wrote into metrics.jsonl.
+
+    diverged: the run said so, whatever its last loss is.
+    """
     steps = [record for record in records if record["step"] > 0]
     last = steps[-1] if steps else {}
     val_loss = last.get("val_loss") or math.nan
-    finished = last.get("step") == config.train.steps and math.isfinite(val_loss)
+    whole = last.get("step") == config.train.steps and math.isfinite(val_loss)
+    finished = whole and not diverged
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len * config.train.steps
     durations = sorted(record["step_seconds"] for record in steps)
@@ -191,12 +202,9 @@ def measured(
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with (folder / ".lock").open("a") as file:  # NFS locks only what is open for writing
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def _read(path: pathlib.Path) -> list[Result]:

@@ -122,6 +122,7 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
     workdir = workdir_of(cell, places)
     workdir.mkdir(parents=True, exist_ok=True)
     console, metrics = workdir / "console.txt", workdir / "metrics.jsonl"
+    version = commit(places.root)  # before: what is committed meanwhile did not train it
     with console.open("a") as output:
         output.write(shlex.join(command(cell, places)) + "\n")
         output.flush()
@@ -144,7 +145,8 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
         raise StudyError(f"exit code {code}, see {console}: {last}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     device = _DEVICES.findall(console.read_text())[-1]  # this process leaves devices alone
-    return measured(cell, config, records, device=device, data=data, commit=commit(places.root))
+    about = {"device": device, "data": data, "commit": version, "diverged": code != 0}
+    return measured(cell, config, records, **about)
 
 
 def _show(bar: tqdm, metrics: pathlib.Path) -> None:
