@@ -340,7 +340,7 @@ class DataConfig:
     path: str = ""  # folder written by jtok_jax.prepare
     read_threads: int = 2
     prefetch: int = 8  # batches read ahead
-    verify: str = "hash"  # hash (every shard's SHA-256 at start) | size
+    verify: str = "size"  # of every shard, at start | hash: and its SHA-256; reading checks anyway
 
     def __post_init__(self):
         _one_of(self.source, "data.source", ("prepared", "synthetic"))

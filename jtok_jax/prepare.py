@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator
 
@@ -54,17 +55,17 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     """Write the corpus of `recipe` to `output` and return its manifest.
 
     Everything is written to a folder beside `output`, renamed at the end: an interrupted call
-    leaves nothing that looks finished.
+    leaves nothing that looks finished, and of two at a time one is refused at the end.
 
     Raises:
         DataError: nothing matches, text is bad, a split is empty, `output` holds other data or
             cannot be written.
     """
-    partial = output.with_name(f".{output.name}.partial")
+    output = output.resolve()
+    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
     try:
         if output.exists() and any(output.iterdir()):
             return _already_prepared(recipe, output)
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return _prepare(recipe, output, partial)
     except OSError as error:
@@ -109,8 +110,12 @@ class _Source:
 
     def __init__(self, recipe: Recipe):
         self._recipe = recipe
-        self._train = corpus.find_files(recipe.input)
         self._valid = corpus.find_files(recipe.valid_input) if recipe.valid_input else []
+        held_out = {path.resolve() for path in self._valid}
+        files = corpus.find_files(recipe.input)
+        self._train = [path for path in files if path.resolve() not in held_out]
+        if not self._train:
+            raise DataError(f"All files of --input={recipe.input} are held out by --valid_input.")
 
     def documents(self, skipped: Skipped, label: str) -> Iterator[tuple[str, Document]]:
         """(split, document) of the whole input, with a progress bar over its bytes.

@@ -8,6 +8,7 @@ import hashlib
 import json
 import lzma
 import pathlib
+import resource
 
 import numpy as np
 import pyarrow
@@ -18,7 +19,7 @@ from small import DENSE, small_recipe, write_documents
 from jtok_jax.config import Config, DataConfig, EvaluationConfig, TrainConfig
 from jtok_jax.data import corpus, manifest, tokenizer
 from jtok_jax.data.loader import make_batch, open_source, train_batches
-from jtok_jax.data.windows import Windows, WindowWriter
+from jtok_jax.data.windows import Windows, WindowWriter, allow_open_files
 from jtok_jax.errors import DataError
 from jtok_jax.prepare import main as prepare_main
 from jtok_jax.prepare import prepare
@@ -54,6 +55,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
         "d.jsonl.zst": ZSTD.compress(lines, asbytes=True),
         "c4.00000.json.gz": gzip.compress(lines),
         "E.JSONL": lines,
+        "f.jsonl.GZ": gzip.compress(lines),
     }
     for name, content in writers.items():
         (tmp_path / name).write_bytes(content)
@@ -64,6 +66,8 @@ def test_every_format_gives_the_same_documents(tmp_path):
     for index, text in enumerate(documents):
         (tmp_path / f"{index}.md").write_text(text)
     assert texts(str(tmp_path / "*.md")) == documents
+    (tmp_path / "notes.json.txt").write_text(documents[0])
+    assert texts(str(tmp_path / "notes*")) == documents[:1]
     (tmp_path / "z.txt.gz").write_bytes(gzip.compress(documents[1].encode()))
     assert texts(str(tmp_path / "z.txt.gz")) == [documents[1]]
 
@@ -219,6 +223,37 @@ def test_interrupted_prepare_leaves_nothing_that_looks_finished(tmp_path, monkey
     assert not list(tmp_path.glob(".out*"))
 
 
+def test_two_preparations_at_a_time_do_not_mix(tmp_path, monkeypatch):
+    write_documents(tmp_path)
+    recipe, write, calls = small_recipe(tmp_path), manifest.write_manifest, []
+
+    def meanwhile(folder, found):
+        calls.append(folder)
+        if len(calls) == 1:
+            prepare(recipe, tmp_path / "out")
+        write(folder, found)
+
+    monkeypatch.setattr("jtok_jax.data.manifest.write_manifest", meanwhile)
+    with pytest.raises(DataError, match="not empty"):
+        prepare(recipe, tmp_path / "out")
+    assert len(set(calls)) == 2
+    found = manifest.read_manifest(tmp_path / "out")
+    manifest.verify_shards(tmp_path / "out", found, hashes=True)
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_corpus_of_many_shards_may_keep_them_open():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 1024), hard))
+        allow_open_files(100)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1124
+        with pytest.raises(DataError, match=r"shards are kept open, this machine allows \d+ files"):
+            allow_open_files(1 << 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_all_of_a_text_is_encoded_and_as_text(tmp_path):
     """Whatever a tokenizer.json says of truncation and padding, and whatever the text says."""
     given = tokenizer.train_tokenizer(["some words and more"] * 9, vocab_size=300)
@@ -244,7 +279,10 @@ def test_given_tokenizer_and_validation_files(tmp_path):
     )
     second = prepare(again, tmp_path / "b")
     assert second.tokenizer_sha256 == first.tokenizer_sha256
-    assert (second.train.documents, second.valid.documents) == (40, 10)
+    # Files that are held out are not trained on, though --input matches them too.
+    assert (second.train.documents, second.valid.documents) == (30, 10)
+    with pytest.raises(DataError, match=r"All files of --input=.* are held out"):
+        prepare(replace(again, valid_input=again.input), tmp_path / "none")
     with pytest.raises(DataError, match=r"no token '</s>'"):
         prepare(replace(again, end_token="</s>"), tmp_path / "c")
     with pytest.raises(DataError, match=r"not a readable tokenizer\.json"):

@@ -118,10 +118,11 @@ def _text(origin: str, content: bytes | str) -> str:
 
 def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     """(origin, raw content) of each document in one file."""
-    suffixes = {suffix.lower() for suffix in path.suffixes[-2:]}
-    if path.suffix.lower() == ".parquet":
+    *_, before, suffix = "", "", *(suffix.lower() for suffix in path.suffixes)
+    kind = before if suffix in (".gz", ".xz", ".zst") else suffix
+    if suffix == ".parquet":
         yield from _parquet(path)
-    elif suffixes & {".jsonl", ".ndjson", ".json"}:
+    elif kind in (".jsonl", ".ndjson", ".json"):
         yield from _jsonl(path)
     else:
         with _readable(path), _open(path) as stream:
@@ -130,10 +131,11 @@ def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
 
 
 def _open(path: pathlib.Path) -> IO[bytes]:
-    if path.suffix == ".zst":  # pyarrow notices a stream that ends early
+    suffix = path.suffix.lower()
+    if suffix == ".zst":  # pyarrow notices a stream that ends early
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     openers = {".gz": gzip.open, ".xz": lzma.open}
-    return openers.get(path.suffix, open)(path, "rb")
+    return openers.get(suffix, open)(path, "rb")
 
 
 @contextlib.contextmanager

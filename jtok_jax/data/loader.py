@@ -12,7 +12,7 @@ import numpy as np
 
 from jtok_jax.config import Config
 from jtok_jax.data import manifest, tokenizer
-from jtok_jax.data.windows import Windows
+from jtok_jax.data.windows import Windows, allow_open_files
 from jtok_jax.errors import DataError
 
 Rows = Sequence[int] | None  # sequences of a batch that are wanted; None: all
@@ -108,6 +108,7 @@ class PreparedSource:
         self._vocab_size = config.model.vocab_size
         self._check_tokenizer(folder)
         manifest.verify_shards(folder, self.manifest, hashes=config.data.verify == "hash")
+        allow_open_files(len(self.manifest.train.shards) + len(self.manifest.valid.shards))
         seq_len = config.train.seq_len
         self._train = Windows(folder, self.manifest, "train", seq_len=seq_len)
         self._valid = Windows(folder, self.manifest, "valid", seq_len=seq_len)

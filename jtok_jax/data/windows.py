@@ -4,7 +4,9 @@
 
 import contextlib
 import pathlib
+import resource
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import array_record.python.array_record_module as array_record
 import grain
@@ -13,7 +15,8 @@ import numpy as np
 from jtok_jax.data.manifest import Manifest, Shard, Split, file_sha256
 from jtok_jax.errors import DataError
 
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 256 << 20
+OTHER_FILES = 1024  # that a process may have open beside its shards
 
 
 class WindowWriter:
@@ -105,9 +108,8 @@ class Windows:
                 f"The {split} split of {folder} holds no window of {manifest.seq_len} tokens; "
                 "prepare it from more text or with a shorter --seq_len."
             )
-        paths = [str(folder / shard.name) for shard in self.split.shards]
-        with _readable(folder):
-            self._source = grain.sources.ArrayRecordDataSource(paths)
+        shards = [_Whole(str(folder / shard.name), shard.windows) for shard in self.split.shards]
+        self._source = grain.sources.ArrayRecordDataSource(shards)
         self._folder = folder
         self.seq_len = seq_len
         self._parts = manifest.seq_len // seq_len
@@ -132,6 +134,36 @@ class Windows:
                 return f"{shard.name} record {record} from position {part * self.seq_len}"
             record -= shard.windows
         raise IndexError(index)
+
+
+class _Whole(NamedTuple):
+    """A shard as Grain wants it: it need not be opened to know how many windows it has."""
+
+    filename: str
+    examples_in_shard: int
+    skip: int = 0
+
+    @property
+    def take(self) -> int:
+        return self.examples_in_shard
+
+
+def allow_open_files(shards: int) -> None:
+    """Raise this process's limit of open files: a reader keeps every shard open.
+
+    Raises:
+        DataError: the machine allows fewer.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = shards + OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise DataError(
+            f"{shards} shards are kept open, this machine allows {hard} files a process (ulimit "
+            f"-Hn). Allow {wanted}, or prepare again: new shards are larger."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

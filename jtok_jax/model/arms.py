@@ -15,7 +15,7 @@ class ArmParameters(nnx.Module):
     """Of one arm, by name."""
 
     def __init__(self, parameters: dict[str, Parameter], *, rngs: nnx.Rngs):
-        for name, (_, shape, std, start) in parameters.items():
+        for name, (_, shape, std, start, _) in parameters.items():
             noise = std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape)
             setattr(self, name, nnx.Param(start + noise))
 

@@ -72,7 +72,8 @@ def write_fit(study: Study, places: Places, file: str) -> str:
     for one in found:
         ratios = f"diverged | {one.eta:.2f} | {one.rho:.2f} | |"
         if math.isfinite(one.loss):
-            value = f"{gamma(one.gain, one.eta):.3f}" if one.eta else ""
+            known = one.eta and 0 < one.gain < math.inf
+            value = f"{gamma(one.gain, one.eta):.3f}" if known else ""
             ratios = f"{one.loss:.4f} | {one.eta:.2f} | {one.rho:.2f} | {one} | {value}"
         lines[-1] += f"\n| {one.name} | {ratios} |"
     lines.append(_gamma_law([one for one in found if one.eta and math.isfinite(one.loss)]))
