@@ -158,7 +158,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     init_std: float = 0.02  # every projection; output projections divide by sqrt(2 num_layers)
     embed_init_std: float = 0.0  # of the embedding; 0: init_std
-    param_dtype: str = "float32"
+    param_dtype: str = "float32"  # of embedding, head and matrices; bfloat16 is rounded at random
     compute_dtype: str = "bfloat16"  # norms, softmax, routers and loss stay in float32
     attention: str = "auto"  # auto (cudnn on a GPU that can, else xla) | xla | chunked | cudnn
     remat: str = "none"  # none | dots (keep matmul results) | full (keep layer inputs only)

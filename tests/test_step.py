@@ -303,6 +303,30 @@ def test_a_step_keeps_every_dtype(accumulation):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state.opt_state)} == {"int32", "float32"}
 
 
+def test_bfloat16_parameters_move_as_float32_ones_do_on_average():
+    """A step of a hundredth of their last place; norms, which start at 1, would never move."""
+    half = replace(KINDS["dense-jtok"], param_dtype="bfloat16")
+    moved = {}
+    for model in (half, replace(half, param_dtype="float32")):
+        config = small_config(model, steps=50)
+        rate = replace(config.optimizer, learning_rate=2e-5, weight_decay=0.0)
+        config = replace(config, optimizer=rate, schedule=replace(config.schedule, kind="constant"))
+        state, step, _ = training(config)
+        ids = random_ids(model, 4, 16)
+        start = {name: np.float32(value) for name, value in state.params.items()}
+        for _ in range(50):
+            state, _ = step(state, ids, ids)
+        moved[model.param_dtype] = {
+            name: np.float32(value) - start[name] for name, value in state.params.items()
+        }
+    for name in ("embed", "head", "blocks/ffn/gate", "blocks/ffn/norm", "final_norm"):
+        rounded, exact = moved["bfloat16"][name], moved["float32"][name]
+        slope = np.sum(rounded * exact) / np.sum(exact**2)
+        assert 0.8 < slope < 1.2, name
+        assert (rounded > 0).any(), name
+        assert (rounded < 0).any(), name
+
+
 def test_routing_is_float32_in_a_bfloat16_model():
     """Logits of a bfloat16 input equal those of the same numbers in float32."""
     rng = np.random.default_rng(0)

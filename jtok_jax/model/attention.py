@@ -94,14 +94,14 @@ class Attention(nnx.Module):
             config.model_dim, config.num_heads, config.num_kv_heads, config.head_size
         )  # fmt: skip
         std, dtype = config.init_std, config.param_dtype
-        self.norm = nnx.Param(jnp.ones(dim, dtype))
+        self.norm = nnx.Param(jnp.ones(dim))
         self.query = normal(rngs, dim, heads, size, std=std, dtype=dtype)
         self.key = normal(rngs, dim, kv_heads, size, std=std, dtype=dtype)
         self.value = normal(rngs, dim, kv_heads, size, std=std, dtype=dtype)
         self.out = normal(rngs, heads, size, dim, std=residual_std(config), dtype=dtype)
         if config.qk_norm == "rms":
-            self.query_norm = nnx.Param(jnp.ones(size, dtype))
-            self.key_norm = nnx.Param(jnp.ones(size, dtype))
+            self.query_norm = nnx.Param(jnp.ones(size))
+            self.key_norm = nnx.Param(jnp.ones(size))
         self.config = config
 
     def __call__(

@@ -81,7 +81,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, width, dtype = config.model_dim, config.ffn_dim, config.param_dtype
-        self.norm = nnx.Param(jnp.ones(dim, dtype))
+        self.norm = nnx.Param(jnp.ones(dim))
         self.gate = normal(rngs, dim, width, std=config.init_std, dtype=dtype)
         self.up = normal(rngs, dim, width, std=config.init_std, dtype=dtype)
         self.down = normal(rngs, width, dim, std=residual_std(config), dtype=dtype)

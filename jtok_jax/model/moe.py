@@ -114,7 +114,7 @@ class Moe(nnx.Module):
         moe, dim, dtype = config.moe, config.model_dim, config.param_dtype
         count, width, shared = moe.num_experts, moe.expert_dim, moe.shared_dim
         std, out_std = config.init_std, residual_std(config)
-        self.norm = nnx.Param(jnp.ones(dim, dtype))
+        self.norm = nnx.Param(jnp.ones(dim))
         self.router = normal(rngs, dim, count, std=moe.router_init_std)
         self.gate = normal(rngs, count, dim, width, std=std, dtype=dtype)
         self.up = normal(rngs, count, dim, width, std=std, dtype=dtype)

@@ -124,7 +124,7 @@ class Transformer(nnx.Module):
         std = config.embed_init_std or config.init_std
         self.embed = normal(rngs, vocab, dim, std=std, dtype=dtype, pad=(pad, 0))
         self.blocks = _stacked_blocks(config, rngs)
-        self.final_norm = nnx.Param(jnp.ones(dim, dtype))
+        self.final_norm = nnx.Param(jnp.ones(dim))
         if config.head == "untied":
             self.head = normal(rngs, dim, vocab, std=config.init_std, dtype=dtype, pad=(0, pad))
         if config.tables_shape:

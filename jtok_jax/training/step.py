@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 from jtok_kernels import RowPlan, mixed, row_plan, update_rows
+from jtok_kernels.rounding import round_at_random, row_seeds
 
 from jtok_jax.config import Config, ModelConfig
 from jtok_jax.mesh import num_shards, table_layout
@@ -114,13 +115,14 @@ def _update(
     backbone_grads, row_grads = grads
     backbone_grads = jax.tree.map(lambda leaf: leaf * scale, backbone_grads)
     old = state.opt_state["backbone"]
-    updates, new = optimizer.backbone.update(backbone_grads, old, backbone)
-    new_backbone = optax.apply_updates(backbone, updates)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), accepted)
+    masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), backbone)
+    updates, new = optimizer.backbone.update(backbone_grads, old, masters)
+    new_backbone = _stored(optax.apply_updates(masters, updates), backbone, key)
     params, new = _where(finite, (new_backbone, new), (backbone, old))
     opt_state = {"backbone": new}
     if tables is not None:
         options = config.optimizer.tables
-        key = jax.random.fold_in(jax.random.key(config.train.seed), accepted)
         update = functools.partial(update_rows, implementation=operations(config.model).name)
         if across and across.exchange:
             update = across.exchange.update
@@ -137,6 +139,26 @@ def _update(
             rounding_key=key if options.stochastic_rounding else None,
         )
     return params, opt_state
+
+
+def _stored(params: Params, like: Params, key: jax.Array) -> Params:
+    """float32 parameters in the dtypes of `like`; to bfloat16 at random, right on average.
+
+    To the nearest would undo most steps: they are smaller than half a unit of the last place.
+    """
+    seed = jax.random.bits(key, (2,), jnp.uint32)
+
+    def stored(number, name):
+        value = params[name]
+        if like[name].dtype == value.dtype:
+            return value
+        places = jnp.zeros(value.shape, jnp.uint32)
+        for axis, length in enumerate(value.shape):
+            along = jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis)
+            places = places * jnp.uint32(length) + along
+        return round_at_random(value, row_seeds(seed, number, 0), places)
+
+    return {name: stored(number, name) for number, name in enumerate(sorted(params))}
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
