@@ -30,7 +30,7 @@ from jtok_jax.errors import ConfigError, DataError, Preempted, exit_on_error, pa
 from jtok_jax.hosts import ALONE, Hosts, code_and_versions, joined
 from jtok_jax.launch import recognise
 from jtok_jax.mesh import (
-    check_batch,
+    check_batches,
     describe,
     make_mesh,
     num_shards,
@@ -79,9 +79,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         rows = rows_here(mesh, size)
         hosts.stage(f"has {jax.local_device_count()} of {jax.device_count()} devices and reads "
                     f"{len(rows)} of {size} sequences of a batch")  # fmt: skip
-        check_batch(mesh, "train.batch_size / grad_accumulation",
-                    config.train.batch_size // config.train.grad_accumulation)  # fmt: skip
-        check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
+        check_batches(config, mesh)
         source = open_source(config)
         if hosts.lead:
             claim_workdir(workdir, config)
@@ -101,12 +99,13 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         )
         eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
         validate = functools.partial(
-            evaluate, eval_step, source=source, mesh=mesh, batch_size=config.evaluation.batch_size
-        )
+            evaluate, eval_step, source=source, mesh=mesh,
+            batch_size=config.evaluation.batch_size, waiting_for=stall.waiting_for,
+        )  # fmt: skip
 
         # ---------------------------------------------------------------- resume or start
         checkpoints = Checkpoints(workdir, config, data=source.fingerprint)
-        stack.callback(checkpoints.close)
+        stack.callback(stall.within, "end of the last save", checkpoints.close)
         stack.push(hosts.leave_if_alone)
         done = checkpoints.latest_step()
         hosts.agree("data and checkpoint", source.fingerprint | {"last step": done}, DataError)

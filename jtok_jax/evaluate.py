@@ -22,9 +22,10 @@ from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
 from jtok_jax.hosts import Hosts, code_and_versions, joined
 from jtok_jax.launch import recognise
-from jtok_jax.mesh import check_batch, describe, fitting, make_mesh, replicated
+from jtok_jax.mesh import check_batches, describe, fitting, make_mesh, replicated
 from jtok_jax.training.checkpoint import checkpoints_of, load_params, require_same_tokenizer
 from jtok_jax.training.evaluate import evaluate
+from jtok_jax.training.guards import StallWatch
 from jtok_jax.training.step import make_eval_step
 
 
@@ -54,6 +55,11 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     """Print the losses of the newest checkpoint."""
     hosts.agree("code and versions", code_and_versions(), ConfigError)
     asked = asked_mesh(options)
+    facts = {
+        "--config.mesh": asked and dataclasses.asdict(asked),
+        "--batch_size": options.batch_size,
+    }
+    hosts.agree("options", facts, ConfigError)
     saved = load_params(options.workdir, lambda config: asked or fitting(config))
     config = _whole(saved.config, options)
     source = open_source(config)
@@ -62,11 +68,14 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
         folder = pathlib.Path(config.data.path)
         require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)
     mesh, size = make_mesh(config.mesh), config.evaluation.batch_size
-    check_batch(mesh, "--batch_size (evaluation.batch_size of the run)", size)
+    check_batches(config, mesh, training=False)
     if mesh.size > 1:
         hosts.say(describe(config, mesh))
     eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
-    result = evaluate(eval_step, saved.params, source, mesh, batch_size=size)
+    stall = StallWatch(options.workdir, config.train.stall_seconds, hosts.announce)
+    result = evaluate(
+        eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for
+    )
     hosts.say(
         f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "
         f"{result.val_bpb:.6f} bits/byte"

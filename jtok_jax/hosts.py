@@ -297,9 +297,11 @@ def code_and_versions() -> dict[str, str]:
     """What must be alike on all hosts of a run: the packages that compute, and our own sources."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     digest = hashlib.sha256()
-    for package in (pathlib.Path(__file__).parent, pathlib.Path(jtok_kernels.__file__).parent):
-        for path in sorted(package.rglob("*.py")):
-            digest.update(path.read_bytes())
+    packages = pathlib.Path(__file__).parent, pathlib.Path(jtok_kernels.__file__).parent
+    files = [path for package in packages for path in sorted(package.rglob("*.py"))]
+    started = getattr(sys.modules["__main__"], "__file__", None)  # train.py: the order of it all
+    for path in (*files, *([pathlib.Path(started)] if started else [])):
+        digest.update(path.read_bytes())
     python = ".".join(platform.python_version_tuple()[:2])
     return versions | {"python": python, "jtok_jax sources": digest.hexdigest()[:16]}
 

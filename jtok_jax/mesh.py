@@ -176,12 +176,22 @@ def num_shards(mesh: Mesh, names: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def check_batch(mesh: Mesh, name: str, size: int) -> None:
-    """Refuse a batch that the devices cannot share evenly."""
-    count = num_shards(mesh, BATCH)
-    if size % count:
+def check_batches(config: Config, mesh: Mesh, *, training: bool = True) -> None:
+    """Refuse batches that the devices cannot share evenly: of evaluation, and of training."""
+    train, count = config.train, num_shards(mesh, BATCH)
+    sizes = {"evaluation.batch_size (evaluate: --batch_size)": config.evaluation.batch_size}
+    if training:
+        sizes["train.batch_size / grad_accumulation"] = train.batch_size // train.grad_accumulation
+    for name, size in sizes.items():
+        if size % count:
+            raise ConfigError(
+                f"{name} is {size}; expected a multiple of the {count} devices that share it."
+            )
+    split = config.model.tables_shape is not None or config.model.moe.num_experts
+    if split and train.seq_len % mesh.shape["tensor"]:
         raise ConfigError(
-            f"{name} is {size}; expected a multiple of the {count} devices that share it."
+            f"train.seq_len is {train.seq_len}; expected a multiple of mesh.tensor "
+            f"({mesh.shape['tensor']}): for tables and experts it splits a sequence's tokens."
         )
 
 

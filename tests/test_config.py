@@ -26,6 +26,7 @@ from jtok_jax.config_dict import completed, flatten, from_config_dict, to_dict
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.jtok import operations
+from jtok_jax.model.params import to_stored
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import require_same_config
 from jtok_jax.training.state import _builder
@@ -244,6 +245,9 @@ def test_mosaic_gpu_is_obeyed_or_refused(monkeypatch):
     words = {key: "mosaic_tpu", "model.jtok.table_dtype": "bfloat16"}
     with pytest.raises(ConfigError, match="the device is a cpu; 'xla' can"):
         operations(changed(JTOK_M_MOE, words).model)
+    # Of several devices each has some columns: what holds for all of D decides nothing.
+    params = {"tables": jax.ShapeDtypeStruct((1, 8, 8192), np.float32)}
+    assert to_stored(changed(JTOK_M_MOE, {key: "mosaic_gpu"}).model, params) is params
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,12 @@ from test_resume import final_state, records, start
 from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import (
     Config,
+    EvaluationConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     TableOptimizerConfig,
+    TrainConfig,
 )
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import (
@@ -30,7 +32,7 @@ from jtok_jax.mesh import (
     TableLayout,
     abstract_mesh,
     axis_rules,
-    check_batch,
+    check_batches,
     describe,
     fitting,
     make_mesh,
@@ -162,8 +164,26 @@ def test_meshes_and_batches_that_do_not_fit_are_refused():
         make_mesh(MeshConfig(data=1, fsdp=3))
     with pytest.raises(ConfigError, match="is 6, which does not divide the 1 devices"):
         make_mesh(MeshConfig(fsdp=3, tensor=2))
-    with pytest.raises(ConfigError, match=r"train\.batch_size is 4; expected a multiple of the 3"):
-        check_batch(Shape(fsdp=3, tensor=2), "train.batch_size", 4)
+    mesh, even = Shape(data=1, fsdp=3, expert=1, tensor=2), {"batch_size": 6, "seq_len": 16}
+    evaluation = EvaluationConfig(batch_size=6)
+    for changes, message in (
+        (
+            {"batch_size": 8, "grad_accumulation": 2},
+            r"accumulation is 4; expected a multiple of the 3",
+        ),
+        ({"seq_len": 15}, r"seq_len is 15; expected a multiple of mesh\.tensor \(2\)"),
+    ):
+        config = Config(model=KINDS["dense-jtok"], evaluation=evaluation,
+                        train=TrainConfig(**even | changes))  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            check_batches(config, mesh)
+        check_batches(dataclasses.replace(config, train=TrainConfig(**even)), mesh)
+    dense = Config(
+        model=KINDS["dense"], evaluation=evaluation, train=TrainConfig(**even | {"seq_len": 15})
+    )
+    check_batches(dense, mesh)
+    with pytest.raises(ConfigError, match=r"evaluation\.batch_size .* is 6; expected .* the 4"):
+        check_batches(dense, Shape(data=1, fsdp=4, expert=1, tensor=1), training=False)
 
 
 @pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "xla"])

@@ -18,9 +18,10 @@ import pathlib, sys, time
 import train
 from small import KINDS
 from jtok_jax.config import Config, DataConfig, TrainConfig
+from jtok_jax.data.loader import SyntheticSource
 
-def stuck(*args, first_step, **options):
-    yield from (batch for batch, _ in zip(batches(*args, first_step=first_step, **options), "abc"))
+def stuck(*args, **options):
+    yield from (batch for batch, _ in zip(batches(*args, **options), "abc"))
     time.sleep(600)
 
 config = Config(
@@ -28,24 +29,29 @@ config = Config(
     data=DataConfig(source="synthetic"),
     train=TrainConfig(steps=9, batch_size=2, seq_len=8, stall_seconds=5.0),
 )
-batches, train.train_batches = train.train_batches, stuck
+where = train if sys.argv[2] == "train_batches" else SyntheticSource
+batches = getattr(where, sys.argv[2])
+setattr(where, sys.argv[2], stuck)
 train.train(config, pathlib.Path(sys.argv[1]))
 """
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def test_a_batch_that_never_comes_ends_the_run_with_exit_code_7(tmp_path):
+@pytest.mark.parametrize(("batches", "awaited"), [
+    ("train_batches", "batch for step 4"), ("valid_batches", "batch 4 of the validation"),
+])  # fmt: skip
+def test_a_batch_that_never_comes_ends_the_run_with_exit_code_7(tmp_path, batches, awaited):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tmp_path / "run"],
+        [sys.executable, "-c", SCRIPT, tmp_path / "run", batches],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == STALL_EXIT_CODE == 7, done.stderr
-    assert "Stall: no batch for step 4 within 5 s" in done.stderr
+    assert f"Stall: no {awaited} within 5 s" in done.stderr
     stacks = (tmp_path / "run" / STALL_FILE).read_text()
-    assert "no batch for step 4" in stacks
+    assert f"no {awaited}" in stacks
     assert "in stuck" in stacks  # where the main thread waits
 
 

@@ -72,7 +72,7 @@ def test_generation_on_eight_devices_writes_what_one_writes(finished):
 @pytest.mark.parametrize(("options", "message"), [
     (("--config.mesh.fsdp=3",), "mesh.fsdp x expert x tensor is 3, which does not divide the 2"),
     (("--config.mesh.fsdp=0",), "mesh.fsdp is 0"),
-    (("--batch_size=3",), "--batch_size (evaluation.batch_size of the run) is 3; expected a multi"),
+    (("--batch_size=3",), "(evaluate: --batch_size) is 3; expected a multi"),
     (("--batch_size=0",), "evaluation.batch_size is 0"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(finished, options, message):

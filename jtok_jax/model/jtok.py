@@ -101,14 +101,23 @@ def operations(config: ModelConfig, *, column_shards: int = 1) -> Operations:
         tables |= {"num_tables": jtok.num_tables, "top_k": jtok.top_k}
     asked = None if name == "auto" else name
     try:
-        alone = jax.device_count() == 1  # words split by column would be no whole entries
-        if tables["dtype"] == jnp.bfloat16 and name in ("auto", "mosaic_tpu") and alone:
+        if tables["dtype"] == jnp.bfloat16 and name in ("auto", "mosaic_tpu") and _alone():
             words = jtok_kernels.choose(asked, **tables | {"dtype": jnp.dtype("uint32")})
             if words.name.startswith("mosaic_tpu"):
                 return Operations(words.name, f"{words.reason}; tables held as words", packed=True)
         return Operations(*jtok_kernels.choose(asked, **tables, local=True), packed=False)
     except ValueError as error:
         raise ConfigError(f"model.jtok.implementation: {error}") from error
+
+
+def held_as_words(config: ModelConfig) -> bool:
+    """Whether a run here holds its tables as words: `Operations.packed`."""
+    return _alone() and operations(config).packed
+
+
+def _alone() -> bool:
+    """Words split by column would be no whole entries."""
+    return jtok_kernels.num_devices() == 1
 
 
 class TokenTables(nnx.Module):

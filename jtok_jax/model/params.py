@@ -10,7 +10,7 @@ from flax import nnx
 from jtok_kernels import pack_rows, unpack_rows
 
 from jtok_jax.config import ModelConfig
-from jtok_jax.model.jtok import operations
+from jtok_jax.model.jtok import held_as_words
 from jtok_jax.model.transformer import Transformer
 
 Params = dict[str, jax.Array]
@@ -34,7 +34,7 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
 
 def to_stored(config: ModelConfig, params: Params) -> Params:
     """Logical parameters as a run here holds them: tables as words where the operations want it."""
-    if "tables" not in params or not operations(config).packed:
+    if "tables" not in params or not held_as_words(config):
         return params
     return params | {"tables": _pack(params["tables"])}
 

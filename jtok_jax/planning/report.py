@@ -8,7 +8,7 @@ import pathlib
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
-from jtok_jax.mesh import abstract_mesh, check_batch, describe
+from jtok_jax.mesh import abstract_mesh, check_batches, describe
 from jtok_jax.model.attention import fits_cudnn
 from jtok_jax.planning import advice, compiled, traffic
 from jtok_jax.planning.memory import Memory, memory
@@ -37,9 +37,7 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
     """
     config = resolved(config, topology)
     mesh = abstract_mesh(config.mesh, topology.devices)
-    microbatch = config.train.batch_size // config.train.grad_accumulation
-    check_batch(mesh, "train.batch_size / grad_accumulation", microbatch)
-    check_batch(mesh, "evaluation.batch_size", config.evaluation.batch_size)
+    check_batches(config, mesh)
     found = memory(config, mesh)
     time = traffic.step_time(config, mesh, topology)
     counts = flops.count(config.model, seq_len=config.train.seq_len)
@@ -96,8 +94,7 @@ def _memory(found: Memory, topology: Topology) -> dict:
 def _changes(config: Config, topology: Topology) -> list[advice.Change]:
     def fits(candidate: Config) -> bool:
         mesh = abstract_mesh(candidate.mesh, topology.devices)
-        microbatch = candidate.train.batch_size // candidate.train.grad_accumulation
-        check_batch(mesh, "train.batch_size / grad_accumulation", microbatch)
+        check_batches(candidate, mesh)
         return memory(candidate, mesh).total <= topology.chip.memory * ROOM
 
     return advice.that_fit(config, fits, devices=topology.devices)

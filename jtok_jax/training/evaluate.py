@@ -2,8 +2,11 @@
 # Copyright 2026 The jtok_jax authors
 """Validation loss and bits per byte over the whole held-out set."""
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +28,27 @@ class Validation(NamedTuple):
 
 
 def evaluate(
-    eval_step: Callable, params: Params, source: Source, mesh: Mesh, *, batch_size: int
+    eval_step: Callable,
+    params: Params,
+    source: Source,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    waiting_for: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
 ) -> Validation:
-    """Validation of `params`; `eval_step` is the jitted step of `make_eval_step`."""
+    """Validation of `params`; `eval_step` is the jitted step of `make_eval_step`.
+
+    waiting_for: context in which a batch is read and computed, such as `StallWatch.waiting_for`.
+    """
     nats = weight = 0.0
-    for batch in source.valid_batches(rows_here(mesh, batch_size)):
-        arrays = [put_batch(mesh, array, size=batch_size) for array in batch]
-        sums = eval_step(params, *arrays)
-        nats += float(np.asarray(sums.nats))
-        weight += float(np.asarray(sums.weight))
+    batches = source.valid_batches(rows_here(mesh, batch_size))
+    for number in itertools.count(1):
+        with waiting_for(f"batch {number} of the validation"):
+            batch = next(batches, None)
+            if batch is None:
+                break
+            arrays = [put_batch(mesh, array, size=batch_size) for array in batch]
+            sums = eval_step(params, *arrays)
+            nats += float(np.asarray(sums.nats))
+            weight += float(np.asarray(sums.weight))
     return Validation(nats / weight, nats / math.log(2) / source.valid_bytes)

@@ -148,6 +148,10 @@ class StallWatch:
         finally:
             timer.cancel()
 
+    def within(self, what: str, wait: Callable[[], None]) -> None:
+        with self.waiting_for(what):
+            wait()
+
     def _exit(self, what: str) -> None:
         process = jax.process_index() if jax.distributed.is_initialized() else 0
         path = self._workdir / (f"stall-{process}.txt" if process else STALL_FILE)

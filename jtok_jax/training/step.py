@@ -123,9 +123,10 @@ def _update(
     opt_state = {"backbone": new}
     if tables is not None:
         options = config.optimizer.tables
-        update = functools.partial(update_rows, implementation=operations(config.model).name)
         if across and across.exchange:
             update = across.exchange.update
+        else:
+            update = functools.partial(update_rows, implementation=operations(config.model).name)
         params["tables"], opt_state["tables"] = update(
             optimizer.tables,
             tables,

@@ -8,7 +8,7 @@ out = jtok(h, delta, table, ids, scale, eps=1e-6, plan=plan, row_grads=zeros)   
 table, state = update_rows(lazy_adam(...), table, state, plan.unique_U, row_grads, ...)
 """
 
-from jtok_kernels.choose import IMPLEMENTATIONS, Choice, choose
+from jtok_kernels.choose import IMPLEMENTATIONS, Choice, choose, num_devices
 from jtok_kernels.modulate import jtok, jtok_m, mix_rows, norm_add
 from jtok_kernels.packing import as_float, pack_rows, unpack_rows
 from jtok_kernels.plan import Order, RowPlan, row_plan
@@ -24,6 +24,7 @@ from jtok_kernels.update import Shard, dense_gradient, update_rows
 
 __all__ = [
     "jtok", "jtok_m", "mix_rows", "norm_add", "choose", "Choice", "IMPLEMENTATIONS",
+    "num_devices",
     "row_plan", "RowPlan", "Order", "pack_rows", "unpack_rows", "as_float",
     "update_rows", "Shard", "RowOptimizer", "adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad",
     "dense_gradient", "mixed",

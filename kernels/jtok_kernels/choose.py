@@ -131,6 +131,11 @@ def _several(device: _Device) -> str | None:
     return None
 
 
+def num_devices() -> int:
+    """Of the mesh that is compiled for (`jax.sharding.use_abstract_mesh`), else those there are."""
+    return _device().count
+
+
 def _device() -> _Device:
     mesh = jax.sharding.get_abstract_mesh()
     abstract = None if mesh.empty else getattr(mesh, "abstract_device", None)
