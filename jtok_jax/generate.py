@@ -69,10 +69,12 @@ def run(options: argparse.Namespace) -> None:
         sampling=sampling,
         seed=options.seed,
     )
-    for text, ids in zip(options.prompt, ids_BT.tolist(), strict=True):
+    for text, prompt, ids in zip(options.prompt, prompts, ids_BT.tolist(), strict=True):
         if found.end_id in ids:
             ids = ids[: ids.index(found.end_id)]
-        print(f"--- step {saved.step} ---\n{text}{encoder.decode(ids)}")
+        # Some tokenizers write a token otherwise at the start of a text: so the whole of it.
+        start = encoder.decode(prompt[1:])
+        print(f"--- step {saved.step} ---\n{text}{encoder.decode(prompt[1:] + ids)[len(start) :]}")
 
 
 if __name__ == "__main__":

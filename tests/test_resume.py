@@ -23,7 +23,16 @@ OVERRIDES = {
     "checkpoint.every": 25, "evaluation.every": 40, "train.grad_accumulation": 2,
     "train.log_every": 1,
 }  # fmt: skip
-KINDS = {"jtok_m": {}, "moe-jtok": {"model.jtok.kind": "jtok", "model.moe.num_experts": 4}}
+KINDS = {
+    "jtok_m": {
+        "optimizer.tables.weight_decay": 0.1, "model.jtok.table_dtype": "bfloat16",
+        "model.jtok.layers": "odd",
+    },
+    "moe-jtok": {
+        "model.jtok.kind": "jtok", "model.moe.num_experts": 4, "model.jtok.sharing": "shared",
+        "model.param_dtype": "bfloat16",
+    },
+}  # fmt: skip
 KILLS = [
     (signal.SIGKILL, 3), (signal.SIGKILL, 25), (signal.SIGINT, 40), (signal.SIGKILL, 51),
     (signal.SIGTERM, 77), (signal.SIGKILL, 99),

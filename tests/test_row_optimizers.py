@@ -217,6 +217,9 @@ def test_stochastic_rounding_keeps_what_bfloat16_holds_and_what_is_not_finite():
     exact, zero = run.table, jnp.float32(0)
     run.step(list(range(V)), rate=zero)
     np.testing.assert_array_equal(run.table, exact)
+    odd = jnp.float32([jnp.inf, -jnp.inf, jnp.nan, 0.0])
+    kept = round_at_random(odd, jnp.uint32(7), jnp.arange(4, dtype=jnp.uint32))
+    np.testing.assert_array_equal(np.float32(kept), odd)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""How a process ends: at a wait that never does, at Ctrl-C, out of memory."""
+"""How a process ends: at a wait that never does, at Ctrl-C, out of memory, without a lock."""
 
 import os
 import pathlib
@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from jtok_jax.errors import STALL_EXIT_CODE, exit_on_error
-from jtok_jax.training.guards import STALL_FILE, StallWatch
+from jtok_jax.errors import STALL_EXIT_CODE, WorkdirError, exit_on_error
+from jtok_jax.training.guards import STALL_FILE, StallWatch, WorkdirLock
 
 SCRIPT = """
 import pathlib, sys, time
@@ -78,3 +78,14 @@ def test_interrupts_and_lack_of_memory_have_a_message(capsys, error, code, says)
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"), exit_on_error():
         raise RuntimeError("a bug")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(
+        WorkdirError, match=r"cannot be locked: .*not implemented.* must have flock"
+    ):
+        WorkdirLock(tmp_path).__enter__()

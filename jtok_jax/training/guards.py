@@ -49,6 +49,11 @@ class WorkdirLock:
                 f"{self._workdir} is in use by {holder}. Nothing was changed. Use another "
                 "--workdir, or stop that run first."
             ) from None
+        except OSError as error:  # as of Lustre mounted without flock
+            self._file.close()
+            raise WorkdirError(
+                f"{self._workdir} cannot be locked: {error}. Its file system must have flock."
+            ) from error
         self._file.truncate(0)
         self._file.write(f"a trainer with pid {os.getpid()} on {socket.gethostname()}\n")
         self._file.flush()

@@ -65,7 +65,8 @@ class MetricsWriter:
         self._board = self._file = None
         if workdir is None:
             return
-        self._board = _tensorboard(workdir / "tensorboard") if tensorboard else None
+        first = 0 if resumed_at is None else resumed_at + 1
+        self._board = _tensorboard(workdir / "tensorboard", first) if tensorboard else None
         self._path = workdir / FILE_NAME
         if resumed_at is None and self._path.exists():
             self._path.rename(self._path.with_suffix(".before.jsonl"))  # of a run without a save
@@ -181,7 +182,8 @@ def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
     return kept
 
 
-def _tensorboard(folder: pathlib.Path):
+def _tensorboard(folder: pathlib.Path, first: int):
+    """A writer whose readers forget what an earlier process wrote of step `first` and later."""
     try:
         import tensorboardX
     except ImportError as error:
@@ -189,4 +191,4 @@ def _tensorboard(folder: pathlib.Path):
             "logging.tensorboard is set but tensorboardX is not installed; "
             "pip install -e '.[tensorboard]', or leave it off: metrics.jsonl has everything."
         ) from error
-    return tensorboardX.SummaryWriter(str(folder))
+    return tensorboardX.SummaryWriter(str(folder), purge_step=first)

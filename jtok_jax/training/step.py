@@ -219,7 +219,7 @@ def _gradients(
     """
     backbone, tables = split_tables(params)
     zero_rows = _zero_row_grads(config.model, plan, across)
-    value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True, allow_int=True)
+    value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
 
     def microbatch(ids, targets, order):
         of_microbatch = None if plan is None else plan._replace(order=order)
