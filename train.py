@@ -39,7 +39,6 @@ from jtok_jax.mesh import (
     rows_here,
     table_layout,
 )
-from jtok_jax.model.exchange import compiler_options
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import LOCK_FILE, StallWatch, StopSignal, WorkdirLock, require_sound
@@ -52,8 +51,8 @@ from jtok_jax.training.metrics import (
 )
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import claim_workdir
-from jtok_jax.training.state import abstract_state, init_state, state_shardings
-from jtok_jax.training.step import make_eval_step, make_train_step
+from jtok_jax.training.state import abstract_state, init_state
+from jtok_jax.training.step import jit_train_step, make_eval_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints and metrics.")
@@ -90,13 +89,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
 
         # ---------------------------------------------------------------- model and optimizer
         optimizer = make_optimizer(config)
-        shardings = state_shardings(config, optimizer, mesh)
-        train_step = jax.jit(
-            make_train_step(config, optimizer, mesh),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-            compiler_options=compiler_options(mesh, jax.default_backend()),
-        )
+        train_step = jit_train_step(config, optimizer, mesh)
         eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
         validate = functools.partial(
             evaluate, eval_step, source=source, mesh=mesh,

@@ -39,7 +39,7 @@ from jtok_jax.data.loader import check_unique, make_batch, open_source
 from jtok_jax.mesh import make_mesh, put_batch
 from jtok_jax.training import state as training_state
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.step import make_train_step
+from jtok_jax.training.step import jit_train_step
 
 KINDS = {"dense": "none", "jtok": "jtok", "jtok_m": "jtok_m"}
 BATCHES = 8  # distinct batches, taken in turn
@@ -93,10 +93,7 @@ def make_config(arguments, kind: str, dtype: str) -> Config:
 def our_arm(config: Config, mesh, batch) -> Arm:
     """The step as train.py builds it."""
     optimizer = make_optimizer(config)
-    shardings = training_state.state_shardings(config, optimizer, mesh)
-    step = jax.jit(
-        make_train_step(config, optimizer, mesh), donate_argnums=0, out_shardings=(shardings, None)
-    )
+    step = jit_train_step(config, optimizer, mesh)
     return Arm(step, training_state.init_state(config, optimizer, mesh), *batch)
 
 

@@ -109,8 +109,7 @@ def trajectory(config: Config, mesh: Mesh, steps: int = 3):
     """(losses, gradient norms, (batch hash, different ids), last state) of a few steps."""
     optimizer = make_optimizer(config)
     state = init_state(config, optimizer, mesh)
-    shardings = state_shardings(config, optimizer, mesh)
-    run = jax.jit(step.make_train_step(config, optimizer, mesh), out_shardings=(shardings, None))
+    run = step.jit_train_step(config, optimizer, mesh)
     losses, norms, batches = [], [], []
     for number in range(steps):
         ids = np.asarray(random_ids(config.model, *BATCH, seed=number)) % 29

@@ -30,6 +30,7 @@ from jtok_jax.errors import (
 from jtok_jax.evaluate import main as evaluate_main
 from jtok_jax.generate import main as generate_main
 from jtok_jax.training import checkpoint
+from jtok_jax.training import step as step_module
 from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.guards import WorkdirLock
 from jtok_jax.training.metrics import MetricsWriter
@@ -130,7 +131,7 @@ def test_going_on_from_an_earlier_checkpoint_repeats_the_same_numbers(config, fi
 
 def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
     """Parameters that turn NaN after step 5 (as by a fault): K bad steps, then exit 6, no save."""
-    real = train_module.make_train_step
+    real = step_module.make_train_step
 
     def faulty(config, optimizer, mesh):
         step = real(config, optimizer, mesh)
@@ -143,7 +144,7 @@ def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
 
         return wrapped
 
-    monkeypatch.setattr(train_module, "make_train_step", faulty)
+    monkeypatch.setattr(step_module, "make_train_step", faulty)
     changes = {"train.max_bad_steps": 3, "checkpoint.every": 4, "train.steps": 20}
     with pytest.raises(NonFiniteError, match=r"Steps 6 to 8: .* last checkpoint: 4"):
         train(changed(config, changes), tmp_path)

@@ -21,11 +21,10 @@ from jax.sharding import Mesh
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError, JtokError
 from jtok_jax.mesh import AUTO, AXES, mesh_shape, split_batch
-from jtok_jax.model.exchange import compiler_options
 from jtok_jax.planning.topology import Topology
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import abstract_state
-from jtok_jax.training.step import make_train_step
+from jtok_jax.training.step import jit_train_step
 
 # A GpuTargetConfigProto of one H100 SXM, from its data sheet and CUDA's device properties.
 H100 = """
@@ -122,11 +121,10 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     size = config.train.batch_size, config.train.seq_len
     batch = jax.ShapeDtypeStruct(size, jnp.int32, sharding=split_batch(mesh))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), not_cached():
-        step = jax.jit(make_train_step(config, optimizer, mesh), donate_argnums=0)
+        step = jit_train_step(config, optimizer, mesh, platform=topology.chip.platform)
         lowered = step.lower(abstract_state(config, optimizer, mesh), batch, batch)
-        options = compiler_options(mesh, topology.chip.platform)
         try:
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             raise RefusedError(_reason(str(error))) from error
     sizes = compiled.memory_analysis()

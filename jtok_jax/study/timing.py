@@ -16,13 +16,12 @@ from jtok_jax.config import Config
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import make_mesh, put_batch
-from jtok_jax.model.exchange import compiler_options
 from jtok_jax.study.run import last_candidates
 from jtok_jax.study.spec import Study, cells, resolve
 from jtok_jax.study.trainer import Places, commit
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.state import init_state, state_shardings
-from jtok_jax.training.step import make_train_step
+from jtok_jax.training.state import init_state
+from jtok_jax.training.step import jit_train_step
 
 
 class StepTime(NamedTuple):
@@ -102,12 +101,7 @@ class _Timed:
         ids = make_batch(open_source(config).sequences(1))
         self._batch = [put_batch(mesh, array) for array in ids]
         self._state = init_state(config, optimizer, mesh)
-        run = jax.jit(
-            make_train_step(config, optimizer, mesh),
-            donate_argnums=0,
-            out_shardings=(state_shardings(config, optimizer, mesh), None),
-            compiler_options=compiler_options(mesh, jax.default_backend()),
-        )
+        run = jit_train_step(config, optimizer, mesh)
         self._run = run.lower(self._state, *self._batch).compile()
         self.seconds: list[float] = []
         self.step()

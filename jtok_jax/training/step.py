@@ -16,13 +16,13 @@ from jtok_kernels.rounding import round_at_random, row_seeds
 
 from jtok_jax.config import Config, ModelConfig
 from jtok_jax.mesh import num_shards, table_layout
-from jtok_jax.model.exchange import Exchange
+from jtok_jax.model.exchange import Exchange, compiler_options
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind
 from jtok_jax.model.transformer import Across
 from jtok_jax.training.optimizer import Optimizer, schedule, split_tables
-from jtok_jax.training.state import TrainState
+from jtok_jax.training.state import TrainState, state_shardings
 
 
 class StepMetrics(NamedTuple):
@@ -81,6 +81,21 @@ def make_train_step(
         return new, StepMetrics(*losses[:3], norm, *counts, *batch, losses.health)
 
     return step
+
+
+def jit_train_step(
+    config: Config, optimizer: Optimizer, mesh: Mesh, *, platform: str | None = None
+) -> Callable:
+    """`make_train_step` as a run compiles it: the state is donated and stays where it lies.
+
+    platform: of the devices of `mesh`; None: that of this process.
+    """
+    return jax.jit(
+        make_train_step(config, optimizer, mesh),
+        donate_argnums=0,
+        out_shardings=(state_shardings(config, optimizer, mesh), None),
+        compiler_options=compiler_options(mesh, platform or jax.default_backend()),
+    )
 
 
 def batch_hash(ids_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
