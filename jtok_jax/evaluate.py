@@ -72,7 +72,8 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     if mesh.size > 1:
         hosts.say(describe(config, mesh))
     eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
-    stall = StallWatch(options.workdir, config.train.stall_seconds, hosts.announce)
+    seconds, told = config.train.stall_seconds, {"file": "stall-evaluate.txt", "after": ""}
+    stall = StallWatch(options.workdir, seconds, hosts.announce, **told)
     result = evaluate(
         eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for
     )

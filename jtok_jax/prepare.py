@@ -13,6 +13,7 @@ import itertools
 import pathlib
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 
 import tokenizers
@@ -66,6 +67,8 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     try:
         if output.exists() and any(output.iterdir()):
             return _already_prepared(recipe, output)
+        for left in output.parent.glob(f".{output.name}.*partial"):
+            print(f"{left} is of a preparation that is under way or was killed.", file=sys.stderr)
         partial.mkdir(parents=True)
         return _prepare(recipe, output, partial)
     except OSError as error:

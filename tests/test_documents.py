@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What the documents tell a reader to type is what the tools take."""
+"""Commands in blocks of the documents are what the tools take; their examples do what they say."""
 
 import argparse
 import re
@@ -23,7 +23,11 @@ from jtok_jax.config_dict import from_config_dict
 from jtok_jax.study.spec import check_study
 
 pytestmark = oldest
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{x}.md" for x in ("hosts", "plan", "study")))
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{x}.md" for x in ("choosing", "hosts", "plan", "study")),
+)
 SCRIPT = re.compile(r"train\.py|benchmarks/\w+\.py")
 
 

@@ -304,7 +304,7 @@ def test_a_step_keeps_every_dtype(accumulation):
 
 
 def test_bfloat16_parameters_move_as_float32_ones_do_on_average():
-    """A step of a hundredth of their last place; norms, which start at 1, would never move."""
+    """A step is a sixth of the last place of an entry of 0.02; norms stay float32."""
     half = replace(KINDS["dense-jtok"], param_dtype="bfloat16")
     moved = {}
     for model in (half, replace(half, param_dtype="float32")):

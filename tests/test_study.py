@@ -19,7 +19,7 @@ from small_study import ARMS, FILE, RATE, STUDY, fill, filled, first_cells
 from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import JtokConfig, OptimizerConfig
 from jtok_jax.errors import ConfigError, DataError, WorkdirError
-from jtok_jax.study import Arm, Stage
+from jtok_jax.study import Arm, Stage, trainer
 from jtok_jax.study.report import write_report
 from jtok_jax.study.results import Table, measured
 from jtok_jax.study.run import finished, last_candidates, run_study
@@ -188,6 +188,14 @@ def test_a_run_that_another_study_has_trained_meanwhile_is_not_trained(tmp_path,
     monkeypatch.setattr("jtok_jax.study.run.train_cell", train)
     run_study(STUDY, places, keep_checkpoints=False)
     assert trained == first_cells(STUDY)[:1]
+
+
+def test_a_run_names_every_version_that_trained_it(tmp_path, monkeypatch):
+    path, found = tmp_path / "commits.txt", []
+    for now in ("a1", "a1", "b2"):  # killed twice
+        monkeypatch.setattr(trainer, "commit", lambda root, now=now: now)
+        found.append(trainer._versions(path, ROOT))
+    assert found == ["a1", "a1", "a1 b2"]
 
 
 def test_a_run_that_ended_as_not_finite_is_not_finished():

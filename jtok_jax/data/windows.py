@@ -16,7 +16,7 @@ from jtok_jax.data.manifest import Manifest, Shard, Split, file_sha256
 from jtok_jax.errors import DataError
 
 SHARD_BYTES = 256 << 20
-OTHER_FILES = 1024  # that a process may have open beside its shards
+OTHER_FILES = 64, 1024  # open beside the shards: fewest, and what is asked for
 
 
 class WindowWriter:
@@ -155,15 +155,19 @@ def allow_open_files(shards: int) -> None:
         DataError: the machine allows fewer.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = shards + OTHER_FILES
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
+    fewest, wanted = (shards + others for others in OTHER_FILES)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted >= fewest:
         return
-    if hard != resource.RLIM_INFINITY and hard < wanted:
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, fewest), hard))
+    except (ValueError, OSError) as error:
         raise DataError(
             f"{shards} shards are kept open, this machine allows {hard} files a process (ulimit "
-            f"-Hn). Allow {wanted}, or prepare again: new shards are larger."
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            f"-Hn). Allow {fewest} or more; corpora prepared anew have shards of "
+            f"{SHARD_BYTES >> 20} MiB, and another fingerprint."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
     workdir = workdir_of(cell, places)
     workdir.mkdir(parents=True, exist_ok=True)
     console, metrics = workdir / "console.txt", workdir / "metrics.jsonl"
-    version = commit(places.root)  # before: what is committed meanwhile did not train it
+    versions = _versions(workdir / "commits.txt", places.root)
     with console.open("a") as output:
         output.write(shlex.join(command(cell, places)) + "\n")
         output.flush()
@@ -145,8 +145,18 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
         raise StudyError(f"exit code {code}, see {console}: {last}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     device = _DEVICES.findall(console.read_text())[-1]  # this process leaves devices alone
-    about = {"device": device, "data": data, "commit": version, "diverged": code != 0}
+    about = {"device": device, "data": data, "commit": versions, "diverged": code != 0}
     return measured(cell, config, records, **about)
+
+
+def _versions(path: pathlib.Path, root: pathlib.Path) -> str:
+    """Of the code that trains a run, with those of earlier processes: before it starts."""
+    known = path.read_text().split() if path.exists() else []
+    now = commit(root)
+    if now not in known:
+        known.append(now)
+        path.write_text(" ".join(known) + "\n")
+    return " ".join(known)
 
 
 def _show(bar: tqdm, metrics: pathlib.Path) -> None:

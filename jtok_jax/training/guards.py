@@ -130,6 +130,7 @@ class StallWatch:
     exits. Nothing is saved; a restart goes on from the last checkpoint.
 
     announce: told the exit code and the reason, for other processes.
+    after: what the message ends with.
     """
 
     def __init__(
@@ -137,8 +138,12 @@ class StallWatch:
         workdir: pathlib.Path,
         seconds: float,
         announce: Callable[[int, str], None] = lambda code, reason: None,
+        *,
+        file: str = STALL_FILE,
+        after: str = "Nothing was saved; the same command goes on from the last checkpoint.",
     ):
         self._workdir, self._seconds, self._announce = workdir, seconds, announce
+        self._file, self._after = pathlib.Path(file), after
 
     @contextlib.contextmanager
     def waiting_for(self, what: str) -> Iterator[None]:
@@ -159,10 +164,11 @@ class StallWatch:
 
     def _exit(self, what: str) -> None:
         process = jax.process_index() if jax.distributed.is_initialized() else 0
-        path = self._workdir / (f"stall-{process}.txt" if process else STALL_FILE)
+        stem = f"{self._file.stem}-{process}" if process else self._file.stem
+        path = self._workdir / f"{stem}{self._file.suffix}"
         message = (
             f"Stall: no {what} within {self._seconds:g} s (train.stall_seconds). Stacks in {path}. "
-            "Nothing was saved; the same command goes on from the last checkpoint."
+            f"{self._after}"
         )
         # The disk, or who reads our stderr, may be what stalls: leave in any case.
         writer = threading.Thread(target=self._write, args=[message, path], daemon=True)
