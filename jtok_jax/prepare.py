@@ -68,7 +68,10 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
         if output.exists() and any(output.iterdir()):
             return _already_prepared(recipe, output)
         for left in output.parent.glob(f".{output.name}.*partial"):
-            print(f"{left} is of a preparation that is under way or was killed.", file=sys.stderr)
+            print(
+                f"{left}: a preparation under way, or a killed one: then delete it.",
+                file=sys.stderr,
+            )
         partial.mkdir(parents=True)
         return _prepare(recipe, output, partial)
     except OSError as error:

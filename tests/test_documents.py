@@ -79,6 +79,7 @@ def test_the_tools_take_the_commands(document, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = ROOT / (tool if tool.endswith(".py") else tool.replace(".", "/") + ".py")
     path = path if path.exists() else path.with_suffix("") / "__main__.py"
+    assert path.exists()
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
     if tool in ("train.py", "jtok_jax.plan"):
         takes_configuration(path)

@@ -5,6 +5,7 @@
 import concurrent.futures
 import dataclasses
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from conftest import ROOT
 from pythons import oldest
 from small_study import ARMS, FILE, RATE, STUDY, fill, filled, first_cells
+from tqdm import tqdm
 
 from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import JtokConfig, OptimizerConfig
@@ -205,6 +207,21 @@ def test_a_run_that_ended_as_not_finite_is_not_finished():
         "finished", "diverged"
     ]  # fmt: skip
     assert finished_at(cell, diverged=True)[0].val_loss == float("inf")
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "finished"), (6, "diverged")])
+def test_a_result_has_the_status_its_run_ended_with(tmp_path, monkeypatch, code, status):
+    places, cell = Places(ROOT, tmp_path / "runs", tmp_path), first_cells(STUDY)[0]
+    config = resolve(cell, ROOT)
+    record = {"step": config.train.steps, "loss": 1.0, "step_seconds": 1.0, "val_loss": 1.0}
+    metrics = trainer.workdir_of(cell, places) / "metrics.jsonl"
+    lines = json.dumps(record | {"val_bpb": 1.0})
+    script = f"print('1 x cpu, mesh: ', flush=True); open({str(metrics)!r}, 'w').write({lines!r})"
+    ends = [sys.executable, "-c", f"{script}; raise SystemExit({code})"]
+    monkeypatch.setattr(trainer, "command", lambda *_: ends)
+    with Stop() as stop, tqdm(disable=True) as bar:
+        result, _ = trainer.train_cell(cell, config, places, bar, stop, data="x")
+    assert result.status == status
 
 
 def test_requests_to_stop_are_passed_on_and_kept():

@@ -70,8 +70,10 @@ def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[S
     with bar, Stop() as stop:
 
         def obtain(cell: Cell, config: Config) -> Result | None:
-            table.refresh()  # another study may have trained it since
             found = look(cell, config)
+            if not found:
+                table.refresh()  # another study may have trained it since
+                found = look(cell, config)
             if found:
                 bar.total -= cell.steps
                 return found
