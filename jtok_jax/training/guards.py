@@ -52,7 +52,8 @@ class WorkdirLock:
         except OSError as error:  # as of Lustre mounted without flock
             self._file.close()
             raise WorkdirError(
-                f"{self._workdir} cannot be locked: {error}. Its file system must have flock; use another --workdir."
+                f"{self._workdir} cannot be locked: {error}. Its file system must have flock; use "
+                "a --workdir on another."
             ) from error
         self._file.truncate(0)
         self._file.write(f"a trainer with pid {os.getpid()} on {socket.gethostname()}\n")
