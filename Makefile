@@ -28,6 +28,8 @@ $(VENV)/dev: $(VENV)/run
 	$(VENV)/bin/python -m pip install --quiet -c $(call constraints,$(PYTHON)) -e '.[dev]'
 	@touch $@
 
+# Large pages for malloc: a step on a CPU in about 0.8 of the time; unknown to other C libraries.
+quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: $(VENV)/run
 	$(VENV)/bin/python -m jtok_jax.prepare --input=stdlib --output=data/stdlib
 	$(VENV)/bin/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)

@@ -51,9 +51,31 @@ def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
     """(silu(x gate) * (x up)) down."""
     dtype = x_BTD.dtype
-    gate = x_BTD @ gate_DF.astype(dtype)
-    up = x_BTD @ up_DF.astype(dtype)
+    gate = _widened(x_BTD, gate_DF.astype(dtype))
+    up = _widened(x_BTD, up_DF.astype(dtype))
     return (jax.nn.silu(gate) * up) @ down_FD.astype(dtype)
+
+
+@jax.custom_vjp
+def _widened(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x weight, whose weight's gradient is x^T g rather than autodiff's (g^T x)^T.
+
+    The same sums: but XLA on CPUs writes the first factor transposed, and x is the narrower.
+    """
+    return x_BTD @ weight_DF
+
+
+def _widened_forward(x_BTD, weight_DF):
+    return x_BTD @ weight_DF, (x_BTD, weight_DF)
+
+
+def _widened_backward(kept, grad_BTF):
+    x_BTD, weight_DF = kept
+    tokens = ((0, 1), (0, 1)), ((), ())
+    return grad_BTF @ weight_DF.T, jax.lax.dot_general(x_BTD, grad_BTF, tokens)
+
+
+_widened.defvjp(_widened_forward, _widened_backward)
 
 
 def normal(
