@@ -22,6 +22,11 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return {"/".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
+def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `init_params`."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
 def bind(config: ModelConfig, params: Params) -> Transformer:
     """The model of `config` holding `params` (arrays or tracers)."""
     graph, abstract = _structure(config)

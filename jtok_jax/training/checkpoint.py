@@ -24,7 +24,7 @@ from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.mesh import make_mesh, num_shards, parameter_sharding, table_layout
 from jtok_jax.model.jtok import operations
-from jtok_jax.model.params import to_logical, to_stored
+from jtok_jax.model.params import abstract_params, to_logical, to_stored
 from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
 from jtok_jax.training.state import TrainState, non_finite
 
@@ -33,6 +33,7 @@ from jtok_jax.training.state import TrainState, non_finite
 orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
+PARAMS = "params/"  # leaves of a checkpoint that the tools read
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
 
 
@@ -140,7 +141,7 @@ class Checkpoints:
         require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
         logical = _logical(abstract)
         wanted = named_leaves(logical)
-        _compare_leaves(found.metadata, wanted, step)
+        _compare_leaves(found.metadata, wanted, step, found.custom_metadata.get("jtok_jax"))
         leaves = _load(self._checkpointer, step, wanted)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
@@ -202,7 +203,7 @@ def load_params(
             becomes the `config.mesh` of what is returned. None: all of them on one device.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or other code wrote it.
         ConfigError: the mesh chosen does not fit the devices or the model.
     """
     folder = checkpoints_of(workdir)
@@ -218,15 +219,14 @@ def load_params(
             config = dataclasses.replace(config, mesh=choose(config))
         place, column_shards = _placing(config, alone=choose is None)
         config = _anywhere(config, column_shards)
-        prefix = "params/"
-        wanted = {
-            name: place(name.removeprefix(prefix), leaf)
-            if name.startswith(prefix)
-            else ...  # Orbax skips it
-            for name, leaf in found.metadata.items()
-        }
+        saved = {name: x for name, x in found.metadata.items() if name.startswith(PARAMS)}
+        expected = {PARAMS + name: x for name, x in abstract_params(config.model).items()}
+        _compare_leaves(saved, expected, step, found.custom_metadata.get("jtok_jax"))
+        place_of = lambda name, leaf: place(name.removeprefix(PARAMS), leaf)
+        wanted = dict.fromkeys(found.metadata, ...)  # Orbax skips those
+        wanted |= {name: place_of(name, leaf) for name, leaf in saved.items()}
         leaves = _load(checkpointer, step, wanted)
-    params = {n.removeprefix(prefix): x for n, x in leaves.items() if n.startswith(prefix)}
+    params = {name.removeprefix(PARAMS): leaves[name] for name in saved}
     params = to_stored(config.model, params)
     return Saved(step, config, found.custom_metadata["data"], params)
 
@@ -323,7 +323,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
+def _compare_leaves(
+    found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int, version: str
+) -> None:
     """Orbax casts dtypes silently; nothing is loaded unless all leaves agree."""
     problems = [f"  {name}: missing" for name in wanted if name not in found]
     problems += [f"  {name}: not in this configuration" for name in found if name not in wanted]
@@ -338,5 +340,5 @@ def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: 
         raise CheckpointError(
             f"Checkpoint step {step} does not fit this configuration:\n"
             + "\n".join(sorted(problems))
-            + "\nNothing was loaded. Use the configuration of the run."
+            + f"\nNothing was loaded. Use the code of the run (jtok_jax {version} wrote it)."
         )
