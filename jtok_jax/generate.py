@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
         tokens=options.tokens,
         sampling=sampling,
         seed=options.seed,
+        end_id=found.end_id,
     )
     for text, prompt, ids in zip(options.prompt, prompts, ids_BT.tolist(), strict=True):
         if found.end_id in ids:

@@ -4,6 +4,7 @@
 
 import argparse
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,24 @@ def test_one_decode_step_is_compiled_and_rows_do_not_affect_each_other():
     other = generate(config, params, prompts, tokens=9, sampling=Sampling(2.0, 5, 0.9), seed=1)
     np.testing.assert_array_equal(drawn, again)
     assert np.any(drawn != other)
+
+
+def test_generation_ends_when_every_text_has_ended():
+    config = KINDS["dense-jtok_m"]
+    make = functools.partial(
+        generate, config, random_params(config), [[3, 4, 5], [6]],
+        tokens=60, sampling=Sampling(), seed=0,
+    )  # fmt: skip
+    whole = make()
+    assert whole.shape == (2, 60)
+    everywhere = [i for i in range(29) if np.any(whole == i, axis=1).all()]
+    ended = {i: np.argmax(whole == i, axis=1).max() + 1 for i in everywhere}  # tokens of the longer
+    early = min(ended, key=ended.get)
+    looked = -(-ended[early] // generator.ENDED_EVERY) * generator.ENDED_EVERY
+    assert looked < 60
+    np.testing.assert_array_equal(make(end_id=early), whole[:, :looked])
+    one = next(i for i in range(29) if np.any(whole == i, axis=1).sum() == 1)  # in one text alone
+    np.testing.assert_array_equal(make(end_id=one), whole)
 
 
 @pytest.mark.parametrize("name", ["dense-jtok", "moe-jtok_m"])

@@ -24,6 +24,7 @@ from jtok_jax.inference.sampling import Sampling, sample
 from jtok_jax.mesh import replicated
 from jtok_jax.model.params import Params, bind
 
+ENDED_EVERY = 16  # to look at ids waits for the device
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so few shapes are ever compiled
 
 
@@ -48,11 +49,14 @@ def generate(
     tokens: int,
     sampling: Sampling,
     seed: int,
+    end_id: int = -1,
 ) -> np.ndarray:
-    """Ids [len(prompts), tokens] that follow each prompt.
+    """Ids [len(prompts), up to `tokens`] that follow each prompt.
 
     Args:
         params: on one device, or split over a mesh of several.
+        end_id: ends a text; what follows it means nothing. Looked for every `ENDED_EVERY` tokens:
+            where all texts have one, no more are made. -1: there is none.
 
     Raises:
         ConfigError: an empty prompt, or a model with arms.
@@ -80,10 +84,14 @@ def generate(
     logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh)
     root = jax.random.key(seed)
     drawn = [_sample(logits, jax.random.fold_in(root, 0), sampling)]
+    ended_B = drawn[0] == end_id
     for index in range(1, tokens):
+        if index % ENDED_EVERY == 0 and ended_B.all():
+            break
         key = jax.random.fold_in(root, index)
         next_ids, cache = _decode(config, params, drawn[-1], cache, key, sampling, mesh)
         drawn.append(next_ids)
+        ended_B |= next_ids == end_id
     return np.stack([np.asarray(ids_B) for ids_B in drawn], axis=1)
 
 
