@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jtok_kernels import lazy_adam, update_rows
 from small import JTOK, JTOK_M, random_ids, random_params
 
+from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import (
     Config,
     MeshConfig,
@@ -165,6 +166,17 @@ def test_kinds_of_tables_train_as_on_one_device(changes, of_model):
     config = run_config("jtok_m", LAYOUTS["rows and columns"])
     model = replace(config.model, jtok=replace(config.model.jtok, **changes), **of_model)
     check_trains_as_alone(replace(config, model=model))
+
+
+def test_arms_train_as_on_one_device():
+    """All at once, beside JTok: their parameters are split by the same rules."""
+    names = [field.name for field in dataclasses.fields(ArmsConfig)][1:]
+    arms = ArmsConfig(names=",".join(names))
+    config = run_config("jtok", MeshConfig(fsdp=4, tensor=2))
+    tables = TableOptimizerConfig(kind="adamw")
+    optimizer = replace(config.optimizer, learning_rate=1e-2, tables=tables)
+    model = replace(config.model, arms=arms)
+    check_trains_as_alone(replace(config, model=model, optimizer=optimizer))
 
 
 @pytest.mark.parametrize(("chunk", "scale"), [(0, 1), (12, 30)])  # of a device's 32 and 16 tokens
