@@ -200,6 +200,12 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def split_columns(mesh: Mesh) -> NamedSharding:
+    """[B, T, D] as rows are read from a parameter: D is split as there, B over what is left."""
+    left = tuple(name for name in BATCH if name not in RULES["D"])
+    return NamedSharding(mesh, PartitionSpec(left, None, RULES["D"]))
+
+
 @functools.cache
 def rows_here(mesh: Mesh, size: int) -> tuple[int, ...]:
     """Which sequences of a batch of `size` the devices of this process need, ascending."""

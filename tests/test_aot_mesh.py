@@ -147,6 +147,19 @@ def check_the_head_is_sent_once(text: str) -> None:
     assert summed & {*sent}, sent
 
 
+def test_no_device_holds_a_stream_of_the_whole_batch():
+    """Where a tensor axis splits the vocabulary: nor does the embedding's gradient need one."""
+    topology = topology_of("v5p:2x2x2")
+    train = TrainConfig(batch_size=BATCH, seq_len=LENGTH)
+    mesh = MeshConfig(fsdp=DEVICES // 2, tensor=2)
+    text = compile_step(Config(model=model_of("none"), mesh=mesh, train=train), topology).text
+    sent = [(made_by, shape) for made_by, _, shapes in results(text) for _, shape in shapes]
+    assert not [one for one in sent if one[1] == (BATCH, LENGTH, DIM)]
+    part = BATCH * LENGTH * DIM // (DEVICES // 2)
+    exchanged = [math.prod(shape) for made_by, shape in sent if made_by == "all-to-all"]
+    assert exchanged == [part, part], sent  # forward, backward
+
+
 @pytest.mark.parametrize(("target", "split"), [
     ("h100:1x8", {"table_columns": "fsdp"}),
     ("v5e:2x4", {"table_columns": "", "table_rows": "fsdp"}),

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jtok_kernels import RowPlan
 
 from jtok_jax.arms import Seen
 from jtok_jax.config import ModelConfig
-from jtok_jax.mesh import split_batch
+from jtok_jax.mesh import split_batch, split_columns
 from jtok_jax.model.arms import Arms
 from jtok_jax.model.attention import Attend, Attended, Attention, causal
 from jtok_jax.model.exchange import KEPT, Exchange
@@ -168,7 +168,7 @@ class Transformer(nnx.Module):
         if attend is None:
             attend = lambda q, k, v, _: Attended(causal(q, k, v, kind=config.attention), None)
         exchange, mesh = across or (None, None)
-        constrain = lambda x: x if mesh is None else _keep_batch_split(x, mesh)
+        split = lambda x, how: x if mesh is None else _split(x, how(mesh))
         ids_of_group = exchange.gather_ids(ids_BT) if exchange else None
         stacks = config.jtok.table_of_layer(config.num_layers)
         graph, params = nnx.split(self.blocks)
@@ -188,10 +188,10 @@ class Transformer(nnx.Module):
                 out_BTD, kept, aux = run(rows)
             else:  # some layers carry tables and some do not
                 out_BTD, kept, aux = _either(stack >= 0, lambda: run(rows), lambda: run(None))
-            return (constrain(out_BTD), before(h_BTD)), (kept, aux)
+            return (split(out_BTD, split_batch), before(h_BTD)), (kept, aux)
 
-        h_BTD = self.embed[ids_BT].astype(config.compute_dtype)
-        h_BTD = constrain(self.arms.embed(h_BTD, ids_BT) if config.arms.names else h_BTD)
+        h_BTD = split(self.embed[ids_BT].astype(config.compute_dtype), split_columns)
+        h_BTD = split(self.arms.embed(h_BTD, ids_BT) if config.arms.names else h_BTD, split_batch)
         layers = params, np.array(stacks, np.int32), row_grads, cache
         before = lambda h_BTD: h_BTD if config.arms.names else None
         streams = h_BTD, before(h_BTD)
@@ -210,9 +210,12 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return build(rngs)
 
 
-def _keep_batch_split(x: jax.Array, mesh: Mesh) -> jax.Array:
-    """Left alone the partitioner may gather the batch to split D instead."""
-    return jax.lax.with_sharding_constraint(x, split_batch(mesh))
+def _split(x: jax.Array, how: NamedSharding) -> jax.Array:
+    """Left alone the partitioner may gather the batch to split D instead, here or in gradients.
+
+    From columns to sequences and back is one all-to-all.
+    """
+    return jax.lax.with_sharding_constraint(x, how)
 
 
 def _moments(x_BTD: jax.Array) -> jax.Array:
