@@ -28,7 +28,7 @@ $(VENV)/dev: $(VENV)/run
 	$(VENV)/bin/python -m pip install --quiet -c $(call constraints,$(PYTHON)) -e '.[dev]'
 	@touch $@
 
-# Large pages for malloc: a step on a CPU in about 0.8 of the time; unknown to other C libraries.
+# Large pages for malloc: fewer page faults in a step on a CPU. C libraries but glibc ignore it.
 quickstart: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 quickstart: $(VENV)/run
 	$(VENV)/bin/python -m jtok_jax.prepare --input=stdlib --output=data/stdlib

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""train.py in this process: what it writes, what it refuses, and the tools that read its output."""
+"""train.py in this process: what it writes and what it refuses."""
 
 import dataclasses
 import json
 import logging
 import re
 import shutil
-import subprocess
 import sys
 
 import jax
@@ -27,9 +26,6 @@ from jtok_jax.errors import (
     NonFiniteError,
     WorkdirError,
 )
-from jtok_jax.evaluate import main as evaluate_main
-from jtok_jax.generate import main as generate_main
-from jtok_jax.training import checkpoint
 from jtok_jax.training import step as step_module
 from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.guards import WorkdirLock
@@ -241,26 +237,6 @@ def test_a_checkpoint_with_other_leaves_is_refused(config, workdir):
             read()
 
 
-@pytest.mark.parametrize(
-    "name", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/_METADATA"]
-)
-def test_a_damaged_checkpoint_is_refused_by_name(workdir, name):
-    """In a process of its own: Orbax leaves event loops behind when a load fails."""
-    (workdir / "checkpoints" / "11" / name).write_text("damaged")
-    command = [sys.executable, "-m", "jtok_jax.evaluate", f"--workdir={workdir}"]
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
-    assert done.returncode == 4, done.stderr
-    assert "CheckpointError: Checkpoint" in done.stderr
-    assert "Move" in done.stderr
-
-
-def test_workdirs_without_checkpoints_are_refused_by_the_tools(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        evaluate_main([f"--workdir={tmp_path}"])
-    assert stop.value.code == 4
-    assert "holds no checkpoints folder" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("error", [TimeoutError("finalize took 300 s"), OSError("disk full")])
 def test_a_failed_save_stops_the_run(config, tmp_path, monkeypatch, error):
     """Also where it fails by a time-out, which looks like a save still running."""
@@ -324,49 +300,6 @@ def test_a_start_that_failed_does_not_claim_the_workdir(config, tmp_path):
     train(changed(config, {"train.steps": 2}), tmp_path)
 
 
-# --------------------------------------------------------------------------- tools
-
-
-def test_evaluate_repeats_the_validation_of_the_last_step(finished, capsys):
-    evaluate_main([f"--workdir={finished}"])
-    last = records(finished)[-1]
-    expected = f"loss {last['val_loss']:.6f} nats/token, {last['val_bpb']:.6f} bits/byte"
-    assert expected in capsys.readouterr().out
-
-
-def test_bits_per_byte_are_nats_over_ln2_and_bytes(config, finished, corpus):
-    split = manifest.read_manifest(corpus).valid
-    last = records(finished)[-1]
-    bits = last["val_loss"] * split.targets / np.log(2)
-    np.testing.assert_allclose(last["val_bpb"], bits / split.text_bytes, rtol=1e-6)
-
-
-def test_generate_prints_every_prompt_with_a_continuation(finished, capsys):
-    arguments = [f"--workdir={finished}", "--prompt=abc", "--prompt=", "--tokens=5"]
-    generate_main([*arguments, "--temperature=0"])
-    out = capsys.readouterr().out
-    assert out.count("--- step 11 ---") == 2
-    assert "--- step 11 ---\nabc" in out
-    for bad in ("--tokens=0", "--top_p=0", "--temperature=-1"):
-        with pytest.raises(SystemExit) as stop:
-            generate_main([*arguments, bad])
-        assert stop.value.code == 2
-
-
-def test_tools_refuse_another_tokenizer(finished, tmp_path, corpus, capsys):
-    other = shutil.copytree(corpus, tmp_path / "other")
-    tokenizer = other / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + "\n")
-    found = manifest.read_manifest(other)
-    digest = manifest.file_sha256(tokenizer)
-    manifest.write_manifest(other, dataclasses.replace(found, tokenizer_sha256=digest))
-    for call in (evaluate_main, lambda a: generate_main([*a, "--prompt=x"])):
-        with pytest.raises(SystemExit) as stop:
-            call([f"--workdir={finished}", f"--data={other}"])
-        assert stop.value.code == 5
-        assert "is not the one the run was trained with" in capsys.readouterr().err
-
-
 def test_tensorboard_files_are_written_if_asked(config, tmp_path, monkeypatch):
     train(changed(config, {"train.steps": 2, "logging.tensorboard": True}), tmp_path)
     (file,) = (tmp_path / "tensorboard").iterdir()
@@ -386,15 +319,3 @@ def test_tensorboard_without_its_package_is_refused_and_nothing_lost(config, wor
     with pytest.raises(ConfigError, match="tensorboardX is not installed"):
         train(changed(config, longer), workdir)
     assert (workdir / "metrics.jsonl").read_text() == before
-
-
-def test_tools_take_the_implementation_of_the_run_where_it_can_run(workdir):
-    """Kernels a run asked for elsewhere do not keep its checkpoint from being read here."""
-    asked = lambda name: dataclasses.replace(
-        saved, model=dataclasses.replace(
-            saved.model, jtok=dataclasses.replace(saved.model.jtok, implementation=name)
-        ),
-    )  # fmt: skip
-    saved = load_params(workdir).config
-    of = lambda name: checkpoint._anywhere(asked(name)).model.jtok.implementation
-    assert [of("xla"), of("auto"), of("mosaic_gpu")] == ["xla", "auto", "auto"]

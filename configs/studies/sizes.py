@@ -8,7 +8,7 @@
 Two backbones (10.6M and 20.5M), each with n_e tables a layer of which K are read: rho = K / n_e,
 and eta, 1.2 to 50, grows with n_e. Five sizes of dense model are the curve on which N_eff is read.
 For one H100: every model chooses its learning rate by short runs, then sees 26M tokens, with one
-seed; the rest as configs/studies/parameterisation.py and embedding.py found best.
+seed; the rest as configs/studies/parameterisation.py found best.
 """
 
 from jtok_jax.study import Arm, Stage, Study
@@ -46,7 +46,7 @@ def get_study():
         arms=(
             *(
                 Arm(f"dense_{dim}", "configs/arms/dense.py",
-                    backbone(dim) | {"model.init_std": dim**-0.5, "model.embed_init_std": 1.0})
+                    backbone(dim) | {"model.init_std": dim**-0.5})
                 for dim in SIZES
             ),
             *(

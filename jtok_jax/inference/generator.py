@@ -84,14 +84,13 @@ def generate(
     logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh)
     root = jax.random.key(seed)
     drawn = [_sample(logits, jax.random.fold_in(root, 0), sampling)]
-    ended_B = drawn[0] == end_id
     for index in range(1, tokens):
-        if index % ENDED_EVERY == 0 and ended_B.all():
+        look = end_id >= 0 and index % ENDED_EVERY == 0
+        if look and np.any(np.stack(drawn) == end_id, axis=0).all():
             break
         key = jax.random.fold_in(root, index)
         next_ids, cache = _decode(config, params, drawn[-1], cache, key, sampling, mesh)
         drawn.append(next_ids)
-        ended_B |= next_ids == end_id
     return np.stack([np.asarray(ids_B) for ids_B in drawn], axis=1)
 
 

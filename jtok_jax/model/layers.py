@@ -71,8 +71,9 @@ def _widened_forward(x_BTD, weight_DF):
 
 def _widened_backward(kept, grad_BTF):
     x_BTD, weight_DF = kept
-    tokens = ((0, 1), (0, 1)), ((), ())
-    return grad_BTF @ weight_DF.T, jax.lax.dot_general(x_BTD, grad_BTF, tokens)
+    tokens = tuple(range(x_BTD.ndim - 1))
+    weight = jax.lax.dot_general(x_BTD, grad_BTF, ((tokens, tokens), ((), ())))
+    return grad_BTF @ weight_DF.T, weight
 
 
 _widened.defvjp(_widened_forward, _widened_backward)

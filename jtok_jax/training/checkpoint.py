@@ -33,7 +33,7 @@ from jtok_jax.training.state import TrainState, non_finite
 orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
-PARAMS = "params/"  # leaves of a checkpoint that the tools read
+_PARAMS = "params/"  # leaves of a checkpoint that the tools read
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
 
 
@@ -141,7 +141,7 @@ class Checkpoints:
         require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
         logical = _logical(abstract)
         wanted = named_leaves(logical)
-        _compare_leaves(found.metadata, wanted, step, found.custom_metadata.get("jtok_jax"))
+        _compare_leaves(found.metadata, wanted, step)
         leaves = _load(self._checkpointer, step, wanted)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
@@ -219,14 +219,14 @@ def load_params(
             config = dataclasses.replace(config, mesh=choose(config))
         place, column_shards = _placing(config, alone=choose is None)
         config = _anywhere(config, column_shards)
-        saved = {name: x for name, x in found.metadata.items() if name.startswith(PARAMS)}
-        expected = {PARAMS + name: x for name, x in abstract_params(config.model).items()}
-        _compare_leaves(saved, expected, step, found.custom_metadata.get("jtok_jax"))
-        place_of = lambda name, leaf: place(name.removeprefix(PARAMS), leaf)
+        saved = {name: x for name, x in found.metadata.items() if name.startswith(_PARAMS)}
+        expected = {_PARAMS + name: x for name, x in abstract_params(config.model).items()}
+        _compare_leaves(saved, expected, step)
+        place_of = lambda name, leaf: place(name.removeprefix(_PARAMS), leaf)
         wanted = dict.fromkeys(found.metadata, ...)  # Orbax skips those
         wanted |= {name: place_of(name, leaf) for name, leaf in saved.items()}
         leaves = _load(checkpointer, step, wanted)
-    params = {name.removeprefix(PARAMS): leaves[name] for name in saved}
+    params = {name.removeprefix(_PARAMS): leaves[name] for name in saved}
     params = to_stored(config.model, params)
     return Saved(step, config, found.custom_metadata["data"], params)
 
@@ -323,9 +323,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _compare_leaves(
-    found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int, version: str
-) -> None:
+def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
     """Orbax casts dtypes silently; nothing is loaded unless all leaves agree."""
     problems = [f"  {name}: missing" for name in wanted if name not in found]
     problems += [f"  {name}: not in this configuration" for name in found if name not in wanted]
@@ -340,5 +338,5 @@ def _compare_leaves(
         raise CheckpointError(
             f"Checkpoint step {step} does not fit this configuration:\n"
             + "\n".join(sorted(problems))
-            + f"\nNothing was loaded. Use the code of the run (jtok_jax {version} wrote it)."
+            + "\nNothing was loaded. Use the code and the configuration that wrote it."
         )

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""evaluate and generate on the checkpoint of a short run, and what they refuse."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from small import KINDS
+from test_config import changed
+from test_data import run_config
+
+from jtok_jax import generate
+from jtok_jax.data import manifest
+from jtok_jax.errors import CheckpointError
+from jtok_jax.evaluate import main as evaluate_main
+from jtok_jax.training import checkpoint
+from jtok_jax.training.checkpoint import load_params
+from train import train
+
+generate_main = generate.main
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """Workdir of a JTok-M model after two steps; tests copy it before they change anything."""
+    model = dataclasses.replace(KINDS["dense-jtok_m"], vocab_size=300)
+    config = dataclasses.replace(run_config(corpus, steps=2), model=model)
+    workdir = tmp_path_factory.mktemp("finished")
+    train(changed(config, {"evaluation.every": 2}), workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def last_record(workdir) -> dict:
+    return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_evaluate_repeats_the_validation_of_the_last_step(finished, capsys):
+    evaluate_main([f"--workdir={finished}"])
+    last = last_record(finished)
+    expected = f"loss {last['val_loss']:.6f} nats/token, {last['val_bpb']:.6f} bits/byte"
+    assert expected in capsys.readouterr().out
+
+
+def test_bits_per_byte_are_nats_over_ln2_and_bytes(finished, corpus):
+    split = manifest.read_manifest(corpus).valid
+    last = last_record(finished)
+    bits = last["val_loss"] * split.targets / np.log(2)
+    np.testing.assert_allclose(last["val_bpb"], bits / split.text_bytes, rtol=1e-6)
+
+
+def test_generate_prints_every_prompt_with_a_continuation(finished, capsys):
+    arguments = [f"--workdir={finished}", "--prompt=abc", "--prompt=", "--tokens=5"]
+    generate_main([*arguments, "--temperature=0"])
+    out = capsys.readouterr().out
+    assert out.count("--- step 2 ---") == 2
+    assert "--- step 2 ---\nabc" in out
+    for bad in ("--tokens=0", "--top_p=0", "--temperature=-1"):
+        with pytest.raises(SystemExit) as stop:
+            generate_main([*arguments, bad])
+        assert stop.value.code == 2
+
+
+def test_tools_refuse_another_tokenizer(finished, tmp_path, corpus, capsys):
+    other = shutil.copytree(corpus, tmp_path / "other")
+    tokenizer = other / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    found = manifest.read_manifest(other)
+    digest = manifest.file_sha256(tokenizer)
+    manifest.write_manifest(other, dataclasses.replace(found, tokenizer_sha256=digest))
+    for call in (evaluate_main, lambda a: generate_main([*a, "--prompt=x"])):
+        with pytest.raises(SystemExit) as stop:
+            call([f"--workdir={finished}", f"--data={other}"])
+        assert stop.value.code == 5
+        assert "is not the one the run was trained with" in capsys.readouterr().err
+
+
+def test_tools_take_the_implementation_of_the_run_where_it_can_run(workdir):
+    """Kernels a run asked for elsewhere do not keep its checkpoint from being read here."""
+    asked = lambda name: dataclasses.replace(
+        saved, model=dataclasses.replace(
+            saved.model, jtok=dataclasses.replace(saved.model.jtok, implementation=name)
+        ),
+    )  # fmt: skip
+    saved = load_params(workdir).config
+    of = lambda name: checkpoint._anywhere(asked(name)).model.jtok.implementation
+    assert [of("xla"), of("auto"), of("mosaic_gpu")] == ["xla", "auto", "auto"]
+
+
+@pytest.mark.parametrize(
+    "name", ["_CHECKPOINT_METADATA", "state/manifest.ocdbt", "state/_METADATA"]
+)
+def test_a_damaged_checkpoint_is_refused_by_name(workdir, name):
+    """In a process of its own: Orbax leaves event loops behind when a load fails."""
+    (workdir / "checkpoints" / "2" / name).write_text("damaged")
+    command = [sys.executable, "-m", "jtok_jax.evaluate", f"--workdir={workdir}"]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "CheckpointError: Checkpoint" in done.stderr
+    assert "Move" in done.stderr
+
+
+def test_workdirs_without_checkpoints_are_refused_by_the_tools(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate_main([f"--workdir={tmp_path}"])
+    assert stop.value.code == 4
+    assert "holds no checkpoints folder" in capsys.readouterr().err
+
+
+def test_other_code_is_refused_by_the_tools(workdir):
+    """Parameters that this code has and the checkpoint lacks, or the other way round."""
+    path = workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    text = path.read_text()
+    for old, new, message in (
+        ('"qk_norm": "none"', '"qk_norm": "rms"', "params/blocks/attention/key_norm: missing"),
+        ('"head": "untied"', '"head": "tied"', "params/head: not in this configuration"),
+        ('"param_dtype": "float32"', '"param_dtype": "bfloat16"', "embed: saved float32"),
+    ):
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+        with pytest.raises(CheckpointError, match=message) as told:
+            load_params(workdir)
+        assert "Nothing was loaded" in str(told.value)
+
+
+def test_generate_ends_where_the_text_ends(finished, monkeypatch, corpus):
+    asked = {}
+    monkeypatch.setattr(
+        generate, "generate", lambda *_, **options: asked.update(options) or np.zeros((1, 1), int)
+    )
+    generate_main([f"--workdir={finished}", "--prompt=abc"])
+    assert asked["end_id"] == manifest.read_manifest(corpus).end_id
