@@ -79,9 +79,7 @@ class JtokConfig:
     router_init_std: float = 0.02  # open
     balance_weight: float = 1e-4  # lambda, App. B; summed over layers
     balance_probability: str = "sigmoid"  # open: sigmoid | normalized (over the n_e tables)
-    implementation: str = (
-        "auto"  # of the operations on tables: auto | xla | mosaic_gpu | mosaic_tpu
-    )
+    implementation: str = "auto"  # of the table operations: auto | xla | mosaic_gpu | mosaic_tpu
 
     def __post_init__(self):
         _one_of(self.kind, "model.jtok.kind", ("none", "jtok", "jtok_m"))
@@ -92,11 +90,8 @@ class JtokConfig:
         _one_of(self.sharing, "model.jtok.sharing", ("per_layer", "shared"))
         _one_of(self.router_input, "model.jtok.router_input", ("pre_attention", "post_attention"))
         _one_of(self.router_norm, "model.jtok.router_norm", ("shared", "own", "weightless"))
-        _one_of(
-            self.balance_probability,
-            "model.jtok.balance_probability",
-            ("sigmoid", "normalized"),
-        )
+        probability = self.balance_probability
+        _one_of(probability, "model.jtok.balance_probability", ("sigmoid", "normalized"))
         _at_least(self, "model.jtok", 0, "eps", "table_init_std", "balance_weight")
         _at_least(self, "model.jtok", 1, "num_tables", "top_k")
         if self.top_k > self.num_tables:
@@ -104,6 +99,14 @@ class JtokConfig:
                 f"model.jtok.top_k (K) is {self.top_k} but model.jtok.num_tables (n_e) is "
                 f"{self.num_tables}; K cannot exceed n_e."
             )
+
+    @property
+    def tables_per_layer(self) -> int:
+        return self.num_tables if self.kind == "jtok_m" else 1
+
+    @property
+    def rows_per_token(self) -> int:
+        return self.top_k if self.kind == "jtok_m" else 1
 
     def table_layers(self, num_layers: int) -> tuple[int, ...]:
         """Indices of the layers that carry tables, ascending."""

@@ -162,6 +162,5 @@ def _forward_flops(config: ModelConfig, sizes: dict[str, int], idle: int, seq_le
     used -= router - router // config.num_layers * carrying
     # Scores and mixing over (seq_len + 1) / 2 keys on average: 2 x 2 x keys x N x H.
     attention = 2 * (seq_len + 1) * config.num_heads * config.head_size * config.num_layers
-    mixed = jtok.top_k if jtok.kind == "jtok_m" else 1
-    modulation = 2 * (mixed + 1) * config.model_dim * carrying
+    modulation = 2 * (jtok.rows_per_token + 1) * config.model_dim * carrying
     return 2 * used + attention + modulation

@@ -120,10 +120,9 @@ def table_layout(config: Config, mesh: Mesh) -> TableLayout:
             raise ConfigError(f"mesh.table_*: axis {name!r} is named twice; it splits one thing.")
     if model.tables_shape is None:
         return TableLayout((), (), ())
-    num_tables = model.jtok.num_tables if model.jtok.kind == "jtok_m" else 1
     sizes = {
         "columns": model.model_dim,
-        "experts": num_tables,
+        "experts": model.jtok.tables_per_layer,
         "rows": model.padded_vocab,
     }
     for what, size in sizes.items():

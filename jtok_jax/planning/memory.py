@@ -137,8 +137,7 @@ class _Shapes:
 
     @property
     def num_tables(self) -> int:
-        count = self.model.jtok.num_tables if self.model.jtok.kind == "jtok_m" else 1
-        return count // num_shards(self.mesh, self.layout.experts)
+        return self.model.jtok.tables_per_layer // num_shards(self.mesh, self.layout.experts)
 
     @property
     def unique_rows(self) -> int:
@@ -243,8 +242,7 @@ def _mixture(shapes: _Shapes) -> float:
     if shapes.model.tables_shape is None:
         return 0
     tokens = shapes.tokens / shapes.tensor * num_shards(shapes.mesh, shapes.layout.axes)
-    used = shapes.model.jtok.top_k if shapes.model.jtok.kind == "jtok_m" else 1
-    return tokens * shapes.columns * (8 * used + 10)
+    return tokens * shapes.columns * (8 * shapes.model.jtok.rows_per_token + 10)
 
 
 def _head(shapes: _Shapes) -> int:

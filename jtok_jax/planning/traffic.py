@@ -136,7 +136,7 @@ def _row_bytes(config: Config, tokens: float) -> float:
     jtok, model = config.model.jtok, config.model
     if jtok.kind == "none":
         return 0
-    used = jtok.top_k if jtok.kind == "jtok_m" else 1
+    used = jtok.rows_per_token
     row, wide = flops.BYTES[jtok.table_dtype], flops.BYTES[model.compute_dtype]
     entry = 2 * used * row + 6 * wide + 4 * used
     return tokens * model.model_dim * entry * len(jtok.table_layers(model.num_layers))

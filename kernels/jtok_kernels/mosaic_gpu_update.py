@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from jtok_kernels.mosaic_gpu import MosaicGpu
 from jtok_kernels.rounding import round_at_random, row_seeds
-from jtok_kernels.row_optimizers import Now
+from jtok_kernels.row_optimizers import Now, RowGrads
 
 ROWS = 16  # of a block: enough to hide its start, few enough that uneven blocks even out
 
@@ -26,13 +26,12 @@ def updater(*, interpret: bool):
     return functools.partial(_update, MosaicGpu(interpret))
 
 
-def _update(gpu: MosaicGpu, optimizer, table, arrays, unique_U, row_grads, now: Now, grad_scale,
-            apply, seed):  # fmt: skip
+def _update(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, now: Now, seed):
     """(table, arrays) after the step; see update.update_rows."""
     num_rows, dim = table.shape[-2:]
-    num_unique, names = unique_U.size, list(arrays)
-    count = row_grads.size // dim
-    grads = row_grads.reshape(-1, num_unique, dim)
+    num_unique, names = of.unique_U.size, list(arrays)
+    count = of.grads.size // dim
+    grads = of.grads.reshape(-1, num_unique, dim)
     at_random = table.dtype == jnp.bfloat16 and seed is not None
 
     def body(unique, grads, integers, floats, words, table, *state):
@@ -66,13 +65,13 @@ def _update(gpu: MosaicGpu, optimizer, table, arrays, unique_U, row_grads, now: 
 
         lax.fori_loop(first, jnp.minimum(first + ROWS, num_grads), place, 0)
 
-    integers = jnp.stack([now.step, jnp.where(apply, count, 0)]).astype(jnp.int32)
-    floats = jnp.stack([now.learning_rate, now.log_decay, grad_scale]).astype(jnp.float32)
+    integers = jnp.stack([now.step, jnp.where(of.apply, count, 0)]).astype(jnp.int32)
+    floats = jnp.stack([now.learning_rate, now.log_decay, of.grad_scale]).astype(jnp.float32)
     words = jnp.zeros(2, jnp.uint32) if seed is None else seed
     values = [table, *arrays.values()]
     flat = lambda x: x.reshape(-1, *x.shape[table.ndim - 2 :])
     refs = [jax.new_ref(flat(value)) for value in values]
     run = gpu.kernel(body, (), grid=pl.cdiv(count, ROWS), axis="n")
-    run(unique_U, grads, integers, floats, words, *refs)
+    run(of.unique_U, grads, integers, floats, words, *refs)
     new = [jax.freeze(ref).reshape(value.shape) for ref, value in zip(refs, values, strict=True)]
     return new[0], dict(zip(names, new[1:], strict=True))

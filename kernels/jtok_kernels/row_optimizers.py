@@ -29,6 +29,15 @@ class Now(NamedTuple):
     log_decay: jax.Array  # float32 sum over all steps of log(1 - learning_rate * weight_decay)
 
 
+class RowGrads(NamedTuple):
+    """Gradients of the rows of a step; see `update_rows`."""
+
+    unique_U: jax.Array
+    grads: jax.Array  # [..., U, D]
+    grad_scale: jax.Array  # float32
+    apply: jax.Array | bool
+
+
 def mean_of_row(values: jax.Array) -> jax.Array:
     """Over the entries of each row; another function where a row lies on several devices."""
     return jnp.mean(values, axis=-1)

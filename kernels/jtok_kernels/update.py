@@ -18,7 +18,7 @@ from jtok_kernels import mosaic_gpu_update
 from jtok_kernels.choose import choose, is_simulated
 from jtok_kernels.packing import as_float, pack_rows, width
 from jtok_kernels.rounding import Seed, round_at_random, row_seeds
-from jtok_kernels.row_optimizers import Now, RowOptimizer, State, mean_of_row
+from jtok_kernels.row_optimizers import Now, RowGrads, RowOptimizer, State, mean_of_row
 
 
 class Shard(NamedTuple):
@@ -72,20 +72,20 @@ def update_rows(
         total = state["log_decay"] + jnp.log1p(-learning_rate * optimizer.weight_decay)
     now = Now(step, learning_rate, total)
     seed = None if rounding_key is None else jax.random.key_data(rounding_key).reshape(-1)[:2]
-    step_of = unique_U, row_grads, now, jnp.float32(grad_scale), apply
+    of = RowGrads(unique_U, row_grads, jnp.float32(grad_scale), apply)
     rounding = _rounding(table, seed, shard or Shard())
     if optimizer.dense:
-        return _update_all(optimizer, table, state, *step_of, rounding)
+        return _update_all(optimizer, table, state, of, now, rounding)
     scalars = {}
     if "log_decay" in state:
         scalars = {"log_decay": jnp.where(apply, total, state["log_decay"])}
     arrays = {name: value for name, value in state.items() if name not in scalars}
     if chosen.startswith("mosaic_gpu") and shard is None:
         update = mosaic_gpu_update.updater(interpret=is_simulated(chosen))
-        table, arrays = update(optimizer, table, arrays, *step_of, seed)
+        table, arrays = update(optimizer, table, arrays, of, now, seed)
     else:
         columns = shard.columns if shard else ()
-        table, arrays = _update_touched(optimizer, table, arrays, *step_of, rounding, columns)
+        table, arrays = _update_touched(optimizer, table, arrays, of, now, rounding, columns)
     return table, arrays | scalars
 
 
@@ -118,29 +118,18 @@ def dense_gradient(row_grads: jax.Array, unique_U: jax.Array, *, num_rows: int) 
 Rounding = Callable[..., jax.Array]  # (float32 rows, number of the table, ids) -> as stored
 
 
-def _update_all(
-    optimizer, table, state, unique_U, row_grads, now, grad_scale, apply, rounding: Rounding
-):
-    grads = grad_scale * dense_gradient(row_grads, unique_U, num_rows=table.shape[-2])
+def _update_all(optimizer, table, state, of: RowGrads, now: Now, rounding: Rounding):
+    grads = of.grad_scale * dense_gradient(of.grads, of.unique_U, num_rows=table.shape[-2])
     rows, new = optimizer.update(as_float(table), state, grads, now)
     number = jnp.arange(rows.size // rows.shape[-1] // rows.shape[-2])
     number = number.reshape(rows.shape[:-2])[..., None]
     rows = rounding(rows, number, jnp.arange(rows.shape[-2]))
-    keep = lambda new, old: jnp.where(apply, new, old)
+    keep = lambda new, old: jnp.where(of.apply, new, old)
     return keep(rows, table), jax.tree.map(keep, new, state)
 
 
 def _update_touched(
-    optimizer,
-    table,
-    arrays,
-    unique_U,
-    row_grads,
-    now,
-    grad_scale,
-    apply,
-    rounding: Rounding,
-    columns: tuple[str, ...],
+    optimizer, table, arrays, of: RowGrads, now: Now, rounding: Rounding, columns: tuple[str, ...]
 ):
     """In plain XLA; layers of a stack in turn: temporaries are those of one layer's rows."""
     mean, anywhere = mean_of_row, lambda used: used
@@ -148,8 +137,8 @@ def _update_touched(
         mean = lambda values: jax.lax.pmean(mean_of_row(values), columns)
         anywhere = lambda used: jax.lax.pmax(used.astype(jnp.int32), columns) > 0
     # Places without a row, and all where nothing is applied, get distinct rows outside the table.
-    outside = table.shape[-2] + jnp.arange(unique_U.size, dtype=jnp.int32)
-    target_U = jnp.where(apply & (unique_U < table.shape[-2]), unique_U, outside)
+    outside = table.shape[-2] + jnp.arange(of.unique_U.size, dtype=jnp.int32)
+    target_U = jnp.where(of.apply & (of.unique_U < table.shape[-2]), of.unique_U, outside)
 
     def layer(index, carry):
         table, arrays = carry
@@ -159,11 +148,11 @@ def _update_touched(
             lead, number = (index, experts), index * table.shape[1] + experts
         elif table.ndim == 3:
             lead = (index,)
-        grads = row_grads if table.ndim == 2 else row_grads[index]
+        grads = of.grads if table.ndim == 2 else of.grads[index]
         rows, old = jax.tree.map(lambda value: _get(value, lead, target_U), (table, arrays))
         # Else XLA may read old rows again for a later scatter, from a copy of the whole table.
         rows, old = jax.lax.optimization_barrier((rows, old))
-        new_rows, new = optimizer.update(as_float(rows), old, grad_scale * grads, now, mean)
+        new_rows, new = optimizer.update(as_float(rows), old, of.grad_scale * grads, now, mean)
         new_rows = rounding(new_rows, number, target_U)
         used = anywhere(jnp.any(grads != 0, axis=-1))
         table = _set(table, lead, target_U, used, rows, new_rows)
