@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtok_jax.config import JtokConfig, ModelConfig
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.inference.cache import decode, prefill
 from jtok_jax.model.params import bind, init_params, to_stored
+from jtok_jax.model_config import JtokConfig, ModelConfig
 
 KINDS = {"dense": "none", "jtok": "jtok", "jtok_m": "jtok_m"}
 

@@ -57,8 +57,9 @@ def make_ids(kind: str, count: int, num_rows: int, seed: int) -> np.ndarray:
 
 
 def corpus_ids(folder: str, count: int, num_rows: int, seed: int) -> np.ndarray:
-    from jtok_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+    from jtok_jax.config import Config, DataConfig, TrainConfig
     from jtok_jax.data.loader import open_source
+    from jtok_jax.model_config import ModelConfig
 
     manifest = json.loads((pathlib.Path(folder) / "manifest.json").read_text())
     length, vocab = manifest["seq_len"], manifest["vocab_size"]

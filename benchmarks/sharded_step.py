@@ -17,10 +17,11 @@ import jax
 import numpy as np
 from train_step import BATCHES, Arm, our_arm, percentiles, run_rounds
 
-from jtok_jax.config import Config, DataConfig, JtokConfig, MeshConfig, ModelConfig, TrainConfig
+from jtok_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.mesh import describe, make_mesh, put_batch
 from jtok_jax.model.transformer import Across
+from jtok_jax.model_config import JtokConfig, ModelConfig
 from jtok_jax.training import step
 
 

@@ -27,8 +27,6 @@ from plain_step import Plain, init_state, make_step
 from jtok_jax.config import (
     Config,
     DataConfig,
-    JtokConfig,
-    ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
     TableOptimizerConfig,
@@ -37,6 +35,7 @@ from jtok_jax.config import (
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.data.loader import check_unique, make_batch, open_source
 from jtok_jax.mesh import make_mesh, put_batch
+from jtok_jax.model_config import JtokConfig, ModelConfig
 from jtok_jax.training import state as training_state
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.step import jit_train_step

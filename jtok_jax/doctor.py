@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 
 from jtok_jax import flops
-from jtok_jax.config import JtokConfig, ModelConfig
 from jtok_jax.hosts import PACKAGES
 from jtok_jax.model.attention import cudnn_lacks
 from jtok_jax.model.jtok import operations
+from jtok_jax.model_config import JtokConfig, ModelConfig
 
 SUPPORTED = ((0, 10, 2), (0, 13))  # jax: from, below
 GPU_FROM = (0, 11, 1)  # earlier jaxlib compiles float32 scatter-add to a very slow loop

@@ -113,6 +113,7 @@ def _reason(error: Exception, arguments: list[str]) -> str:
     if isinstance(error, AttributeError) and name:
         options = [one for one in arguments if re.match(rf"--config\..*\b{name[1]}\b", one)]
         meant = re.search(r'Did you mean "(\w+)"', text)
-        hint = f"Did you mean {meant[1]!r}?" if meant else "jtok_jax/config.py has all of them."
+        known = "jtok_jax/config.py and model_config.py have all of them."
+        hint = f"Did you mean {meant[1]!r}?" if meant else known
         return f"{' '.join(options)}: there is no field {name[1]!r}. {hint}"
     return f"{text} ({type(error).__name__})"

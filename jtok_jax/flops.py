@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from jtok_jax.arms import Parameter, Sizes
-from jtok_jax.config import ModelConfig
+from jtok_jax.model_config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 VECTORS = ("norm", "scale", "bias")  # endings of names that no matmul uses and no decay touches

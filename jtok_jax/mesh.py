@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jtok_jax.config import Config, MeshConfig, ModelConfig
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.flops import parameter_axes
+from jtok_jax.model_config import ModelConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
 AUTO = (AxisType.Auto,) * len(AXES)

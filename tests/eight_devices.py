@@ -20,15 +20,7 @@ from jtok_kernels import lazy_adam, update_rows
 from small import JTOK, JTOK_M, random_ids, random_params
 
 from jtok_jax.arms import ArmsConfig
-from jtok_jax.config import (
-    Config,
-    MeshConfig,
-    ModelConfig,
-    MoeConfig,
-    OptimizerConfig,
-    TableOptimizerConfig,
-    TrainConfig,
-)
+from jtok_jax.config import Config, MeshConfig, OptimizerConfig, TableOptimizerConfig, TrainConfig
 from jtok_jax.inference.generator import generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.mesh import (
@@ -47,6 +39,7 @@ from jtok_jax.mesh import (
 from jtok_jax.model import moe
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import bind
+from jtok_jax.model_config import ModelConfig, MoeConfig
 from jtok_jax.training import step
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.optimizer import make_optimizer

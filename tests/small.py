@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jtok_kernels import dense_gradient
 
-from jtok_jax.config import Config, JtokConfig, MeshConfig, ModelConfig, MoeConfig, TrainConfig
+from jtok_jax.config import Config, MeshConfig, TrainConfig
 from jtok_jax.mesh import make_mesh
 from jtok_jax.model.params import init_params
+from jtok_jax.model_config import JtokConfig, ModelConfig, MoeConfig
 from jtok_jax.prepare import Recipe, prepare
 from jtok_jax.training import step
 from jtok_jax.training.optimizer import make_optimizer

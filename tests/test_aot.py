@@ -21,8 +21,9 @@ from jtok_kernels import (
 )
 from jtok_kernels.mosaic_gpu import MAX_HELD
 
-from jtok_jax.config import Config, JtokConfig, ModelConfig, TrainConfig
+from jtok_jax.config import Config, TrainConfig
 from jtok_jax.model.moe import experts
+from jtok_jax.model_config import JtokConfig, ModelConfig
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import abstract_state
 from jtok_jax.training.step import make_train_step

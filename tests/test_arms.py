@@ -13,11 +13,12 @@ from small import DENSE, JTOK_M, gradients, random_ids, small_config, training
 from jtok_jax import flops
 from jtok_jax.arms import ArmsConfig, Seen, Sizes
 from jtok_jax.arms.hashing import bigram_rows
-from jtok_jax.config import Config, ModelConfig, OptimizerConfig, TableOptimizerConfig
+from jtok_jax.config import Config, OptimizerConfig, TableOptimizerConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.inference.generator import generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.model.params import bind, init_params
+from jtok_jax.model_config import ModelConfig
 
 pytestmark = oldest
 NAMES = [field.name for field in dataclasses.fields(ArmsConfig)][1:]

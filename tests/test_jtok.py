@@ -14,9 +14,10 @@ import tolerances
 from jtok_kernels import reference
 from small import DENSE, JTOK, JTOK_M, KINDS, MOE, gradients, random_ids, random_params
 
-from jtok_jax.config import Config, ModelConfig, TrainConfig
+from jtok_jax.config import Config, TrainConfig
 from jtok_jax.model import jtok
 from jtok_jax.model.params import bind
+from jtok_jax.model_config import ModelConfig
 
 CLOSE = tolerances.FORWARD["float32"]
 WITH_TABLES = [name for name in KINDS if "jtok" in name]

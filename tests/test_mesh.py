@@ -21,7 +21,6 @@ from jtok_jax.config import (
     Config,
     EvaluationConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
     TableOptimizerConfig,
     TrainConfig,
@@ -42,6 +41,7 @@ from jtok_jax.mesh import (
 )
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.transformer import Across
+from jtok_jax.model_config import ModelConfig
 from jtok_jax.planning.advice import changed
 from jtok_jax.training import step
 from jtok_jax.training.optimizer import make_optimizer

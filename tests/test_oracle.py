@@ -14,8 +14,9 @@ import tolerances
 from small import DENSE, JTOK, JTOK_M, KINDS, MOE, gradients, random_ids, random_params
 
 from jtok_jax.arms import ArmsConfig
-from jtok_jax.config import Config, ModelConfig, TrainConfig
+from jtok_jax.config import Config, TrainConfig
 from jtok_jax.model.params import bind
+from jtok_jax.model_config import ModelConfig
 
 replace = dataclasses.replace
 VARIANTS = {

@@ -19,8 +19,9 @@ from small_study import ARMS, FILE, RATE, STUDY, fill, filled, first_cells
 from tqdm import tqdm
 
 from jtok_jax.arms import ArmsConfig
-from jtok_jax.config import JtokConfig, OptimizerConfig
+from jtok_jax.config import OptimizerConfig
 from jtok_jax.errors import ConfigError, DataError, WorkdirError
+from jtok_jax.model_config import JtokConfig
 from jtok_jax.study import Arm, Stage, trainer
 from jtok_jax.study.report import write_report
 from jtok_jax.study.results import Table, measured

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jtok_jax.config import ModelConfig
 from jtok_jax.data.loader import check_ids
 from jtok_jax.errors import ConfigError
 from jtok_jax.flops import parameter_axes
@@ -23,6 +22,7 @@ from jtok_jax.inference.cache import decode, prefill
 from jtok_jax.inference.sampling import Sampling, sample
 from jtok_jax.mesh import replicated
 from jtok_jax.model.params import Params, bind
+from jtok_jax.model_config import ModelConfig
 
 ENDED_EVERY = 16  # to look at ids waits for the device
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so few shapes are ever compiled

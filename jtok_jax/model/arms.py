@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jtok_jax.arms import Parameter, Seen
-from jtok_jax.config import ModelConfig
 from jtok_jax.flops import arm_parameters
+from jtok_jax.model_config import ModelConfig
 
 
 class ArmParameters(nnx.Module):

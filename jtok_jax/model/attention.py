@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jtok_jax.config import ModelConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.layers import Rotation, normal, residual_std, rms_norm, rotate
+from jtok_jax.model_config import ModelConfig
 
 
 class Attended(NamedTuple):

@@ -26,8 +26,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jtok_kernels import RowPlan, Shard, row_plan
 
-from jtok_jax.config import ModelConfig
 from jtok_jax.mesh import AXES, TOKENS, TableLayout, num_shards
+from jtok_jax.model_config import ModelConfig
 
 KEPT = "fetched rows"  # kept by remat "dots": to fetch again costs more than D entries a token
 

@@ -16,10 +16,10 @@ import jtok_kernels
 from flax import nnx
 from jtok_kernels import RowPlan, reference
 
-from jtok_jax.config import ModelConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.layers import normal, rms_norm
+from jtok_jax.model_config import ModelConfig
 
 HEALTH_TOKENS = 256  # at most so many tokens, spread over the batch, stand for all in `health`
 

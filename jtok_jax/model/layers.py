@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jtok_jax.config import ModelConfig
+from jtok_jax.model_config import ModelConfig
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array | None, *, eps: float) -> jax.Array:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jtok_jax.config import ModelConfig
 from jtok_jax.mesh import TOKENS
 from jtok_jax.model.grouped_matmul import grouped_matmul
 from jtok_jax.model.layers import normal, residual_std, swiglu
+from jtok_jax.model_config import ModelConfig
 
 
 class ExpertRoute(NamedTuple):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jtok_kernels import pack_rows, unpack_rows
 
-from jtok_jax.config import ModelConfig
 from jtok_jax.model.jtok import held_as_words
 from jtok_jax.model.transformer import Transformer
+from jtok_jax.model_config import ModelConfig
 
 Params = dict[str, jax.Array]
 

@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding
 from jtok_kernels import RowPlan
 
 from jtok_jax.arms import Seen
-from jtok_jax.config import ModelConfig
 from jtok_jax.mesh import split_batch, split_columns
 from jtok_jax.model.arms import Arms
 from jtok_jax.model.attention import Attend, Attended, Attention, causal
@@ -28,6 +27,7 @@ from jtok_jax.model.exchange import KEPT, Exchange
 from jtok_jax.model.jtok import Lookup, TokenTables
 from jtok_jax.model.layers import FeedForward, Rotation, normal, rms_norm, rotation
 from jtok_jax.model.moe import Moe
+from jtok_jax.model_config import ModelConfig
 
 
 class BlockAux(NamedTuple):

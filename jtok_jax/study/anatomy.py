@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jtok_jax.config import Config, ModelConfig
+from jtok_jax.config import Config
 from jtok_jax.data.loader import EvalBatch, Source, open_source
 from jtok_jax.data.tokenizer import FILE_NAME, load_tokenizer
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import Params, bind, init_params, to_logical
+from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.checkpoint import Saved, load_params
 
 COUNTED = 4_000_000  # training tokens whose ids are counted at most, from the first batch on

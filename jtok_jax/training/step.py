@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from jtok_kernels import RowPlan, mixed, row_plan, update_rows
 from jtok_kernels.rounding import round_at_random, row_seeds
 
-from jtok_jax.config import Config, ModelConfig
+from jtok_jax.config import Config
 from jtok_jax.mesh import num_shards, table_layout
 from jtok_jax.model.exchange import Exchange, compiler_options
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind
 from jtok_jax.model.transformer import Across
+from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.optimizer import Optimizer, schedule, split_tables
 from jtok_jax.training.state import TrainState, state_shardings
 

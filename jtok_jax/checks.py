@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Checks of options: each raises ConfigError with the name, what was found and what would do."""
+
+from jtok_jax.errors import ConfigError
+
+
+def one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+
+
+def at_least(config: object, prefix: str, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= minimum:
+            raise ConfigError(f"{prefix}.{name} is {value}; expected at least {minimum}.")
+
+
+def check_betas(config: object, prefix: str) -> None:
+    for name in ("b1", "b2"):
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{prefix}.{name} is {value}; expected at least 0 and less than 1.")

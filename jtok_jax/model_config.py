@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Every option of a model: frozen dataclasses, their defaults and their checks.
+
+Fields that the paper (arXiv 2602.00800) leaves open are marked "open".
+"""
+
+import dataclasses
+
+from jtok_jax.arms import ArmsConfig
+from jtok_jax.checks import at_least, one_of
+from jtok_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """Mixture-of-experts feed-forward; `num_experts` 0 means a dense feed-forward."""
+
+    num_experts: int = 0  # routed experts
+    top_k: int = 2  # routed experts a token uses
+    expert_dim: int = 256  # width of one routed expert
+    shared_dim: int = 0  # width of the shared expert every token uses; 0: none
+    renormalize: bool = True  # chosen weights are divided by their sum
+    balance_weight: float = 0.01  # weight of the balance loss, summed over layers
+    router_init_std: float = 0.02
+
+    def __post_init__(self):
+        at_least(self, "model.moe", 0, "num_experts", "shared_dim", "balance_weight")
+        if self.num_experts == 0:
+            return
+        at_least(self, "model.moe", 1, "top_k", "expert_dim")
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"model.moe.top_k is {self.top_k} but model.moe.num_experts is "
+                f"{self.num_experts}; a token cannot use more experts than there are."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class JtokConfig:
+    """Token tables of JTok (Eq. 7-9) and JTok-M (Eq. 10-13)."""
+
+    kind: str = "none"  # none | jtok | jtok_m
+    norm: str = "rms"  # open: l2 | rms; rms equals l2 with the scale times sqrt(D)
+    eps: float = 1e-6  # open: added to the norm of a row
+    gate_scale_init: float = 1.0  # open: s of JTok; with l2 and 1.0 the gate hardly moves
+    mixture_scale_init: float = 0.1  # open: s of JTok-M; 0 starts as the backbone exactly
+    table_init_std: float = 0.02  # open: standard deviation of a table entry
+    table_dtype: str = "float32"  # open: float32 | bfloat16
+    layers: str = "all"  # open: all | odd | even | indices such as "0,2,5"
+    sharing: str = "per_layer"  # open: per_layer | shared (one set of tables for all layers)
+    num_tables: int = 5  # n_e of JTok-M; JTok has one
+    top_k: int = 2  # K of JTok-M
+    router_input: str = "pre_attention"  # open: pre_attention | post_attention
+    router_norm: str = "shared"  # open: shared (with attention or feed-forward) | own | weightless
+    router_bias: bool = False  # open
+    router_bias_init: float = 0.0  # open; only read with router_bias
+    router_init_std: float = 0.02  # open
+    balance_weight: float = 1e-4  # lambda, App. B; summed over layers
+    balance_probability: str = "sigmoid"  # open: sigmoid | normalized (over the n_e tables)
+    implementation: str = "auto"  # of the table operations: auto | xla | mosaic_gpu | mosaic_tpu
+
+    def __post_init__(self):
+        one_of(self.kind, "model.jtok.kind", ("none", "jtok", "jtok_m"))
+        one_of(self.norm, "model.jtok.norm", ("l2", "rms"))
+        one_of(self.table_dtype, "model.jtok.table_dtype", ("float32", "bfloat16"))
+        implementations = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")
+        one_of(self.implementation, "model.jtok.implementation", implementations)
+        one_of(self.sharing, "model.jtok.sharing", ("per_layer", "shared"))
+        one_of(self.router_input, "model.jtok.router_input", ("pre_attention", "post_attention"))
+        one_of(self.router_norm, "model.jtok.router_norm", ("shared", "own", "weightless"))
+        probability = self.balance_probability
+        one_of(probability, "model.jtok.balance_probability", ("sigmoid", "normalized"))
+        at_least(self, "model.jtok", 0, "eps", "table_init_std", "balance_weight")
+        at_least(self, "model.jtok", 1, "num_tables", "top_k")
+        if self.top_k > self.num_tables:
+            raise ConfigError(
+                f"model.jtok.top_k (K) is {self.top_k} but model.jtok.num_tables (n_e) is "
+                f"{self.num_tables}; K cannot exceed n_e."
+            )
+
+    @property
+    def tables_per_layer(self) -> int:
+        return self.num_tables if self.kind == "jtok_m" else 1
+
+    @property
+    def rows_per_token(self) -> int:
+        return self.top_k if self.kind == "jtok_m" else 1
+
+    def table_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the layers that carry tables, ascending."""
+        if self.kind == "none":
+            return ()
+        named = {"all": range(num_layers), "even": range(0, num_layers, 2)}
+        named["odd"] = range(1, num_layers, 2)
+        if self.layers in named:
+            if not named[self.layers]:
+                raise ConfigError(
+                    f"model.jtok.layers is {self.layers!r}: of {num_layers} layers none has tables."
+                )
+            return tuple(named[self.layers])
+        try:
+            indices = tuple(sorted({int(part) for part in self.layers.split(",")}))
+        except ValueError as error:
+            raise ConfigError(
+                f"model.jtok.layers is {self.layers!r}; expected all, odd, even or layer "
+                'indices such as "0,2,5".'
+            ) from error
+        if indices[0] < 0 or indices[-1] >= num_layers:
+            raise ConfigError(
+                f"model.jtok.layers is {self.layers!r} but the layers are 0 to {num_layers - 1}."
+            )
+        return indices
+
+    def table_of_layer(self, num_layers: int) -> tuple[int, ...]:
+        """For each layer the index of its table set in the stack, or -1 where it has none."""
+        carrying = self.table_layers(num_layers)
+        shared = self.sharing == "shared"
+        return tuple(
+            -1 if i not in carrying else 0 if shared else carrying.index(i)
+            for i in range(num_layers)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The decoder: pre-norm, rotary, grouped-query attention, SwiGLU or experts, token tables."""
+
+    vocab_size: int = 4096
+    vocab_multiple: int = 1  # embedding, head and tables have rows to a multiple; others are inert
+    model_dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 0  # 0: model_dim / num_heads
+    ffn_dim: int = 344  # width of the dense SwiGLU; not read where there are experts
+    head: str = "untied"  # untied | tied to the input embedding
+    qk_norm: str = "none"  # none | rms, per head before the rotation
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+    init_std: float = 0.02  # every projection; output projections divide by sqrt(2 num_layers)
+    embed_init_std: float = 0.0  # of the embedding; 0: init_std
+    param_dtype: str = "float32"  # of embedding, head and matrices; bfloat16 is rounded at random
+    compute_dtype: str = "bfloat16"  # norms, softmax, routers and loss stay in float32
+    attention: str = "auto"  # auto (cudnn on a GPU that can, else xla) | xla | chunked | cudnn
+    remat: str = "none"  # none | dots (keep matmul results) | full (keep layer inputs only)
+    loss_chunk: int = 0  # tokens of a device whose logits exist at once; 0: all of a microbatch
+    moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
+    jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
+    arms: ArmsConfig = dataclasses.field(default_factory=ArmsConfig)  # compared with tables
+
+    def __post_init__(self):
+        at_least(
+            self, "model", 1, "vocab_size", "vocab_multiple", "model_dim", "num_layers",
+            "num_heads", "num_kv_heads", "ffn_dim", "rope_base",
+        )  # fmt: skip
+        at_least(self, "model", 0, "head_dim", "loss_chunk", "norm_eps")
+        at_least(self, "model", 0, "init_std", "embed_init_std")
+        one_of(self.head, "model.head", ("untied", "tied"))
+        one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
+        one_of(self.attention, "model.attention", ("auto", "xla", "chunked", "cudnn"))
+        one_of(self.remat, "model.remat", ("none", "dots", "full"))
+        one_of(self.param_dtype, "model.param_dtype", ("float32", "bfloat16"))
+        one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
+        if not self.head_dim and self.model_dim % self.num_heads:
+            raise ConfigError(
+                f"model.model_dim ({self.model_dim}) is not a multiple of model.num_heads "
+                f"({self.num_heads}); choose heads that divide the width or set model.head_dim."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_heads ({self.num_heads}) is not a multiple of model.num_kv_heads "
+                f"({self.num_kv_heads}); every key-value head serves the same number of heads."
+            )
+        if self.head_size % 2:
+            raise ConfigError(f"The head width is {self.head_size}; the rotation needs it even.")
+        self.jtok.table_layers(self.num_layers)
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.model_dim // self.num_heads
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of embedding and tables: ids, and zeros that no id names and nothing changes."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def tables_shape(self) -> tuple[int, ...] | None:
+        """Stacked tables: JTok [G, V, D], JTok-M [G, M, V, D]; None without tables."""
+        stack = max(self.jtok.table_of_layer(self.num_layers), default=-1) + 1
+        if stack == 0:
+            return None
+        several = (self.jtok.num_tables,) if self.jtok.kind == "jtok_m" else ()
+        return stack, *several, self.padded_vocab, self.model_dim
