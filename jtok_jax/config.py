@@ -62,6 +62,9 @@ class OptimizerConfig:
             )
 
 
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate over steps, as a fraction of optimizer.learning_rate."""
@@ -73,7 +76,7 @@ class ScheduleConfig:
     final_fraction: float = 0.1  # where cosine and wsd end
 
     def __post_init__(self):
-        one_of(self.kind, "schedule.kind", ("cosine", "wsd", "constant"))
+        one_of(self.kind, "schedule.kind", SCHEDULES)
         at_least(
             self, "schedule", 0, "steps", "warmup_fraction", "decay_fraction", "final_fraction"
         )

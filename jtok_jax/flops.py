@@ -48,18 +48,27 @@ def arm_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Size of every axis letter of a parameter."""
+    """Size of every axis letter of a parameter; arms share one set of letters.
+
+    Raises:
+        ValueError: two parameters have one letter with two sizes.
+    """
     shape = config.tables_shape or (0, 0, 0)
-    of_arms = {}
-    for parameter in arm_parameters(config).values():
-        of_arms |= dict(zip(parameter.axes, parameter.shape, strict=True))
-    return of_arms | {
+    sizes = {
         "L": config.num_layers, "D": config.model_dim, "V": config.padded_vocab,
         "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_size,
         "F": config.moe.expert_dim if config.moe.num_experts else config.ffn_dim,
         "E": config.moe.num_experts, "S": config.moe.shared_dim, "M": shape[-3],
         "G": shape[0], "X": shape[-3], "R": config.padded_vocab, "C": config.model_dim,
     }  # fmt: skip
+    for name, parameter in arm_parameters(config).items():
+        for letter, size in zip(parameter.axes, parameter.shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise ValueError(
+                    f"Axis {letter!r} of {name} is {size}, elsewhere {sizes[letter]}: name it by a "
+                    "letter of its own."
+                )
+    return sizes
 
 
 def parameter_axes(config: ModelConfig) -> dict[str, str]:

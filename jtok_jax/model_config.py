@@ -7,6 +7,8 @@ Fields that the paper (arXiv 2602.00800) leaves open are marked "open".
 
 import dataclasses
 
+from jtok_kernels import NORMS
+
 from jtok_jax.arms import ArmsConfig
 from jtok_jax.checks import at_least, one_of
 from jtok_jax.errors import ConfigError
@@ -62,7 +64,7 @@ class JtokConfig:
 
     def __post_init__(self):
         one_of(self.kind, "model.jtok.kind", ("none", "jtok", "jtok_m"))
-        one_of(self.norm, "model.jtok.norm", ("l2", "rms"))
+        one_of(self.norm, "model.jtok.norm", NORMS)
         one_of(self.table_dtype, "model.jtok.table_dtype", ("float32", "bfloat16"))
         implementations = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")
         one_of(self.implementation, "model.jtok.implementation", implementations)

@@ -33,7 +33,7 @@ class Grads(NamedTuple):
 
 def _norm(e, norm, eps):
     """(n + eps, n, share of every entry in the derivative of n)."""
-    kappa = 1.0 if norm == "l2" else 1.0 / e.size
+    kappa = {"l2": 1.0, "rms": 1.0 / e.size}[norm]
     n = np.sqrt(kappa * np.sum(e * e))
     return n + eps, n, kappa
 

@@ -2,23 +2,28 @@
 # Copyright 2026 The jtok_jax authors
 """Wrong arguments of the table operations are refused, with what would work."""
 
+import functools
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from jtok_kernels import (
+    adamw,
     choose,
     jtok,
     jtok_m,
     lazy_adam,
     mix_rows,
+    modulate,
+    norm_add,
     row_plan,
     rowwise_adagrad,
     update_rows,
 )
-from operations import IMPLEMENTATIONS, each_implementation, inputs, run
+from operations import IMPLEMENTATIONS, KERNELS, each_implementation, inputs, run
 
 choosing = sys.modules["jtok_kernels.choose"]  # the package's `choose` is the function
 
@@ -137,6 +142,30 @@ def test_ids_outside_stay_inside_the_table(implementation, ids):
     np.testing.assert_array_equal(last, over)
 
 
+def test_mixtures_without_a_depth_scale_and_rows_of_another_dtype_are_refused():
+    x = inputs("repeated")
+    stream = [jnp.float32(a) for a in (x.h, x.delta)]
+    choice, weights = jnp.int32(x.choice), jnp.float32(x.weights)
+    arguments = jnp.float32(x.tables), jnp.int32(x.ids), choice, weights, jnp.float32(x.scale)
+    with pytest.raises(ValueError, match="depth_scale is None; expected a number"):
+        jtok_m(*stream, *arguments, depth_scale=None, eps=1.0)
+    rows = jnp.bfloat16(x.h)
+    with pytest.raises(ValueError, match=r"e is bfloat16 .*; expected float32"):
+        norm_add(*stream, rows, jnp.float32(x.scale), depth_scale=0.1, eps=1.0)
+
+
+@pytest.mark.parametrize("make", [adamw, lazy_adam])
+def test_step_and_rate_may_be_numbers(make):
+    optimizer = make(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
+    table, unique = jnp.ones((7, 128)), jnp.int32([1, 4, 7])
+    run_with = lambda **how: update_rows(
+        optimizer, table, optimizer.init(table), unique, jnp.ones((3, 128)), **how
+    )
+    numbers = run_with(step=1, learning_rate=0.25)
+    arrays = run_with(step=jnp.int32(1), learning_rate=jnp.float32(0.25))
+    jax.tree.map(np.testing.assert_array_equal, numbers, arrays)
+
+
 def test_updates_of_other_shapes_are_refused():
     table, unique = jnp.zeros((2, 23, 128)), jnp.int32([1, 4, 23])
     optimizer = rowwise_adagrad(eps=1e-8, weight_decay=0.0)
@@ -157,6 +186,44 @@ def test_updates_of_other_shapes_are_refused():
         run_with(table=table.astype(jnp.int32))
     with pytest.raises(ValueError, match=r"state is .*expected that of optimizer\.init"):
         run_with(state=lazy_adam(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0).init(table))
+
+
+@pytest.mark.skipif(not KERNELS, reason="the GPU kernels need a newer JAX")
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_kernel_is_chosen_inside_shard_map_where_it_can_be_traced(checked, monkeypatch):
+    device = choosing._Device("gpu", "NVIDIA H100 80GB HBM3", 8)
+    monkeypatch.setattr(choosing, "_device", lambda: device)
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("x",))
+    chosen = []
+
+    def local(ids):
+        chosen.append(modulate._implementation(None, jnp.ones((7, 256)), None, ids))
+        return ids
+
+    run_local = jax.shard_map(
+        local, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=checked
+    )
+    jax.eval_shape(run_local, jax.ShapeDtypeStruct((4,), jnp.int32))
+    assert chosen == ["xla" if checked else "mosaic_gpu"]
+    assert modulate._implementation(None, jnp.ones((7, 256)), None) == "xla"
+
+
+@pytest.mark.skipif(not KERNELS, reason="the GPU kernels need a newer JAX")
+def test_a_kernel_that_cannot_be_traced_in_shard_map_says_what_to_do():
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("x",))
+    table, scale = jnp.ones((7, 128)), jnp.ones(128)
+    ids, h = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((4, 128), jnp.float32)
+
+    def loss(h, ids, *, checked):
+        local = lambda h, ids: jtok(
+            h, h, table, ids, scale, eps=1.0, implementation="mosaic_gpu:interpret"
+        )
+        options = {"mesh": mesh, "in_specs": P("x"), "out_specs": P("x"), "check_vma": checked}
+        return jnp.sum(jax.shard_map(local, **options)(h, ids))
+
+    jax.eval_shape(jax.grad(functools.partial(loss, checked=False)), h, ids)
+    with pytest.raises(ValueError, match="pass it check_vma=False"):
+        jax.eval_shape(jax.grad(functools.partial(loss, checked=True)), h, ids)
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,17 @@
 """What JTok is compared with: each arm against its formula in numpy, in the decoder and alone."""
 
 import dataclasses
+import tomllib
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from pythons import oldest
 from small import DENSE, JTOK_M, gradients, random_ids, small_config, training
 
 from jtok_jax import flops
-from jtok_jax.arms import ArmsConfig, Seen, Sizes
+from jtok_jax.arms import ArmsConfig, Parameter, Seen, Sizes
 from jtok_jax.arms.hashing import bigram_rows
 from jtok_jax.config import Config, OptimizerConfig, TableOptimizerConfig
 from jtok_jax.errors import ConfigError
@@ -23,12 +25,15 @@ from jtok_jax.model_config import ModelConfig
 pytestmark = oldest
 NAMES = [field.name for field in dataclasses.fields(ArmsConfig)][1:]
 SAME_AT_FIRST = ("adapter", "bigram", "deep_embed", "film", "mixture")
+# With a formula below, and one that is no increment.
+OTHERS = ("bigram", "mixture", "value_embedding")
 BY_ID = ("bigram", "bigram_gate", "deep_embed", "low_rank", "token_gate", "value_embedding")
 SIZES = Sizes(vocab=30, dim=12, kv_heads=2, head_dim=6)
 IDS = np.random.default_rng(0).integers(0, 30, (3, 5))
 
 
-ADAMW = OptimizerConfig(tables=TableOptimizerConfig(kind="adamw"))
+# Without decay, so that what moves has a gradient.
+ADAMW = OptimizerConfig(weight_decay=0.0, tables=TableOptimizerConfig(kind="adamw"))
 
 
 def model_with(names: str) -> ModelConfig:
@@ -67,6 +72,13 @@ INCREMENTS = {
         dm * (1 + p["scale"] * rms(p["table"][np.asarray(bigram_rows(IDS, 30))]))
     ),
 }
+
+
+def test_every_arm_has_a_formula_here_and_knows_none_of_the_others():
+    assert {*INCREMENTS, *OTHERS} == set(NAMES), "add the new arm to INCREMENTS, or a test"
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (apart,) = (one["modules"] for one in contracts["contracts"] if "arm" in one["name"])
+    assert apart == [f"jtok_jax.arms.{name}" for name in NAMES], "list it in pyproject.toml"
 
 
 @pytest.mark.parametrize("name", INCREMENTS)
@@ -109,7 +121,7 @@ def test_an_arm_adds_to_the_backbone_and_changes_none_of_it(name):
     ids = random_ids(DENSE, 2, 9)
     hidden = bind(model, params)(ids).hidden_BTD
     same = np.array_equal(hidden, bind(DENSE, dense)(ids).hidden_BTD)
-    assert same == (name in SAME_AT_FIRST)
+    assert same == (name in SAME_AT_FIRST), f"SAME_AT_FIRST is wrong about {name}"
 
 
 def test_a_mixture_is_jtok_m():
@@ -232,6 +244,14 @@ def test_arms_go_together_and_with_token_tables():
     assert counts.tables == sum(
         leaf.size for name, leaf in after.params.items() if name.endswith(("table", "tables"))
     )
+
+
+def test_an_axis_of_two_sizes_is_refused(monkeypatch):
+    gate = ArmsConfig().bigram_gate
+    clash = {"table": Parameter("bD", (999, DENSE.model_dim))}
+    monkeypatch.setattr(type(gate), "layer_parameters", lambda *_: clash)
+    with pytest.raises(ValueError, match="Axis 'b' of blocks/arms/bigram_gate/table is 999"):
+        flops.parameter_shapes(model_with("bigram,bigram_gate"))
 
 
 def test_logits_by_token_are_looked_up():

@@ -129,7 +129,7 @@ def test_the_example_of_the_kernels_learns(capsys):
 
 def test_the_module_of_the_documents_is_jtok_m():
     scope = {}
-    exec(blocks("kernels/README.md", "python")[1], scope)
+    exec(blocks("kernels/README.md", "python")[2], scope)
     vocab, dim, num_layers = 11, 16, 3
     tables = scope["Tables"](vocab, dim, num_layers, rngs=nnx.Rngs(0))
     x, h, delta = jax.random.normal(jax.random.key(1), (3, 2, 4, dim))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jtok_kernels import dense_gradient, jtok, jtok_m, mix_rows, norm_add, row_plan
+from jtok_kernels import NORMS, dense_gradient, jtok, jtok_m, mix_rows, norm_add, row_plan
 from kernel_oracle import Inputs
 from operations import (
     CASES,
@@ -21,7 +21,7 @@ from operations import (
 )
 
 
-@pytest.mark.parametrize("norm", ["l2", "rms"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 @each_implementation

@@ -3,10 +3,20 @@
 """The operations inside shard_map, on eight simulated devices in a process of its own."""
 
 import os
-import pathlib
+import re
 import subprocess
 import sys
 
+from conftest import ROOT
+
+STEP = """
+arguments = jnp.int32(51), ids, h, delta, target
+found, expected = (run(scale, table, state, *arguments) for run in (split_step, train_step))
+assert jax.device_count() == 8
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+assert np.any(found[2] != table)
+print("equal")
+"""
 SCRIPT = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
@@ -59,11 +69,20 @@ print("equal")
 
 def test_operations_are_differentiable_in_shard_map():
     """With JAX's own check of what varies over devices; gradients of what is replicated add up."""
-    root = pathlib.Path(__file__).parents[1]
+    run_on_eight_devices(SCRIPT)
+
+
+def test_the_split_step_of_the_documents_is_that_of_one_device():
+    text = (ROOT / "kernels" / "README.md").read_text()
+    whole, split, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    run_on_eight_devices(f"import numpy as np\n{whole}\n{split}\n{STEP}")
+
+
+def run_on_eight_devices(script: str) -> None:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    paths = {"PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", script],
         env=os.environ | {"XLA_FLAGS": flags} | paths,
         capture_output=True,
         text=True,

@@ -125,8 +125,8 @@ def test_going_on_from_an_earlier_checkpoint_repeats_the_same_numbers(config, fi
         np.testing.assert_array_equal(value, new[name], err_msg=name)
 
 
-def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
-    """Parameters that turn NaN after step 5 (as by a fault): K bad steps, then exit 6, no save."""
+def times_final_norm(monkeypatch, factor: float, *, after: int) -> None:
+    """A fault that turns up after a step."""
     real = step_module.make_train_step
 
     def faulty(config, optimizer, mesh):
@@ -134,13 +134,18 @@ def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
 
         def wrapped(state, ids, targets):
             state, metrics = step(state, ids, targets)
-            factor = jnp.where(state.step == 5, jnp.nan, 1.0)
-            params = state.params | {"final_norm": state.params["final_norm"] * factor}
+            now = jnp.where(state.step == after, factor, 1.0)
+            params = state.params | {"final_norm": state.params["final_norm"] * now}
             return state._replace(params=params), metrics
 
         return wrapped
 
     monkeypatch.setattr(step_module, "make_train_step", faulty)
+
+
+def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
+    """Parameters that turn NaN after step 5 (as by a fault): K bad steps, then exit 6, no save."""
+    times_final_norm(monkeypatch, jnp.nan, after=5)
     changes = {"train.max_bad_steps": 3, "checkpoint.every": 4, "train.steps": 20}
     with pytest.raises(NonFiniteError, match=r"Steps 6 to 8: .* last checkpoint: 4"):
         train(changed(config, changes), tmp_path)
@@ -149,6 +154,16 @@ def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
     assert [r["step"] for r in found if r.get("bad_in_row")] == [6, 7, 8]
     assert all(found[step]["loss"] is None for step in (6, 7, 8))
     assert np.all(np.isfinite(load_params(tmp_path).params["final_norm"]))
+
+
+def test_a_run_whose_last_validation_is_not_finite_is_not_finished(config, tmp_path, monkeypatch):
+    """Though every step and parameter is."""
+    times_final_norm(monkeypatch, 1e38, after=3)
+    changes = {"train.steps": 3, "checkpoint.every": 2}
+    with pytest.raises(NonFiniteError, match=r"Step 3, the last: the validation .*checkpoint: 2\."):
+        train(changed(config, changes), tmp_path)
+    assert records(tmp_path)[-1]["val_loss"] is None
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_parameters_that_overflow_are_never_saved(config, tmp_path):
@@ -303,7 +318,8 @@ def test_a_start_that_failed_does_not_claim_the_workdir(config, tmp_path):
 def test_tensorboard_files_are_written_if_asked(config, tmp_path, monkeypatch):
     train(changed(config, {"train.steps": 2, "logging.tensorboard": True}), tmp_path)
     (file,) = (tmp_path / "tensorboard").iterdir()
-    assert b"val_loss" in file.read_bytes()
+    for name in (b"val_loss", b"unique_ids", b"bad_steps", b"hidden_std/2", b"router_load/0/4"):
+        assert name in file.read_bytes()
     starts = []  # what was written of these steps before does not count
     board = lambda folder, *, purge_step: starts.append(purge_step)
     monkeypatch.setattr("tensorboardX.SummaryWriter", board)

@@ -11,7 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jtok_kernels import mixed, reference
+from jtok_kernels import NORMS, mixed, reference
 
 from jtok_jax.arms.parameter import Parameter, Params, Seen, Sizes, check
 from jtok_jax.errors import ConfigError
@@ -38,7 +38,7 @@ class Mixture:
     router_init_std: float = 0.02
 
     def __post_init__(self):
-        check(self, "mixture", "num_tables", "top_k", norms=("l2", "rms", "none"))
+        check(self, "mixture", "num_tables", "top_k", norms=(*NORMS, "none"))
         for name, known in (("router", ROUTERS), ("weights", WEIGHTS)):
             if getattr(self, name) not in known:
                 raise ConfigError(

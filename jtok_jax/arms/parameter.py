@@ -5,6 +5,7 @@
 from typing import NamedTuple
 
 import jax
+from jtok_kernels import NORMS
 
 from jtok_jax.errors import ConfigError
 
@@ -37,14 +38,14 @@ class Parameter(NamedTuple):
     unless it is `looked_up` by token: without FLOPs, and counted as a table.
     """
 
-    axes: str  # letters as in jtok_jax; small ones are the arm's own, v the rows of a vocabulary
+    axes: str  # letters as in jtok_jax; small ones are arms' own: one letter, one size
     shape: tuple[int, ...]
     std: float = 0.0
     start: float = 0.0
     looked_up: bool = False
 
 
-def check(arm: object, name: str, *counts: str, norms: tuple[str, ...] = ("l2", "rms")) -> None:
+def check(arm: object, name: str, *counts: str, norms: tuple[str, ...] = NORMS) -> None:
     """Raise ConfigError at an option of `arm` that cannot be; `counts` are at least 1."""
     for option in counts:
         if getattr(arm, option) < 1:

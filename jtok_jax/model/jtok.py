@@ -51,8 +51,8 @@ def balance_loss(probabilities: jax.Array, choice: jax.Array, *, probability: st
         probability: "sigmoid" as it is, or "normalized" over the n_e tables (open).
     """
     num_tables = probabilities.shape[-1]
-    if probability == "normalized":
-        probabilities = probabilities / probabilities.sum(axis=-1, keepdims=True)
+    total = {"sigmoid": 1.0, "normalized": probabilities.sum(axis=-1, keepdims=True)}[probability]
+    probabilities = probabilities / total
     mean_M = probabilities.reshape(-1, num_tables).mean(axis=0)
     return num_tables * jnp.sum(mean_M * load(choice, num_tables))
 

@@ -5,6 +5,7 @@
 import contextlib
 import faulthandler
 import fcntl
+import math
 import os
 import pathlib
 import signal
@@ -65,15 +66,16 @@ class WorkdirLock:
 
 
 def require_sound(record: dict, config: Config, saved: Callable[[], int | None]) -> None:
-    """Stop the run at a step that was not applied, and should not have come about.
+    """Stop the run at a step that was not applied, or led where no step should have.
 
     Args:
-        record: of `metrics.step_record`.
+        record: of `metrics.step_record`, and the validation after it if there was one.
         saved: the newest checkpoint.
 
     Raises:
         DataError: there was no room for its different ids.
-        NonFiniteError: it is the last of train.max_bad_steps steps that were not finite.
+        NonFiniteError: it is the last of train.max_bad_steps steps that were not finite, or the
+            run's last and its validation is not.
     """
     step, bad = record["step"], record["bad_in_row"]
     check_unique(record.get("unique_ids", 0), config, step)
@@ -82,6 +84,11 @@ def require_sound(record: dict, config: Config, saved: Callable[[], int | None])
             f"Steps {step - bad + 1} to {step}: loss or gradient is not finite. No step of these "
             f"was applied and nothing was saved after them; last checkpoint: {saved()}. Lower the "
             f"learning rate, or look at batch {record['batch_hash']}."
+        )
+    if step == config.train.steps and not math.isfinite(record.get("val_loss", 0.0)):
+        raise NonFiniteError(
+            f"Step {step}, the last: the validation loss is not finite and the step was not "
+            f"saved; last checkpoint: {saved()}. Lower the learning rate."
         )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -79,12 +80,13 @@ class MetricsWriter:
     def write(self, record: dict[str, object]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(record) + "\n")
+        finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+        record = {name: value if finite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._board:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(name, value, record["step"])
+            for name, value in _numbers(record):
+                self._board.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         if self._file:
@@ -160,6 +162,15 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _numbers(record: dict[str, object]) -> Iterator[tuple[str, float]]:
+    """Every number of a record by name; of a list of them as NAME/0, NAME/1, ..."""
+    for name, value in record.items():
+        if isinstance(value, list):
+            yield from _numbers({f"{name}/{place}": part for place, part in enumerate(value)})
+        elif isinstance(value, int | float) and name != "step":
+            yield name, value
 
 
 def _plain(value: np.ndarray) -> object:

@@ -21,16 +21,19 @@ def schedule(config: Config) -> optax.Schedule:
     warmup = round(options.warmup_fraction * steps)
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 0))
     final = options.final_fraction
-    if options.kind == "cosine":
-        rest = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=final)
-    elif options.kind == "wsd":
+    stay = optax.constant_schedule(peak)
+
+    def wsd() -> optax.Schedule:
         decay = round(options.decay_fraction * steps)
         fall = optax.linear_schedule(peak, peak * final, decay)
-        stay = optax.constant_schedule(peak)
-        rest = optax.join_schedules([stay, fall], [steps - warmup - decay]) if decay else stay
-    else:
-        rest = optax.constant_schedule(peak)
-    return optax.join_schedules([rise, rest], [warmup])
+        return optax.join_schedules([stay, fall], [steps - warmup - decay]) if decay else stay
+
+    rest = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, max(steps - warmup, 1), alpha=final),
+        "wsd": wsd,
+        "constant": lambda: stay,
+    }
+    return optax.join_schedules([rise, rest[options.kind]()], [warmup])
 
 
 def group(name: str) -> str:

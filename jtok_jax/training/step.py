@@ -77,9 +77,15 @@ def make_train_step(
             bad_steps=state.bad_steps + jnp.where(finite, 0, 1),
             bad_in_row=jnp.where(finite, 0, state.bad_in_row + 1),
         )
-        counts = rate(accepted), new.bad_steps, new.bad_in_row
-        batch = batch_hash(ids_BT, targets_BT), None if plan is None else plan.found.sum()
-        return new, StepMetrics(*losses[:3], norm, *counts, *batch, losses.health)
+        return new, StepMetrics(
+            **losses._asdict(),
+            grad_norm=norm,
+            learning_rate=rate(accepted),
+            bad_steps=new.bad_steps,
+            bad_in_row=new.bad_in_row,
+            batch_hash=batch_hash(ids_BT, targets_BT),
+            unique_ids=None if plan is None else plan.found.sum(),
+        )
 
     return step
 
@@ -291,8 +297,12 @@ def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan,
         + config.model.moe.balance_weight * output.moe_balance
         + config.model.jtok.balance_weight * output.jtok_balance
     )
-    losses = sums.nats / sums.weight, output.moe_balance, output.jtok_balance
-    return total, _Losses(*losses, output.health)
+    return total, _Losses(
+        loss=sums.nats / sums.weight,
+        moe_balance=output.moe_balance,
+        jtok_balance=output.jtok_balance,
+        health=output.health,
+    )
 
 
 def _loss_of(config: Config, hidden_BTD, head_DV, targets_BT, weights_BT, across: Across | None):

@@ -12,6 +12,7 @@ from jtok_kernels.choose import IMPLEMENTATIONS, Choice, choose, num_devices
 from jtok_kernels.modulate import jtok, jtok_m, mix_rows, norm_add
 from jtok_kernels.packing import as_float, pack_rows, unpack_rows
 from jtok_kernels.plan import Order, RowPlan, row_plan
+from jtok_kernels.reference import NORMS
 from jtok_kernels.rounding import mixed
 from jtok_kernels.row_optimizers import (
     RowOptimizer,
@@ -23,8 +24,8 @@ from jtok_kernels.row_optimizers import (
 from jtok_kernels.update import Shard, dense_gradient, update_rows
 
 __all__ = [
-    "jtok", "jtok_m", "mix_rows", "norm_add", "choose", "Choice", "IMPLEMENTATIONS",
-    "num_devices",
+    "jtok", "jtok_m", "mix_rows", "norm_add", "NORMS",
+    "choose", "Choice", "IMPLEMENTATIONS", "num_devices",
     "row_plan", "RowPlan", "Order", "pack_rows", "unpack_rows", "as_float",
     "update_rows", "Shard", "RowOptimizer", "adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad",
     "dense_gradient", "mixed",

@@ -42,7 +42,7 @@ def choose(
     dtype: jnp.dtype,
     num_tables: int = 1,
     top_k: int = 1,
-    local: bool = False,
+    local: bool | None = None,
 ) -> Choice:
     """The implementation for tables with rows of `dim` entries of `dtype`, and why.
 
@@ -52,12 +52,16 @@ def choose(
 
     Args:
         num_tables, top_k: E and K of `jtok_m`.
-        local: for one device's part inside `shard_map`, however many devices there are.
+        local: for one device's part inside `shard_map`, however many devices there are; None: where
+            this is traced inside one, over all axes of its mesh.
 
     Raises:
         ValueError: the implementation asked for does not exist or cannot run there.
     """
     device, tables = _device(), _Tables(dim, jnp.dtype(dtype), num_tables, top_k)
+    mesh = jax.sharding.get_abstract_mesh()
+    if local is None:
+        local = not mesh.empty and mesh.are_all_axes_manual
     if implementation is None:
         name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(device.platform, "xla")
         obstacle = _obstacle(name, tables) or _place(name, device)

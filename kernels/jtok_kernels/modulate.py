@@ -9,20 +9,29 @@ Derivatives reach h, delta, the weights, the scale, and the rows in one of two w
   `row_grads` given   its cotangent is the gradient per unique row; the table itself gets none
   `row_grads` None    the table gets a dense gradient of its whole shape (none if packed)
 The first is for training: a dense gradient of a stacked table is as large as the stack.
+There is no forward-mode derivative.
 """
 
 import functools
+import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jtok_kernels import xla
+from jtok_kernels.checks import (
+    check_choice,
+    check_norm,
+    check_rows,
+    check_stack,
+    check_stream,
+    require,
+)
 from jtok_kernels.choose import backend, choose
 from jtok_kernels.form import Form
 from jtok_kernels.packing import width
 from jtok_kernels.plan import RowPlan, row_plan
-from jtok_kernels.reference import NORMS
 
 
 class _Static(NamedTuple):
@@ -55,17 +64,18 @@ def jtok(
         ids: int32 [T], each in [0, V). Not checked: an id outside counts as the nearest inside,
             or gives NaN where `jax_debug_nans` is on.
         scale: float32 [D].
-        eps: added to the norm.
+        eps: added to the norm; a number, not traced.
         norm: "l2", or "rms" = l2 / sqrt(D).
         layer: int32 scalar in [0, L), index into a stacked table.
         plan: `row_plan(ids, num_rows=V)` of these very ids; made in the backward pass if None.
-        row_grads: float32 zeros [U, D]; see above. Needs `plan`.
+        row_grads: float32 zeros [U, D], of one layer; needs `plan`. Its cotangent is the gradient
+            of each unique row, and the table itself gets none. None: the table gets a dense one.
         implementation: one of `IMPLEMENTATIONS`; None chooses by platform.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation cannot run here.
     """
-    _check_stack("table", table, "V, D", layer)
+    check_stack("table", table, "V, D", layer)
     static = _static(
         Form(None, norm, eps), h, delta, table, ids, scale, row_grads, plan, implementation
     )
@@ -93,16 +103,19 @@ def jtok_m(
 ) -> jax.Array:
     """h + delta + depth_scale * scale * Norm_eps(sum_k weights_k tables[choice_k, ids]), [T, D].
 
-    arXiv 2602.00800 Eq. 11 to 13, depth_scale = 1/sqrt(2 N_l). Arguments as in `jtok`, and:
+    arXiv 2602.00800 Eq. 11 to 13. Arguments as in `jtok`, and:
 
     Args:
         tables: [E, V, D], or [L, E, V, D] with `layer`.
         choice: int32 [T, K], tables each token reads, each in [0, E), 1 <= K <= E, no table twice.
         weights: float32 [T, K].
+        depth_scale: 1/sqrt(2 N_l), a number.
         row_grads: float32 zeros [E, U, D].
     """
-    _check_stack("tables", tables, "E, V, D", layer)
-    _check_choice(choice, weights, ids, tables.shape[-3])
+    if not isinstance(depth_scale, numbers.Real):
+        raise ValueError(f"depth_scale is {depth_scale!r}; expected a number, 1/sqrt(2 N_l).")
+    check_stack("tables", tables, "E, V, D", layer)
+    check_choice(choice, weights, ids, tables.shape[-3])
     form, top_k = Form(depth_scale, norm, eps), choice.shape[1]
     static = _static(
         form, h, delta, tables, ids, scale, row_grads, plan, implementation, top_k=top_k
@@ -134,13 +147,13 @@ def mix_rows(
     top_k = None
     if (choice is None) != (weights is None):
         raise ValueError("choice and weights go together: pass both, or neither.")
-    _check_stack("tables", tables, "V, D" if choice is None else "E, V, D", layer)
+    check_stack("tables", tables, "V, D" if choice is None else "E, V, D", layer)
     if choice is not None:
         # More choices than tables: of those that lie elsewhere the weight is 0.
-        _check_choice(choice, weights, ids, max(tables.shape[-3], choice.shape[1]))
+        check_choice(choice, weights, ids, max(tables.shape[-3], choice.shape[1]))
         top_k = choice.shape[1]
-    _check_rows(tables, ids, row_grads, plan, several=choice is not None)
-    name = _implementation(implementation, tables, top_k)
+    check_rows(tables, ids, row_grads, plan, several=choice is not None)
+    name = _implementation(implementation, tables, top_k, ids, weights, row_grads)
     static = _Static(Form(None, "l2", 0.0), name, row_grads is None)
     at, inside = _at(layer, tables), _clipped(ids, tables.shape[-2])
     choice = None if choice is None else _clipped(choice, tables.shape[-3])
@@ -164,9 +177,9 @@ def norm_add(
     Args:
         e: rows or mixtures of rows, float32 [T, D].
     """
-    _check_stream(h, delta, scale)
-    _require(e.shape == h.shape, "e", e, f"{h.shape}")
-    _check_norm(norm)
+    check_stream(h, delta, scale)
+    require(e.shape == h.shape and e.dtype == jnp.float32, "e", e, f"float32 {h.shape}")
+    check_norm(norm)
     return xla.norm_add(h, delta, e, scale, Form(depth_scale, norm, eps))
 
 
@@ -265,23 +278,33 @@ def _table_or_rows(static: _Static, table, at, plan: RowPlan, rows):
     return zeros.at[(*at, plan.unique_U)].set(rows.astype(table.dtype), mode="drop"), None
 
 
-# ----------------------------------------------------------------------------------- checks
+# ---------------------------------------------------------------------------------- choices
 
 
 def _static(
     form: Form, h, delta, table, ids, scale, row_grads, plan, implementation, *, top_k=None
 ) -> _Static:
-    _check_stream(h, delta, scale)
-    _require(width(table) == h.shape[1], "table", table, f"D = {h.shape[1]}, the width of h")
-    _require(ids.shape == h.shape[:1], "ids", ids, f"{h.shape[:1]}, one a token")
-    _check_rows(table, ids, row_grads, plan, several=top_k is not None)
-    _check_norm(form.norm)
-    return _Static(form, _implementation(implementation, table, top_k), row_grads is None)
+    check_stream(h, delta, scale)
+    require(width(table) == h.shape[1], "table", table, f"D = {h.shape[1]}, the width of h")
+    require(ids.shape == h.shape[:1], "ids", ids, f"{h.shape[:1]}, one a token")
+    check_rows(table, ids, row_grads, plan, several=top_k is not None)
+    check_norm(form.norm)
+    name = _implementation(implementation, table, top_k, h, delta, ids, scale, row_grads)
+    return _Static(form, name, row_grads is None)
 
 
-def _implementation(asked: str | None, table, top_k: int | None) -> str:
+def _implementation(asked: str | None, table, top_k: int | None, *arguments) -> str:
     several = {} if top_k is None else {"num_tables": table.shape[-3], "top_k": top_k}
-    return choose(asked, dim=width(table), dtype=table.dtype, **several).name
+    name = choose(asked, dim=width(table), dtype=table.dtype, **several).name
+    varying = lambda x: jax.typeof(x).manual_axis_type.varying
+    if not name.startswith("mosaic_gpu") or not any(map(varying, jax.tree.leaves(arguments))):
+        return name
+    if asked is None:
+        return "xla"
+    raise ValueError(
+        f"implementation {asked!r} cannot be traced where shard_map checks what varies over "
+        "devices: pass it check_vma=False."
+    )
 
 
 def _at(layer, table) -> tuple[jax.Array, ...]:
@@ -303,79 +326,6 @@ def _varying_alike(*arguments):
     missing = lambda x: tuple(sorted(axes - varying(x)))
     cast = lambda x: jax.lax.pcast(x, missing(x), to="varying") if missing(x) else x
     return jax.tree.map(cast, arguments)
-
-
-def _check_stack(name: str, table, axes: str, layer) -> None:
-    ndim = len(axes.split(", "))
-    _require(
-        table.ndim == ndim + (layer is not None),
-        name,
-        table,
-        f"[{axes}], or [L, {axes}] with layer",
-    )
-    if isinstance(layer, int) and not 0 <= layer < table.shape[0]:
-        raise ValueError(f"layer is {layer}; expected one of the {table.shape[0]} of {name}.")
-
-
-def _check_stream(h, delta, scale) -> None:
-    _require(
-        h.ndim == 2 and h.dtype in (jnp.bfloat16, jnp.float32),
-        "h",
-        h,
-        "[T, D], bfloat16 or float32",
-    )
-    _require(
-        delta.shape == h.shape and delta.dtype == h.dtype, "delta", delta, f"{h.dtype} {h.shape}"
-    )
-    _require(
-        scale.shape == h.shape[1:] and scale.dtype == jnp.float32,
-        "scale",
-        scale,
-        f"float32 {h.shape[1:]}",
-    )
-
-
-def _check_norm(norm: str) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(NORMS)}.")
-
-
-def _check_rows(table, ids, row_grads, plan: RowPlan | None, *, several: bool) -> None:
-    kinds = jnp.bfloat16, jnp.float32, jnp.uint32
-    _require(table.dtype in kinds, "table", table, "bfloat16, float32 or packed")
-    _require(ids.ndim == 1 and ids.dtype == jnp.int32, "ids", ids, "int32 [T]")
-    if plan is not None:
-        _require(
-            plan.order.place.shape == ids.shape,
-            "plan.order",
-            plan.order.place,
-            f"a plan of {ids.shape} ids",
-        )
-    if row_grads is None:
-        return
-    if plan is None:
-        raise ValueError("row_grads needs the plan whose unique ids its rows stand for.")
-    shape = (*table.shape[-3:-2] * several, plan.unique_U.size, width(table))
-    fits = row_grads.shape == shape and row_grads.dtype == jnp.float32
-    _require(
-        fits,
-        "row_grads",
-        row_grads,
-        f"float32 {shape}: every unique id needs a row, none is dropped",
-    )
-
-
-def _check_choice(choice, weights, ids, num_tables: int) -> None:
-    fits = choice.ndim == 2 and choice.dtype == jnp.int32 and choice.shape[:1] == ids.shape
-    _require(fits and 1 <= choice.shape[1] <= num_tables, "choice", choice,
-             f"int32 [{ids.size}, K], K from 1 to the {num_tables} tables")  # fmt: skip
-    _require(weights.shape == choice.shape and weights.dtype == jnp.float32, "weights", weights,
-             f"float32 {choice.shape}")  # fmt: skip
-
-
-def _require(holds: bool, name: str, found: jax.Array, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {found.dtype} {found.shape}; expected {expected}.")
 
 
 def _nan_where_outside(out: jax.Array, ids: jax.Array, num_rows: int) -> jax.Array:

@@ -349,14 +349,14 @@ def _sum(x: jax.Array) -> jax.Array:
 
 def _inverse_norm(square, form: Form, dim: int):
     """(1 / (n + eps), 1 / n) from the sum of squares; n > 0 also for a row of zeros."""
-    square = jnp.maximum(square if form.norm == "l2" else square * (1.0 / dim), TINY)
+    square = jnp.maximum(square * form.share(dim), TINY)
     inverse_n = lax.rsqrt(square)
     return 1.0 / (square * inverse_n + form.eps), inverse_n
 
 
 def _pull(a, e, inverse, inverse_n, form: Form, dim: int):
-    """J^T a of e -> e / (n + eps): a / (n + eps) - e (e . a) / (n (n + eps)^2), by dim for rms."""
-    along = _sum(e * a) if form.norm == "l2" else _sum(e * a) * (1.0 / dim)
+    """J^T a of e -> e / (n + eps): a / (n + eps) - e (e . a) share / (n (n + eps)^2)."""
+    along = _sum(e * a) * form.share(dim)
     return a * inverse - e * (along * inverse_n * inverse * inverse)
 
 

@@ -201,8 +201,7 @@ def _pull_back(form: Form, count: int, rows, weights, g, scale, d_weights, d_e, 
     square = _sum(jnp.square(e) for _, e in _mixtures(rows, weights))
     along = _sum(e * pulled(columns) for columns, e in _mixtures(rows, weights))
     inverse, inverse_n = _inverse_norm(square, form, dim)
-    along = along if form.norm == "l2" else along * (1.0 / dim)
-    radial = along * inverse_n * inverse * inverse
+    radial = along * form.share(dim) * inverse_n * inverse * inverse
     block = pl.program_id(0)
     token = block * g.shape[0] + lax.broadcasted_iota(jnp.int32, (g.shape[0], 1), 0)
 
@@ -252,6 +251,6 @@ def _sum(parts) -> jax.Array:
 
 def _inverse_norm(square, form: Form, dim: int):
     """(1 / (n + eps), 1 / n) from the sum of squares; n > 0 also for a row of zeros."""
-    square = jnp.maximum(square if form.norm == "l2" else square * (1.0 / dim), TINY)
+    square = jnp.maximum(square * form.share(dim), TINY)
     n = jnp.sqrt(square)
     return 1.0 / (n + form.eps), 1.0 / n

@@ -138,7 +138,11 @@ def _order(place_T: jax.Array, token: jax.Array, rank: jax.Array | None, bound: 
     slot = jnp.where(holds & split_U[run], run_slot[run] + nth, -1)
     num_runs, _ = num_split(place_T.size)
     target = jnp.where(split_U, jnp.cumsum(split_U) - 1, num_runs)  # outside: dropped
-    split_run = jnp.full(num_runs, bound, jnp.int32).at[target].set(jnp.arange(bound), mode="drop")
+    split_run = (
+        jnp.full(num_runs, bound, jnp.int32)
+        .at[target]
+        .set(jnp.arange(bound, dtype=jnp.int32), mode="drop")
+    )
     split_slot = run_slot[jnp.concatenate([split_run, jnp.full(1, bound, jnp.int32)])]
     start = jnp.where(holds, start, 0)
     return Order(place_T, token, piece_run, start, size, slot, split_run, split_slot, rank)

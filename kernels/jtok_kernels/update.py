@@ -69,8 +69,8 @@ def update_rows(
     chosen = choose(implementation, dim=width(table), dtype=table.dtype).name
     total = jnp.float32(0)
     if "log_decay" in state:
-        total = state["log_decay"] + jnp.log1p(-learning_rate * optimizer.weight_decay)
-    now = Now(step, learning_rate, total)
+        total = state["log_decay"] + jnp.log1p(-jnp.float32(learning_rate) * optimizer.weight_decay)
+    now = Now(jnp.int32(step), jnp.float32(learning_rate), total)
     seed = None if rounding_key is None else jax.random.key_data(rounding_key).reshape(-1)[:2]
     of = RowGrads(unique_U, row_grads, jnp.float32(grad_scale), apply)
     rounding = _rounding(table, seed, shard or Shard())
