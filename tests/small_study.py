@@ -18,6 +18,7 @@ COMMON = {
     "train.seq_len": 16, "data.source": "synthetic", "evaluation.batch_size": 4,
     "checkpoint.every": 20,
 }  # fmt: skip
+WHERE = {"device": "1 x cpu", "data": "x", "commit": "c", "jax": "0.0"}
 ARMS = (Arm("dense", "configs/arms/dense.py"), Arm("bigram", "configs/arms/bigram.py"))
 STUDY = Study("Does it?", COMMON, ARMS, (Stage(steps=600, seeds=(0, 1)),))
 FILE = f"""
@@ -40,7 +41,7 @@ def fill(folder: pathlib.Path, wanted, losses) -> Places:
         records = [{"step": s, "loss": loss, "step_seconds": 0.5} for s in range(1, cell.steps + 1)]
         if loss is not None:
             records[-1] |= {"val_loss": loss, "val_bpb": loss / 3}
-        result, curve = measured(cell, config, records, device="1 x cpu", data="x", commit="c")
+        result, curve = measured(cell, config, records, **WHERE)
         table.add(result, config, curve)
     return Places(ROOT, folder / "runs", folder)
 
@@ -48,3 +49,13 @@ def fill(folder: pathlib.Path, wanted, losses) -> Places:
 def filled(folder: pathlib.Path, losses: dict[str, float]) -> Places:
     """All runs of STUDY at the loss of their arm, plus a tenth a seed."""
     return fill(folder, first_cells(STUDY), lambda c: losses[c.candidate.arm.name] + c.seed / 10)
+
+
+def finished_at(cell, **changes):
+    """What `Table.add` takes of a run that ended at a loss of 1."""
+    config = resolve(cell, ROOT)
+    steps = config.train.steps
+    records = [{"step": steps, "loss": 1.0, "step_seconds": 1.0, "val_loss": 1.0, "val_bpb": 1.0}]
+    about = {"device": "1 x cpu", "data": "", "commit": "", "jax": ""} | changes
+    result, curve = measured(cell, config, records, **about)
+    return result, config, curve

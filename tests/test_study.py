@@ -2,9 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """A study as a user runs it, and what it refuses; arithmetic of its report."""
 
-import concurrent.futures
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -15,7 +13,7 @@ import time
 import pytest
 from conftest import ROOT
 from pythons import oldest
-from small_study import ARMS, FILE, RATE, STUDY, fill, filled, first_cells
+from small_study import ARMS, FILE, RATE, STUDY, fill, filled, finished_at, first_cells
 from tqdm import tqdm
 
 from jtok_jax.arms import ArmsConfig
@@ -24,7 +22,7 @@ from jtok_jax.errors import ConfigError, DataError, WorkdirError
 from jtok_jax.model_config import JtokConfig
 from jtok_jax.study import Arm, Stage, trainer
 from jtok_jax.study.report import write_report
-from jtok_jax.study.results import Table, measured
+from jtok_jax.study.results import Table
 from jtok_jax.study.run import finished, last_candidates, run_study
 from jtok_jax.study.spec import (
     cells,
@@ -150,33 +148,6 @@ def test_switching_something_on_is_another_configuration(tmp_path):
             table.get(cell, other)
 
 
-def finished_at(cell, **changes):
-    """What `Table.add` takes of a run that ended at a loss of 1."""
-    config = resolve(cell, ROOT)
-    steps = config.train.steps
-    records = [{"step": steps, "loss": 1.0, "step_seconds": 1.0, "val_loss": 1.0, "val_bpb": 1.0}]
-    about = {"device": "1 x cpu", "data": "", "commit": ""} | changes
-    result, curve = measured(cell, config, records, **about)
-    return result, config, curve
-
-
-def test_two_studies_add_to_one_table(tmp_path):
-    first, second, third = first_cells(STUDY)[:3]
-    tables = Table(tmp_path), Table(tmp_path)
-    for table, cell in zip(tables, (first, second), strict=True):
-        table.add(*finished_at(cell))
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-        with (tmp_path / ".lock").open("a") as held:
-            fcntl.flock(held, fcntl.LOCK_EX)
-            adding = threads.submit(tables[0].add, *finished_at(third))
-            with pytest.raises(TimeoutError):  # another is writing
-                adding.result(timeout=0.3)
-            assert (tmp_path / "cells.csv").read_text().count("\n") == 3
-        adding.result(timeout=60)
-    known = Table(tmp_path)
-    assert all(known.get(cell, resolve(cell, ROOT)) for cell in (first, second, third))
-
-
 def test_a_run_that_another_study_has_trained_meanwhile_is_not_trained(tmp_path, monkeypatch):
     places, trained = Places(ROOT, tmp_path / "runs", tmp_path), []
 
@@ -196,8 +167,7 @@ def test_a_run_that_another_study_has_trained_meanwhile_is_not_trained(tmp_path,
 def test_a_run_names_every_version_that_trained_it(tmp_path, monkeypatch):
     path, found = tmp_path / "commits.txt", []
     for now in ("a1", "a1", "b2"):  # killed twice
-        monkeypatch.setattr(trainer, "commit", lambda root, now=now: now)
-        found.append(trainer._versions(path, ROOT))
+        found.append(trainer._versions(path, now))
     assert found == ["a1", "a1", "a1 b2"]
 
 
@@ -317,28 +287,38 @@ def test_a_changed_configuration_under_a_finished_run_is_refused(tmp_path):
         finished(STUDY, places)
 
 
-@pytest.mark.parametrize(("file", "before", "after", "message"), [
-    ("cells.csv", ",600,0,", ",600,", r"line 2: .*restore or remove it"),
-    ("cells.csv", "cell,arm", "arm,cell", "begins with arm,cell"),
-    ("cells.csv", ",600,0,", ",6e2,0,", r"line 2: .*'6e2'"),
-    ("curves.csv", "\n", "\nx,1", "line 2"),
-    ("configs.json", "{", "", "is damaged"),
-    ("configs.json", '"model.rope_base"', '"model.rope"', "model.rope: .*, 'no such field' now"),
-])  # fmt: skip
-def test_damaged_tables_are_refused(file, before, after, message, tmp_path):
-    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
-    path = tmp_path / file
-    path.write_text(path.read_text().replace(before, after, 1))
-    with pytest.raises(ConfigError, match=message):
-        write_report(STUDY, places, "x")
+def test_folders_that_cannot_be_written_are_told_before_anything_is_trained(tmp_path):
+    (tmp_path / "file").touch()
+    for results, runs, message in (
+        (tmp_path / "file", tmp_path, "--results=.*file cannot be written"),
+        (tmp_path, tmp_path / "file", "--runs=.*file cannot be used"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_study(STUDY, Places(ROOT, runs, results), keep_checkpoints=False)
+    assert not list(tmp_path.rglob("console.txt"))
 
 
-def test_two_lines_of_one_run_are_refused(tmp_path):
-    places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
-    path = tmp_path / "cells.csv"
-    path.write_text(path.read_text() + path.read_text().splitlines()[1] + "\n")
-    with pytest.raises(ConfigError, match=r"has two lines of .*; keep one"):
-        Table(places.results)
+def test_an_arm_whose_optimizer_cannot_be_is_refused_before_anything_is_trained():
+    fields = {"optimizer.tables.kind": "lazy_adam"}
+    study = dataclasses.replace(STUDY, arms=(ARMS[0], dataclasses.replace(ARMS[1], fields=fields)))
+    with pytest.raises(ConfigError, match=r"bigram.*: optimizer.tables.kind is 'lazy_adam'"):
+        check_study(study, ROOT)
+
+
+def test_the_bar_leaves_out_the_record_before_the_first_step(tmp_path):
+    metrics, shown = tmp_path / "metrics.jsonl", []
+    bar = tqdm(total=2, disable=True)
+    bar.update = shown.append
+    for lines, steps in ((0, 0), (1, 0), (2, 1), (3, 2)):
+        metrics.write_text("{}\n" * lines)
+        trainer._show(bar, metrics)
+        assert sum(shown) == steps
+
+
+def test_the_last_words_of_a_run_are_its_error():
+    text = "step 1 loss 2\nConfigError: Other values:\n  a: 1, now 2\nChange them.\n"
+    assert trainer._last_words(text) == "ConfigError: Other values: a: 1, now 2 Change them."
+    assert trainer._last_words("step 1 loss 2\nKilled\n") == "Killed"
 
 
 def test_other_data_under_a_finished_run_are_refused(tmp_path):
@@ -359,7 +339,8 @@ def test_what_is_off_does_not_decide_a_result():
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("x = 1", "gives no study: KeyError"),
+    ("x = 1", "study.py defines no get_study"),
+    ("def get_study(): return {}[1]", "gives no study: KeyError.1"),
     (FILE.replace("'bigram', config", "'dense', config"), "Two arms have one name"),
     (FILE.replace("baseline='dense'", "baseline='base'"), "baseline 'base' is none of dense"),
     (FILE.replace("keep=0),)", "keep=1),)"), "Every stage but the last chooses"),

@@ -15,14 +15,15 @@ from small_study import ARMS, COMMON, RATE, STUDY, fill, filled, first_cells
 from jtok_jax import flops
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.study import Arm, Stage, Study
+from jtok_jax.study.estimate import estimate
 from jtok_jax.study.fit import _log_size, write_fit
-from jtok_jax.study.report import estimate, paired, write_report
+from jtok_jax.study.report import paired, write_report
 from jtok_jax.study.results import Result
 from jtok_jax.study.run import finished
 from jtok_jax.study.scaling import Law
 from jtok_jax.study.spec import cells, expand, resolve, start
 from jtok_jax.study.timing import time_candidates
-from jtok_jax.study.trainer import Places
+from jtok_jax.study.trainer import Fingerprints, Places
 
 pytestmark = oldest
 
@@ -61,6 +62,26 @@ def test_a_run_that_diverged_comes_last_and_is_told(tmp_path):
     assert write_report(study, places, "x").count("diverged") >= 6
 
 
+def test_seeds_that_diverged_are_counted(tmp_path):
+    losses = {("dense", 0): 3.0, ("dense", 1): 3.1, ("bigram", 0): 2.5, ("bigram", 1): None}
+    places = fill(tmp_path, first_cells(STUDY), lambda c: losses[c.candidate.arm.name, c.seed])
+    assert "| bigram |  | 2 | 1 of 2 diverged | diverged |" in write_report(STUDY, places, "x.py")
+    assert "bigram 1 of 2 diverged" in (tmp_path / "x-curves.svg").read_text()
+
+
+def test_a_baseline_that_diverged_is_told(tmp_path):
+    fill(tmp_path, first_cells(STUDY)[::2], lambda _: None)
+    places = fill(tmp_path, first_cells(STUDY)[1::2], lambda _: 2.5)
+    assert "| 2.5000 +- 0.0000 | the baseline diverged |" in write_report(STUDY, places, "x.py")
+
+
+@pytest.fixture
+def known_data(monkeypatch):
+    """What is to be timed has the data of the table."""
+    monkeypatch.setattr(Fingerprints, "of", lambda self, config: "x")
+
+
+@pytest.mark.usefixtures("known_data")
 def test_step_times_are_paired_and_used_by_the_report(tmp_path):
     places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
     assert "as the runs found the machine" in write_report(STUDY, places, "x.py")
@@ -87,6 +108,7 @@ def test_step_times_are_paired_and_used_by_the_report(tmp_path):
         write_report(STUDY, places, "x.py")
 
 
+@pytest.mark.usefixtures("known_data")
 def test_paired_times_do_not_need_every_seed(tmp_path):
     places = filled(tmp_path, {"dense": 3.0, "bigram": 2.5})
     time_candidates(STUDY, places, "x", rounds=2)

@@ -33,7 +33,8 @@ def get_study(length="trial"):
         for fields in LARGER[arm.name]:
             name = "_".join([arm.name, "embed", *map(str, fields.values())])
             if length == "trial" or name in WON:
-                arms.append(Arm(name, arm.config, arm.fields | fields, tried=arm.tried))
+                before = arm.tried + (len(LARGER[arm.name]) if length == "full" else 0)
+                arms.append(Arm(name, arm.config, arm.fields | fields, tried=before))
     return Study(
         question=__doc__.splitlines()[0],
         common=whole.common,

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from jtok_jax.errors import ConfigError
-from jtok_jax.study.report import estimate
+from jtok_jax.study.estimate import estimate
 from jtok_jax.study.results import Result
 from jtok_jax.study.run import Ranked, StageResults, finished
 from jtok_jax.study.scaling import GammaLaw, bootstrap, fit_gamma, gamma

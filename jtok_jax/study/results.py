@@ -11,7 +11,8 @@ import fcntl
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jtok_jax import flops
@@ -21,7 +22,7 @@ from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.study.spec import Cell, digest, identity
 
 CURVE_POINTS = 25
-CURVES = ("cell", "step", "loss"), (str, int, float)
+CURVES = {"cell": str, "step": int, "loss": float}
 
 
 class Result(NamedTuple):
@@ -46,6 +47,7 @@ class Result(NamedTuple):
     data: str  # fingerprint, shortened
     commit: str
     config: str  # digest of all that decides the result
+    jax: str = ""  # version, of all processes that trained it; empty: not noted then
 
 
 class Table:
@@ -54,6 +56,17 @@ class Table:
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
         self.refresh()
+
+    def require_usable(self) -> None:
+        """Before anything is trained for it. Raises ConfigError: it cannot be read or written."""
+        self.curves()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with _locked(self._folder):
+                _replace(self._folder / "probe", "")
+                (self._folder / "probe").unlink()
+        except OSError as error:
+            raise ConfigError(f"--results={self._folder} cannot be written: {error}") from error
 
     def refresh(self) -> None:
         """Read what others have added."""
@@ -67,9 +80,9 @@ class Table:
         try:
             text = path.read_text() if path.exists() else '{"base": {}, "cells": {}}'
             self._configs = json.loads(text)
-            if not self._configs.keys() >= {"base", "cells"}:
-                raise ValueError('"base" or "cells" is missing')
-        except (ValueError, AttributeError) as error:
+            if not all(isinstance(self._configs[name], dict) for name in ("base", "cells")):
+                raise ValueError('"base" or "cells" is no object')
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} is damaged ({error}); restore it.") from error
         unknown = self._results.keys() - self._configs["cells"].keys()
         if unknown:
@@ -97,6 +110,11 @@ class Table:
         result = self._results.get(cell.key)
         if result is None:
             return None
+        if (result.steps, result.seed) != (cell.steps, cell.seed):
+            raise ConfigError(
+                f"{self._folder / 'cells.csv'} says {result.steps} steps and seed {result.seed} of "
+                f"{cell.key}, which has {cell.steps} and {cell.seed}: restore the file."
+            )
         now, then = identity(config), self._configs["base"] | self._configs["cells"][cell.key]
         fields = flatten(to_dict(config)).keys()
         lines = [
@@ -117,6 +135,12 @@ class Table:
         self._folder.mkdir(parents=True, exist_ok=True)
         with _locked(self._folder):
             self.refresh()
+            if others := {one.data for one in self._results.values()} - {result.data}:
+                raise DataError(
+                    f"{self._folder} got runs with the data {', '.join(sorted(others))} meanwhile; "
+                    f"{result.cell} was trained on {result.data} and is not added. Use another "
+                    "--results folder: the same command adds it there without training."
+                )
             self._add(result, config, curve)
 
     def _add(self, result: Result, config: Config, curve: list[tuple[int, float]]) -> None:
@@ -129,9 +153,9 @@ class Table:
         }
         self._results[result.cell] = result
         path = self._folder / "curves.csv"
-        curves = [line for line in _lines(path, *CURVES) if line[0] != result.cell]
+        curves = [line for line in read_csv(path, CURVES) if line[0] != result.cell]
         curves += [[result.cell, step, loss] for step, loss in curve]
-        _write(path, CURVES[0], [[cell, step, f"{loss:.4f}"] for cell, step, loss in curves])
+        _write(path, CURVES, [[cell, step, f"{loss:.4f}"] for cell, step, loss in curves])
         text = json.dumps(self._configs["base"], indent=1)
         cells = ",\n".join(
             f"{json.dumps(key)}: {json.dumps(value)}"
@@ -144,7 +168,7 @@ class Table:
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """(step, mean training loss around it) of every cell."""
         curves: dict[str, list[tuple[int, float]]] = {}
-        for cell, step, loss in _lines(self._folder / "curves.csv", *CURVES):
+        for cell, step, loss in read_csv(self._folder / "curves.csv", CURVES):
             curves.setdefault(cell, []).append((step, loss))
         return curves
 
@@ -157,6 +181,7 @@ def measured(
     device: str,
     data: str,
     commit: str,
+    jax: str,
     diverged: bool = False,
 ) -> tuple[Result, list[tuple[int, float]]]:
     """The line of a run and its curve, from what it wrote into metrics.jsonl.
@@ -192,6 +217,7 @@ def measured(
         data=data,
         commit=commit,
         config=digest(config),
+        jax=jax,
     )
     losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
     size = -(-config.train.steps // CURVE_POINTS)
@@ -208,24 +234,52 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _read(path: pathlib.Path) -> list[Result]:
-    kinds = Result.__annotations__.values()
-    return [Result(*line) for line in _lines(path, Result._fields, kinds)]
+    lines = read_csv(path, Result.__annotations__, Result._field_defaults)
+    results = [Result(*line) for line in lines]
+    for number, result in enumerate(results, start=2):
+        expected = "finished" if math.isfinite(result.val_loss) else "diverged"
+        sizes = result.steps, result.backbone, result.tokens, result.train_flops
+        if result.status != expected or min(sizes) <= 0:
+            raise ConfigError(
+                f"{path}, line {number}: {result.status} with a validation loss of "
+                f"{result.val_loss}, or a size that is not positive: restore or remove it."
+            )
+    return results
 
 
-def _lines(path: pathlib.Path, head: tuple[str, ...], kinds: Iterable[type]) -> list[list]:
-    """Lines of a CSV file; of none if it is missing. Raises ConfigError if it is damaged."""
+def read_csv(
+    path: pathlib.Path,
+    kinds: Mapping[str, type],
+    later: Mapping[str, object] = MappingProxyType({}),
+) -> list[list]:
+    """Lines of a CSV file; of none if it is missing. Columns of `later` may be missing, too.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        found, *lines = [*csv.reader(file)] or [[]]
-    if found != list(head):
-        raise ConfigError(f"{path} begins with {','.join(found)}; expected {','.join(head)}.")
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            found, *lines = [*csv.reader(file)] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): restore it.") from error
+    head = list(kinds)
+    if found != head[: len(found)] or not {*head[len(found) :]} <= later.keys():
+        begins = f"begins with {','.join(found)}" if found else "is empty"
+        raise ConfigError(f"{path} {begins}; expected {','.join(head)}.")
     parsed = []
     for number, line in enumerate(lines, start=2):
+        if len(line) != len(found):
+            raise ConfigError(
+                f"{path}, line {number} has {len(line)} of {len(found)} fields (a conflict of a "
+                "merge?): restore or remove it."
+            )
         try:
-            parsed.append([kind(value) for kind, value in zip(kinds, line, strict=True)])
+            values = [kind(value) for kind, value in zip(kinds.values(), line, strict=False)]
         except ValueError as error:
             raise ConfigError(f"{path}, line {number}: {error}: restore or remove it.") from error
+        parsed.append(values + [later[name] for name in head[len(found) :]])
     return parsed
 
 

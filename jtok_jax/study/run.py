@@ -30,6 +30,7 @@ from jtok_jax.study.trainer import (
     Places,
     Stop,
     StudyError,
+    require_folder,
     train_cell,
     workdir_of,
 )
@@ -65,7 +66,9 @@ def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[S
     check_study(study, places.root, data=places.data)
     table, source = Table(places.results), Fingerprints()
     look = lambda cell, config: table.get(cell, config, data=source.of(config))
-    _walk(study, study.stages, places, look)
+    if _walk(study, study.stages, places, look).missing:
+        table.require_usable()
+        require_folder(places.runs)
     bar = tqdm(total=_steps(study), unit="step", desc="study", dynamic_ncols=True)
     with bar, Stop() as stop:
 

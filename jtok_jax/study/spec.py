@@ -14,6 +14,7 @@ from typing import NamedTuple
 from jtok_jax.config import Config
 from jtok_jax.config_dict import flatten, from_config_dict, to_dict
 from jtok_jax.errors import ConfigError, JtokError
+from jtok_jax.training.optimizer import make_optimizer
 
 Fields = Mapping[str, object]  # {"train.steps": 10, ...}
 
@@ -150,12 +151,14 @@ def load_study(text: str) -> Study:
     """The study of FILE or FILE:ARGUMENT. Raises ConfigError if it cannot be read."""
     path, _, argument = text.partition(":")
     try:
-        get_study = runpy.run_path(path)["get_study"]
-        study = get_study(*([argument] if argument else []))
+        found = runpy.run_path(path)
+        if "get_study" not in found:
+            raise ConfigError(f"{path} defines no get_study().")
+        study = found["get_study"](*([argument] if argument else []))
     except JtokError:
         raise
     except Exception as error:  # whatever the file raises: it is Python
-        raise ConfigError(f"{path} gives no study: {error!r}.") from error
+        raise ConfigError(f"{text} gives no study: {error!r}.") from error
     if not isinstance(study, Study):
         raise ConfigError(f"{path} gives no study: get_study() returned {study!r}.")
     return study
@@ -215,6 +218,11 @@ def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
     """
     fields = dict(cell.fields) | ({"data.path": data} if data else {})
     path, _, argument = cell.candidate.arm.config.partition(":")
+    if not (root / path).exists():
+        raise ConfigError(
+            f"Arm {cell.candidate.arm.name}: there is no {root / path}; is this the folder of the "
+            "repository?"
+        )
     try:
         get_config = runpy.run_path(str(root / path))["get_config"]
         values = get_config(*([argument] if argument else []))
@@ -235,7 +243,8 @@ def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
     """Everything a study may train, before anything is: all that stages may have chosen by then.
 
     Raises:
-        ConfigError: as `resolve` and `require_comparable`; two candidates have one name.
+        ConfigError: as `resolve`, `make_optimizer` and `require_comparable`; two candidates have
+            one name.
     """
     every = start(study)
     for number, stage in enumerate(study.stages):
@@ -248,7 +257,16 @@ def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
             names = [cell.name for cell in wanted]
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"Two candidates are called {twice!r}: they differ in what it hides.")
+        for name, config in named.items():
+            _check_optimizer(name, config)
         require_comparable(named)
+
+
+def _check_optimizer(name: str, config: Config) -> None:
+    try:
+        make_optimizer(config)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def identity(config: Config) -> dict[str, object]:

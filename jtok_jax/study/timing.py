@@ -16,9 +16,10 @@ from jtok_jax.config import Config
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import make_mesh, put_batch
+from jtok_jax.study.results import Table, read_csv
 from jtok_jax.study.run import last_candidates
 from jtok_jax.study.spec import Study, cells, resolve
-from jtok_jax.study.trainer import Places, commit
+from jtok_jax.study.trainer import Fingerprints, Places, commit
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
 from jtok_jax.training.step import jit_train_step
@@ -42,16 +43,14 @@ def step_times(path: pathlib.Path) -> dict[str, StepTime]:
     """What `time_candidates` wrote, by candidate; empty if it did not run.
 
     Raises:
-        ConfigError: an older version did.
+        ConfigError: an older version did, or it is damaged.
     """
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
-        kinds = StepTime.__annotations__.values()
-        head, *lines = csv.reader(file)
-    if tuple(head) != StepTime._fields:
-        raise ConfigError(f"{path} is of another version: run `study time` again, or delete it.")
-    times = [StepTime(*[k(v) for k, v in zip(kinds, line, strict=True)]) for line in lines]
+    try:
+        times = [StepTime(*line) for line in read_csv(path, StepTime.__annotations__)]
+    except ConfigError as error:
+        raise ConfigError(f"{error} Or run `study time` again, or delete it.") from error
     return {one.candidate: one for one in times}
 
 
@@ -62,15 +61,19 @@ def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> 
 
     Raises:
         ConfigError: a stage before it is not finished, or there are no rounds.
+        DataError: the table's runs were made with other data.
     """
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; expected at least 1.")
     candidates = last_candidates(study, places)
     stage = dataclasses.replace(study.stages[-1], seeds=study.stages[-1].seeds[:1])
     timed = {cell.candidate.name: cell for cell in cells(study, stage, candidates)}
-    arms = {
-        name: _Timed(resolve(cell, places.root, data=places.data)) for name, cell in timed.items()
-    }
+    table, source = Table(places.results), Fingerprints()
+    configs = {}
+    for candidate, cell in timed.items():
+        configs[candidate] = resolve(cell, places.root, data=places.data)
+        table.get(cell, configs[candidate], data=source.of(configs[candidate]))
+    arms = {candidate: _timed(candidate, config) for candidate, config in configs.items()}
     for number in tqdm(range(rounds), unit="round", desc="time"):
         order = list(arms.values())
         for arm in order[number % len(order) :] + order[: number % len(order)]:
@@ -91,6 +94,13 @@ def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> 
         text = lambda value: f"{value:.4g}" if isinstance(value, float) else value
         writer.writerows([StepTime._fields, *[[text(value) for value in one] for one in times]])
     return _markdown(times, baseline)
+
+
+def _timed(candidate: str, config: Config) -> "_Timed":
+    try:
+        return _Timed(config)
+    except ConfigError as error:
+        raise ConfigError(f"{candidate}: {error}") from error
 
 
 class _Timed:

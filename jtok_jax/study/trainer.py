@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 from tqdm import tqdm
 
 import jtok_jax
@@ -26,6 +27,7 @@ from jtok_jax.study.results import measured
 from jtok_jax.study.spec import Cell
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"  # seeds share a program
+_ERROR = re.compile(r"[\w.]*(Error|Preempted|Interrupted)\b")  # begins the last words of a run
 _DEVICES = re.compile(r"^(\d+ x .+), mesh: ", re.MULTILINE)  # in what train.py prints
 
 
@@ -66,7 +68,8 @@ class Fingerprints:
 class Stop:
     """Context in which SIGTERM and Ctrl-C are passed on to the run under way, which saves and ends.
 
-    They are passed on once: a second one would kill a run that is saving.
+    They are passed on once: a second one would kill a run that is saving, as a second Ctrl-C in a
+    terminal does, which reaches the run itself.
     """
 
     def __init__(self):
@@ -99,6 +102,16 @@ class Stop:
         self.asked = True
 
 
+def require_folder(path: pathlib.Path) -> None:
+    """Raises ConfigError: runs cannot be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError("it may not be written to")
+    except OSError as error:
+        raise ConfigError(f"--runs={path} cannot be used: {error}") from error
+
+
 def workdir_of(cell: Cell, places: Places) -> pathlib.Path:
     return places.runs / cell.key
 
@@ -122,7 +135,8 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
     workdir = workdir_of(cell, places)
     workdir.mkdir(parents=True, exist_ok=True)
     console, metrics = workdir / "console.txt", workdir / "metrics.jsonl"
-    versions = _versions(workdir / "commits.txt", places.root)
+    commits = _versions(workdir / "commits.txt", commit(places.root))
+    versions = _versions(workdir / "jax.txt", jax.__version__)
     with console.open("a") as output:
         output.write(shlex.join(command(cell, places)) + "\n")
         output.flush()
@@ -131,7 +145,8 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
             env={CACHE: str(places.runs.resolve() / "compiled")} | os.environ,
         )  # fmt: skip
         code = stop.wait(process, lambda: _show(bar, metrics))
-    last = console.read_text().rstrip().rpartition("\n")[2][:500]
+    begun = shlex.join(command(cell, places)) + "\n"
+    last = _last_words(console.read_text().rpartition(begun)[2])
     if code == Preempted.exit_code or (code and stop.asked):
         raise Preempted(f"Stopped in {cell.name}: {last}")
     if code == WorkdirError.exit_code:
@@ -145,14 +160,20 @@ def train_cell(cell: Cell, config: Config, places: Places, bar: tqdm, stop: Stop
         raise StudyError(f"exit code {code}, see {console}: {last}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     device = _DEVICES.findall(console.read_text())[-1]  # this process leaves devices alone
-    about = {"device": device, "data": data, "commit": versions, "diverged": code != 0}
-    return measured(cell, config, records, **about)
+    about = {"device": device, "data": data, "commit": commits, "jax": versions}
+    return measured(cell, config, records, **about, diverged=code != 0)
 
 
-def _versions(path: pathlib.Path, root: pathlib.Path) -> str:
-    """Of the code that trains a run, with those of earlier processes: before it starts."""
+def _last_words(console: str) -> str:
+    """The error that a run ended with, all its lines; else its last one."""
+    lines = console.rstrip().splitlines()
+    begins = [number for number, line in enumerate(lines) if _ERROR.match(line)]
+    return " ".join(line.strip() for line in lines[(begins or [-1])[-1] :])[:1000]
+
+
+def _versions(path: pathlib.Path, now: str) -> str:
+    """What trains a run now, with that of earlier processes: before it starts."""
     known = path.read_text().split() if path.exists() else []
-    now = commit(root)
     if now not in known:
         known.append(now)
         path.write_text(" ".join(known) + "\n")
@@ -162,7 +183,7 @@ def _versions(path: pathlib.Path, root: pathlib.Path) -> str:
 def _show(bar: tqdm, metrics: pathlib.Path) -> None:
     """Move the bar to the steps a run has written down."""
     with contextlib.suppress(OSError):
-        done = metrics.read_bytes().count(b"\n")
+        done = max(metrics.read_bytes().count(b"\n") - 1, 0)  # the first is of step 0
         shown = getattr(bar, "shown", 0)
         bar.update(max(done - shown, 0))
         bar.shown = max(done, shown)
