@@ -43,6 +43,7 @@ lint: $(VENV)/dev
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 --dist=worksteal
 
+test-latest: export SECOND_PYTHON = 1
 test-latest:
 	@python=$$($(FIND_LATEST)); \
 	if [ -z "$$python" ]; then echo "SKIPPED: no Python 3.12 or newer runs on this machine"; exit 0; fi; \

@@ -82,7 +82,8 @@ def main() -> None:
         device = jax.devices()[0]
     except (RuntimeError, AssertionError) as error:  # of a backend that JAX_PLATFORMS asks for
         reason = (str(error) or "JAX finds no backend").splitlines()[0]
-        sys.exit(f"!!  devices           none: {reason}  <- see JAX_PLATFORMS, driver, jax[cuda13]")
+        advice = "see JAX_PLATFORMS, the driver, and which was installed, '.[cuda]' or '.[tpu]'"
+        sys.exit(f"!!  devices           none: {reason}  <- {advice}")
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     judged = judge_versions(versions["jax"], versions["flax"], device.platform)
     findings = [Finding("python", platform.python_version(), ""), *judged]

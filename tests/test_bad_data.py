@@ -100,6 +100,8 @@ def test_length_that_does_not_divide_and_missing_path_are_refused(corpus):
         open_source(run_config(corpus, seq_len=48))
     with pytest.raises(DataError, match=r"data.path is empty"):
         open_source(run_config(""))
+    with pytest.raises(DataError, match=r"manifest.json is a file; expected the folder"):
+        open_source(run_config(corpus / "manifest.json"))
 
 
 def test_a_manifest_that_is_not_text_is_refused(tmp_path, corpus):

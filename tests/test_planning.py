@@ -88,6 +88,8 @@ def test_rates_follow_the_slowest_link():
 @pytest.mark.parametrize(("text", "says"), [
     ("v5p", "expected CHIP:GRID"), ("v9:2x2", "v5e, v5p, v6e, h100"), ("v5p:4x4", "3 sizes"),
     ("v5e:0x4", "at least 1"), ("h100:1x16", "16 are h100:2x8"), ("v6e:32x32", "a pod has 256"),
+    ("v5p-64", r"v5p-64 \(cores, two a chip\) is v5p:2x4x4"), ("v5litepod-16", "is v5e:4x4"),
+    ("v6e-256", "is v6e:16x16"), ("v5p-7", "expected CHIP:GRID"), ("v5p-8", "is v5p:2x2x1"),
 ])  # fmt: skip
 def test_topologies_that_are_none(text, says):
     with pytest.raises(ConfigError, match=says):
@@ -121,7 +123,12 @@ def test_changes_that_would_fit_do(name, topology):
 def test_nothing_fits_where_nothing_can():
     plan = make_plan(load("moe_17b_a2b"), parse_topology("v5e:1x1"))
     assert plan["changes_that_fit"] == []
-    assert "take more or larger chips" in as_text(plan)
+    assert plan["changes_tried"] == [
+        "model.attention", "train.grad_accumulation", "model.remat", "optimizer.tables.kind",
+    ]  # fmt: skip
+    text = as_text(plan)
+    assert "of model.attention, train.grad_accumulation, model.remat, optimizer.tables" in text
+    assert "Else take more or larger chips" in text
 
 
 def test_a_step_that_the_compiler_refuses_does_not_fit(monkeypatch):
@@ -159,3 +166,12 @@ def test_command():
     assert (missing.returncode, misspelt.returncode) == (2, 2)
     assert "--topology is missing" in missing.stderr
     assert "topologie" in misspelt.stderr
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    command = [sys.executable, "-m", "jtok_jax.plan", "--config=configs/quickstart.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen([*command, "--topology=v5e:1x1"], **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "Stopped: nothing reads the output any more.\n"
+    assert process.returncode == 1

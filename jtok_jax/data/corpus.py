@@ -105,6 +105,9 @@ def _text(origin: str, content: bytes | str) -> str:
         except UnicodeDecodeError as error:
             where = f"byte {error.start:,} (0x{content[error.start]:02x})"
             raise BadText("not UTF-8", f"{origin}: invalid UTF-8 at {where}.") from error
+        if "\0" in content:  # token ids, archives; JSON and Parquet say themselves what is text
+            where = content.index("\0")
+            raise BadText("binary", f"{origin}: binary, not text: NUL at character {where:,}.")
     else:
         try:
             content.encode("utf-8")

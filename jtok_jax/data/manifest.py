@@ -70,6 +70,8 @@ def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
 def read_manifest(folder: pathlib.Path) -> Manifest:
     """The manifest of a prepared corpus. Raises DataError if there is none or it is damaged."""
     path = folder / FILE_NAME
+    if folder.is_file():
+        raise DataError(f"{folder} is a file; expected the folder that jtok_jax.prepare wrote.")
     if not path.is_file():
         raise DataError(
             f"{folder} holds no prepared corpus ({FILE_NAME} is missing). Make one with "

@@ -52,6 +52,11 @@ def that_fit(
     return found
 
 
+def tried(config: Config, *, devices: int) -> list[str]:
+    """The fields that `that_fit` changes, each once."""
+    return list(dict.fromkeys(name for one in _candidates(config, devices) for name in one))
+
+
 def _all_of(parts: tuple[Change, ...]) -> Change:
     return {name: value for part in parts for name, value in part.items()}
 

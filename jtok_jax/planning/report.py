@@ -67,6 +67,7 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
     }
     if not plan["memory"]["fits"]:
         plan["changes_that_fit"] = _changes(config, topology)
+        plan["changes_tried"] = advice.tried(config, devices=topology.devices)
     if compile_too:
         plan["compiler"] = _compiled(config, topology)
         total = plan["compiler"]["total"]
@@ -183,7 +184,12 @@ def _change_lines(plan: dict) -> list[str]:
         return []
     changes = plan["changes_that_fit"]
     if not changes:
-        return ["None of the changes tried fits; take more or larger chips.", ""]
+        return [
+            f"Nothing tried fits, up to three at a time of {', '.join(plan['changes_tried'])}. Not "
+            "tried: mesh.expert, mesh.tensor, mesh.table_columns, other sizes of a step or model. "
+            "Else take more or larger chips.",
+            "",
+        ]
     lines = ["Any of these would fit:"]
     for change in changes:
         other = "  (another training)" if {*advice.OTHER_RUN} & change.keys() else ""

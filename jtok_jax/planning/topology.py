@@ -69,6 +69,19 @@ class Topology(NamedTuple):
         return self.devices // self.hosts
 
 
+def _of_slice(text: str) -> str:
+    """The usual grid of a slice's name, such as v5p-64 (of cores) or v5litepod-16 (of chips)."""
+    match = re.fullmatch(r"(v5p|v5e|v5litepod|v6e)-(\d+)", text)
+    power = int(match[2]).bit_length() - 1 if match else 0
+    if not match or int(match[2]) != 1 << power:
+        return ""
+    if match[1] == "v5p":
+        sizes = sorted((1 << (power - 1 + n) // 3 for n in range(3)), reverse=power < 4)
+        return f" {text} (cores, two a chip) is v5p:{'x'.join(map(str, sizes))}."
+    chip = match[1].replace("litepod", "e")
+    return f" {text} is {chip}:{1 << power // 2}x{1 << power - power // 2}."
+
+
 def parse_topology(text: str) -> Topology:
     """Topology of "v5p:4x4x4" (a TPU's grid of chips) or "h100:4x8" (hosts x GPUs of a host).
 
@@ -80,7 +93,7 @@ def parse_topology(text: str) -> Topology:
         known = ", ".join(CHIPS)
         raise ConfigError(
             f"--topology is {text!r}; expected CHIP:GRID with a chip of {known}: v5p:4x4x4 is a "
-            "grid of TPUs, h100:4x8 is 4 hosts of 8 GPUs."
+            f"grid of TPUs, h100:4x8 is 4 hosts of 8 GPUs.{_of_slice(text)}"
         )
     chip, grid = CHIPS[match[1]], tuple(map(int, match[2].split("x")))
     wanted = 3 if match[1] == "v5p" else 2
