@@ -5,6 +5,7 @@
 import dataclasses
 import functools
 import hashlib
+import re
 import subprocess
 import sys
 
@@ -156,7 +157,7 @@ ARM_VALUES = {
 }  # fmt: skip
 ON_TOP |= {
     f"model.arms.{arm}.{name}": (
-        ARM_VALUES[name],
+        ARM_VALUES.get(name, f"ARM_VALUES has no {name}"),
         {"model.arms.names": arm, "optimizer.tables.kind": "adamw"},
     )
     for arm, options in to_dict(Config())["model"]["arms"].items()
@@ -224,6 +225,26 @@ def test_field_changes_the_program_where_it_is_read(key):
     value, start = ON_TOP[key]
     base = changed(JTOK_M_MOE, start)
     assert program(changed(base, {key: value})) != program(base)
+
+
+def choices(key: str) -> list[str]:
+    """The values of a field, as the message names them that refuses another; [] if it has none."""
+    try:
+        changed(JTOK_M_MOE, {key: "?"})
+    except ConfigError as error:
+        found = re.search(r"expected one of (.+)\.$", str(error))
+        return found[1].split(", ") if found else []
+    return []
+
+
+OF_PROGRAMS = PROGRAM_FIELDS.keys() | ON_TOP.keys()
+
+
+@pytest.mark.parametrize("key", sorted(key for key in OF_PROGRAMS if len(choices(key)) > 2))
+def test_every_choice_has_a_program_of_its_own(key):
+    base = changed(JTOK_M_MOE, ON_TOP.get(key, (None, {}))[1])
+    made = [program(changed(base, {key: choice})) for choice in choices(key)]
+    assert len({*made}) == len(made) >= 3
 
 
 def test_cudnn_is_obeyed_or_refused():
