@@ -4,15 +4,20 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 
+import jax
 import numpy as np
 import pytest
-from small import KINDS
+from conftest import ROOT
+from small import KINDS, one_device
 from test_config import changed
 from test_data import run_config
+from test_documents import blocks
 
 from jtok_jax import generate
 from jtok_jax.data import manifest
@@ -20,6 +25,7 @@ from jtok_jax.errors import CheckpointError
 from jtok_jax.evaluate import main as evaluate_main
 from jtok_jax.training import checkpoint
 from jtok_jax.training.checkpoint import load_params
+from jtok_jax.training.step import make_eval_step
 from train import train
 
 generate_main = generate.main
@@ -56,6 +62,35 @@ def test_bits_per_byte_are_nats_over_ln2_and_bytes(finished, corpus):
     last = last_record(finished)
     bits = last["val_loss"] * split.targets / np.log(2)
     np.testing.assert_allclose(last["val_bpb"], bits / split.text_bytes, rtol=1e-6)
+
+
+def test_the_names_of_the_metrics_are_explained(finished):
+    text = (ROOT / "docs" / "runs.md").read_text()
+    section = text.split("## metrics.jsonl")[1].split("## ")[0]
+    rows = re.findall(r"^\| (`.+?) \|", section, re.MULTILINE)
+    explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert explained | {"val_loss", "val_bpb"} == last_record(finished).keys() | {"mfu"}
+
+
+def test_the_documents_read_a_checkpoint(finished):
+    """With this package: the loss of its logits is that of the run; with Orbax: the same arrays."""
+    ours, plain = (
+        text.replace("runs/quickstart", str(finished)).replace("checkpoints/300", "checkpoints/2")
+        for text in blocks("docs/runs.md", "python")
+    )
+    scope = {}
+    exec(ours, scope)
+    saved, ids_BT, logits_BTV = scope["saved"], scope["ids_BT"], scope["logits_BTV"]
+    assert logits_BTV.shape == (*ids_BT.shape, saved.config.model.padded_vocab)
+    step = make_eval_step(saved.config, one_device())
+    sums = step(saved.params, ids_BT[:, :-1], ids_BT[:, 1:], np.ones((1, 2), np.float32))
+    nats = -jax.nn.log_softmax(logits_BTV[0, :-1, : saved.config.model.vocab_size])
+    picked = nats[np.arange(2), ids_BT[0, 1:]]
+    np.testing.assert_allclose(picked.sum(), sums.nats, rtol=2e-3)  # hidden states are bfloat16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Orbax warns of taking the sharding from the file
+        exec(plain, scope)
+    np.testing.assert_array_equal(scope["tables"], saved.params["tables"])
 
 
 def test_generate_prints_every_prompt_with_a_continuation(finished, capsys):
