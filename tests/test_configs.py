@@ -5,6 +5,7 @@
 import math
 import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,22 @@ def test_counts_equal_the_golden_file():
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text)
     assert text == GOLDEN.read_text(), "counts changed; if meant: UPDATE_GOLDEN=1 make test"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_readme_has_the_counts(name):
+    config = load(name)
+    counts = flops.count(config.model, seq_len=config.train.seq_len)
+    row = re.search(rf"^\| `{name}` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    backbone, _, tables, _, active = (cell.strip() for cell in row[1].split("|"))
+    said, counted = [backbone, tables], [counts.backbone, counts.tables]
+    if active:
+        said += re.match(r"(\S+) \[(\S+)\]", active).groups()
+        counted += [counts.active, counts.active_without_embedding]
+    assert bool(active) == (counts.active < counts.backbone)
+    for text, count in zip(said, counted, strict=True):
+        unit = {"M": 1e6, "B": 1e9}[text[-1]]
+        assert text == f"{count / unit:.{len(text[:-1].partition('.')[2])}f}{text[-1]}"
 
 
 def test_flops_equal_those_counted_by_hand():
