@@ -48,6 +48,7 @@ from jtok_jax.training.metrics import (
     console_line,
     parameter_table,
     step_record,
+    without_validation,
 )
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import claim_workdir
@@ -94,6 +95,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         validate = functools.partial(
             evaluate, eval_step, source=source, mesh=mesh,
             batch_size=config.evaluation.batch_size, waiting_for=stall.waiting_for,
+            stop=stop.reached,
         )  # fmt: skip
 
         # ---------------------------------------------------------------- resume or start
@@ -101,7 +103,9 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         stack.callback(stall.within, "end of the last save", checkpoints.close)
         stack.push(hosts.leave_if_alone)
         done = checkpoints.latest_step()
-        hosts.agree("data and checkpoint", source.fingerprint | {"last step": done}, DataError)
+        due = without_validation(workdir, done, config)
+        found = source.fingerprint | {"last step": done, "validation due": bool(due)}
+        hosts.agree("data and checkpoint", found, DataError)
         if done is None:
             state = init_state(config, optimizer, mesh)
         else:
@@ -109,16 +113,20 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                 state = checkpoints.restore(abstract_state(config, optimizer, mesh))
             hosts.say(f"resumed at step {done}")
         steps = config.train.steps
-        if done is not None and done >= steps:
+        if done is not None and done >= steps and not due:
             hosts.say(f"{workdir} has finished its {steps} steps; nothing to do.")
             return
         folder = workdir if hosts.lead else None
         writer = MetricsWriter(folder, resumed_at=done, tensorboard=config.logging.tensorboard)
         stack.callback(writer.close)
-        if done is None:
+        if done is None or due:
             validation = validate(state.params)
-            writer.write({"step": 0} | validation._asdict())
-            hosts.say(f"step 0: {validation}")
+            if validation is None:
+                raise Preempted(f"{stop.agreed}: at step {done or 0}. Run the same command.")
+            record = (due or {"step": 0}) | validation._asdict()
+            hosts.say(f"step {done or 0}: {validation}")
+            writer.write(record)
+            require_sound(record, config, checkpoints.latest_step)
 
         # ---------------------------------------------------------------- loop
         timer = Timer(config)
@@ -127,7 +135,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         unreported = None  # metrics are fetched a step late: the device never waits for us
 
         def report(step, metrics, data_wait, *, evaluating=False):
-            """Write down one step, which is waited for; evaluate after it if asked."""
+            """Write down one step, which is waited for; evaluate after it unless told to stop."""
             logged = evaluating or step % config.train.log_every == 0
             with stall.waiting_for(f"end of step {step}"):
                 record = step_record(metrics, step=step, with_health=logged)
@@ -136,10 +144,12 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                 hosts.say(console_line(record, steps=steps))
             if evaluating:
                 validation = validate(state.params)
-                record |= validation._asdict()
-                hosts.say(f"step {step}: {validation}")
+                if validation:
+                    record |= validation._asdict()
+                    hosts.say(f"step {step}: {validation}")
             writer.write(record)
             require_sound(record, config, checkpoints.latest_step)
+            return "val_loss" in record
 
         for step in range(first, steps + 1):
             asked = time.perf_counter()
@@ -152,13 +162,13 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                 report(*unreported)
             unreported = step, metrics, wait
             checkpoints.check()
-            last, stopped_by = step == steps, stop.reached(step - first + 1)  # a signal may come
+            last, stopped_by, evaluated = step == steps, stop.reached(), False
             evaluating = last or step % config.evaluation.every == 0
             saving = last or stopped_by or step % config.checkpoint.every == 0
             if evaluating or saving:
-                report(*unreported, evaluating=evaluating)
-                unreported = None
-                if saving:
+                evaluated = report(*unreported, evaluating=evaluating)
+                unreported, stopped_by = None, stop.agreed  # a signal may come while it validates
+                if saving or stopped_by:
                     with stall.waiting_for(f"end of the save before step {step}"):
                         checkpoints.wait()
                     with stall.waiting_for(f"completed save at step {step}"):
@@ -166,7 +176,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                         if last or stopped_by:
                             checkpoints.wait()
                 timer.restart()
-            if stopped_by and not last:
+            if stopped_by and not (last and evaluated):
                 raise Preempted(f"{stopped_by}: saved step {step}. Run the same command to go on.")
         hosts.say(f"finished {steps} steps; checkpoint in {workdir / 'checkpoints' / str(steps)}")
 

@@ -35,14 +35,19 @@ def evaluate(
     *,
     batch_size: int,
     waiting_for: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
-) -> Validation:
+    stop: Callable[[], object] = lambda: None,
+) -> Validation | None:
     """Validation of `params`; `eval_step` is the jitted step of `make_eval_step`.
 
-    waiting_for: context in which a batch is read and computed, such as `StallWatch.waiting_for`.
+    Args:
+        waiting_for: context in which a batch is read and computed: `StallWatch.waiting_for`.
+        stop: asked before every batch, such as `StopSignal.reached`; if so, None is returned.
     """
     nats = weight = 0.0
     batches = source.valid_batches(rows_here(mesh, batch_size))
     for number in itertools.count(1):
+        if stop():
+            return None
         with waiting_for(f"batch {number} of the validation"):
             batch = next(batches, None)
             if batch is None:

@@ -77,7 +77,7 @@ def require_sound(record: dict, config: Config, saved: Callable[[], int | None])
         NonFiniteError: it is the last of train.max_bad_steps steps that were not finite, or the
             run's last and its validation is not.
     """
-    step, bad = record["step"], record["bad_in_row"]
+    step, bad = record["step"], record.get("bad_in_row", 0)
     check_unique(record.get("unique_ids", 0), config, step)
     if bad >= config.train.max_bad_steps:
         raise NonFiniteError(
@@ -87,8 +87,8 @@ def require_sound(record: dict, config: Config, saved: Callable[[], int | None])
         )
     if step == config.train.steps and not math.isfinite(record.get("val_loss", 0.0)):
         raise NonFiniteError(
-            f"Step {step}, the last: the validation loss is not finite and the step was not "
-            f"saved; last checkpoint: {saved()}. Lower the learning rate."
+            f"Step {step}, the last: the validation loss is not finite; last checkpoint: "
+            f"{saved()}. Lower the learning rate."
         )
 
 
@@ -99,23 +99,30 @@ class StopSignal:
     agrees on a step. A Python handler in its place would defeat that; Ctrl-C is passed on to it.
     """
 
-    name: str | None = None
+    name: str | None = None  # of the signal that came to this process
+    agreed: str | None = None  # what `reached` has said, once it has
 
     def __enter__(self):
+        self._asked = 0
         self._several = jax.distributed.is_initialized()
         numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
         self._previous = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def reached(self, count: int) -> str | None:
-        """What asks to stop now, after `count` steps: the same on all processes.
+    def reached(self) -> str | None:
+        """What asks to stop, from one call on: the same call on all processes.
 
-        To be asked after every step since the start, from 1 on: a signal that comes before the
-        first makes JAX agree on 1, and it agrees but once.
+        All ask alike, after every step and every batch of a validation. JAX agrees on a number of
+        calls, and but once; a signal that comes before the first makes it agree on 1.
         """
-        if self._several and multihost_utils.reached_preemption_sync_point(count):
-            return self.name or "SIGTERM on one of the hosts"
-        return None if self._several else self.name
+        self._asked += 1
+        if self.agreed:
+            return self.agreed
+        if not self._several:
+            self.agreed = self.name
+        elif multihost_utils.reached_preemption_sync_point(self._asked):
+            self.agreed = self.name or "SIGTERM on one of the hosts"
+        return self.agreed
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():

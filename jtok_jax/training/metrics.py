@@ -71,15 +71,15 @@ class MetricsWriter:
         self._path = workdir / FILE_NAME
         if resumed_at is None and self._path.exists():
             self._path.rename(self._path.with_suffix(".before.jsonl"))  # of a run without a save
-        kept = [] if resumed_at is None else _lines_up_to(self._path, resumed_at)
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(self._path)
-        self._file = self._path.open("a")
+        self._resumed_at = resumed_at
+        self._keep([] if resumed_at is None else _lines_up_to(self._path, resumed_at))
 
     def write(self, record: dict[str, object]) -> None:
+        """Append a record; one of the step resumed at takes the place of that step's."""
         if self._file is None:
             return
+        if record["step"] == self._resumed_at:
+            self._keep(_lines_up_to(self._path, self._resumed_at - 1))
         finite = lambda value: not isinstance(value, float) or math.isfinite(value)
         record = {name: value if finite(value) else None for name, value in record.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -87,6 +87,14 @@ class MetricsWriter:
         if self._board:
             for name, value in _numbers(record):
                 self._board.add_scalar(name, value, record["step"])
+
+    def _keep(self, lines: list[str]) -> None:
+        if self._file:
+            self._file.close()
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(lines))
+        partial.replace(self._path)
+        self._file = self._path.open("a")
 
     def close(self) -> None:
         if self._file:
@@ -179,6 +187,16 @@ def _plain(value: np.ndarray) -> object:
         return [_plain(item) for item in value]
     number = value.item()
     return number if math.isfinite(number) else None
+
+
+def without_validation(
+    workdir: pathlib.Path, step: int | None, config: Config
+) -> dict[str, object] | None:
+    """The record of `step` if a validation after it was due and a signal cut it short."""
+    lines = [] if step is None else _lines_up_to(workdir / FILE_NAME, step)
+    record = json.loads(lines[-1]) if lines else {}
+    due = step == config.train.steps or (step or 1) % config.evaluation.every == 0
+    return record if due and record.get("step") == step and "val_loss" not in record else None
 
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
