@@ -18,6 +18,8 @@ SECOND = bool(os.environ.get("SECOND_PYTHON")) and not NIGHTLY  # set by make te
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0"
 if OLD:
     FAST_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+else:  # two workers have no core to spare for parts compiled at a time
+    FAST_TO_COMPILE += " --xla_cpu_parallel_codegen_split_count=1"
 # For jax.jit, where bits are compared: with the emitters that users have.
 COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": True} if OLD else {}
 newest = pytest.mark.skipif(OLD and not NIGHTLY, reason="make test-latest has it, or NIGHTLY=1")

@@ -12,6 +12,7 @@ import sys
 
 import jax
 import pytest
+from pythons import oldest
 from small import KINDS, one_device, small_config
 from test_configs import load
 
@@ -25,6 +26,7 @@ from jtok_jax.planning.topology import parse_topology
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
 
+pytestmark = oldest
 ROOT = pathlib.Path(__file__).parent.parent
 
 

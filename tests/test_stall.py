@@ -9,10 +9,12 @@ import sys
 import time
 
 import pytest
+from pythons import oldest
 
 from jtok_jax.errors import STALL_EXIT_CODE, WorkdirError, exit_on_error
 from jtok_jax.training.guards import STALL_FILE, StallWatch, WorkdirLock
 
+pytestmark = oldest
 SCRIPT = """
 import pathlib, sys, time
 import train

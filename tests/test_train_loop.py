@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pythons import oldest
 from small import KINDS
 from test_config import changed
 from test_data import run_config
@@ -84,6 +85,7 @@ def test_checkpoints_are_kept_as_configured(finished):
     assert steps == [8, 11]
 
 
+@oldest
 def test_console_shows_counts_progress_and_validation(config, tmp_path, capsys):
     train(changed(config, {"train.steps": 4, "checkpoint.keep": 1}), tmp_path)
     out = capsys.readouterr().out
@@ -145,6 +147,7 @@ def signal_in_validation(monkeypatch, number: int) -> None:
     monkeypatch.setattr(train_module, "evaluate", evaluate)
 
 
+@oldest
 @pytest.mark.parametrize(("validation", "step"), [(1, 0), (2, 5), (4, 11)])
 def test_a_signal_ends_a_validation_which_the_same_command_makes_first(
     config, finished, tmp_path, monkeypatch, capsys, validation, step
@@ -192,6 +195,7 @@ def times_final_norm(monkeypatch, factor: float, *, after: int) -> None:
     monkeypatch.setattr(step_module, "make_train_step", faulty)
 
 
+@oldest
 def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
     """Parameters that turn NaN after step 5 (as by a fault): K bad steps, then exit 6, no save."""
     times_final_norm(monkeypatch, jnp.nan, after=5)
@@ -205,6 +209,7 @@ def test_steps_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
     assert np.all(np.isfinite(load_params(tmp_path).params["final_norm"]))
 
 
+@oldest
 def test_a_run_whose_last_validation_is_not_finite_is_not_finished(config, tmp_path, monkeypatch):
     """Though every step and parameter is."""
     times_final_norm(monkeypatch, 1e38, after=3)
@@ -227,6 +232,7 @@ def test_parameters_that_overflow_are_never_saved(config, tmp_path):
 # --------------------------------------------------------------------------- refused
 
 
+@oldest
 def test_more_different_ids_than_there_is_room_for_are_refused(config, tmp_path):
     """At the step that has them, with what to pass; that step is neither applied nor saved."""
     config = changed(config, {"checkpoint.every": 1, "evaluation.every": 100})
@@ -269,6 +275,7 @@ def test_a_workdir_of_another_configuration_is_refused(config, workdir, changes,
     assert before == after
 
 
+@oldest
 def test_training_longer_on_the_same_schedule_is_allowed(config, workdir):
     longer = {"train.steps": 13, "schedule.steps": 11, "evaluation.every": 100}
     train(changed(config, longer), workdir)
@@ -358,12 +365,14 @@ def test_a_save_that_failed_in_the_log_alone_stops_the_run(
     assert not closed
 
 
+@oldest
 def test_a_start_that_failed_does_not_claim_the_workdir(config, tmp_path):
     with pytest.raises(ConfigError, match="not an NVIDIA GPU"):
         train(changed(config, {"model.attention": "cudnn"}), tmp_path)
     train(changed(config, {"train.steps": 2}), tmp_path)
 
 
+@oldest
 def test_tensorboard_files_are_written_if_asked(config, tmp_path, monkeypatch):
     train(changed(config, {"train.steps": 2, "logging.tensorboard": True}), tmp_path)
     (file,) = (tmp_path / "tensorboard").iterdir()
