@@ -39,16 +39,16 @@ from jtok_jax.mesh import (
     rows_here,
     table_layout,
 )
+from jtok_jax.training import guards
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
-from jtok_jax.training.guards import LOCK_FILE, StallWatch, StopSignal, WorkdirLock, require_sound
 from jtok_jax.training.metrics import (
     MetricsWriter,
     Timer,
     console_line,
     parameter_table,
     step_record,
-    without_validation,
+    validation_due,
 )
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import claim_workdir
@@ -66,12 +66,12 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
     """Train until config.train.steps, or until a signal asks to stop."""
     with contextlib.ExitStack() as stack:
         if not hosts.several:
-            stack.enter_context(WorkdirLock(workdir))
+            stack.enter_context(guards.WorkdirLock(workdir))
         hosts.agree("code and versions", code_and_versions(), ConfigError)
         hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
-        hosts.check_shared(workdir / LOCK_FILE)
-        stop = stack.enter_context(StopSignal())
-        stall = StallWatch(workdir, config.train.stall_seconds, hosts.announce)
+        hosts.check_shared(workdir / guards.LOCK_FILE)
+        stop = stack.enter_context(guards.StopSignal())
+        stall = guards.StallWatch(workdir, config.train.stall_seconds, hosts.announce)
         # ---------------------------------------------------------------- mesh and data
         with stall.waiting_for("devices of all processes"):
             mesh = make_mesh(config.mesh)
@@ -103,8 +103,8 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         stack.callback(stall.within, "end of the last save", checkpoints.close)
         stack.push(hosts.leave_if_alone)
         done = checkpoints.latest_step()
-        due = without_validation(workdir, done, config)
-        found = source.fingerprint | {"last step": done, "validation due": bool(due)}
+        due = validation_due(workdir, done, config)
+        found = source.fingerprint | {"last step": done, "validation due": due}
         hosts.agree("data and checkpoint", found, DataError)
         if done is None:
             state = init_state(config, optimizer, mesh)
@@ -123,10 +123,9 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
             validation = validate(state.params)
             if validation is None:
                 raise Preempted(f"{stop.agreed}: at step {done or 0}. Run the same command.")
-            record = (due or {"step": 0}) | validation._asdict()
+            guards.require_finite(done or 0, validation.val_loss, config, checkpoints.latest_step)
             hosts.say(f"step {done or 0}: {validation}")
-            writer.write(record)
-            require_sound(record, config, checkpoints.latest_step)
+            writer.complete(done or 0, validation._asdict())
 
         # ---------------------------------------------------------------- loop
         timer = Timer(config)
@@ -148,7 +147,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                     record |= validation._asdict()
                     hosts.say(f"step {step}: {validation}")
             writer.write(record)
-            require_sound(record, config, checkpoints.latest_step)
+            guards.require_sound(record, config, checkpoints.latest_step)
             return "val_loss" in record
 
         for step in range(first, steps + 1):
@@ -190,8 +189,8 @@ def main(arguments: list[str]) -> None:
             if not flags.FLAGS[name].value:
                 raise ConfigError(f"--{name} is missing. Example: {__doc__.splitlines()[0]}")
         config, workdir = from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value)
-        given = COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
-        with joined(recognise(os.environ, *given), workdir, config.train, WorkdirLock) as hosts:
+        launch = recognise(os.environ, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+        with joined(launch, workdir, config.train, guards.WorkdirLock) as hosts:
             train(config, workdir, hosts)
 
 

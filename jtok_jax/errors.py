@@ -13,6 +13,8 @@ from typing import NoReturn
 
 from absl import flags
 
+from jtok_jax.console import say
+
 
 class JtokError(Exception):
     """A failure with a message for the user; `exit_code` is what the command returns."""
@@ -90,7 +92,7 @@ def exit_on_error():
 
 
 def _exit(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    say(message, sys.stderr)
     sys.exit(code)
 
 

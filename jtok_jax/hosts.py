@@ -29,6 +29,7 @@ import jtok_kernels
 from jax._src import distributed  # the key-value store and barriers have no public name
 
 from jtok_jax.config import TrainConfig
+from jtok_jax.console import say
 from jtok_jax.errors import HostError, JtokError, NonFiniteError, Preempted
 from jtok_jax.launch import Launch
 from jtok_jax.roll_call import GRACE_SECONDS, roll_call
@@ -79,12 +80,12 @@ class Hosts:
     def say(self, text: str) -> None:
         """Print on the lead alone."""
         if self.lead:
-            print(text, flush=True)
+            say(text)
 
     def stage(self, text: str) -> None:
         """Print how far this process has come; nothing where it is alone."""
         if self._client:
-            print(f"[{self.name(self.process)}] {text}", flush=True)
+            say(f"[{self.name(self.process)}] {text}")
 
     # ------------------------------------------------------------------ before the run
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from jtok_jax.console import say
 from jtok_jax.errors import HostError
 from jtok_jax.launch import Launch
 
@@ -51,7 +52,7 @@ def roll_call(launch: Launch, folder: pathlib.Path, seconds: float) -> Iterator[
                 _give_up(launch, own, seconds)
 
     text = f"waiting for all, at most {seconds:g} s ({launch})"
-    print(f"[process {rank} on {platform.node()}] {text}", flush=True)
+    say(f"[process {rank} on {platform.node()}] {text}")
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
     # Python sees no signal while JAX connects: Ctrl-C has to end the process by itself.

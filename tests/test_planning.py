@@ -91,7 +91,8 @@ def test_rates_follow_the_slowest_link():
     ("v5p", "expected CHIP:GRID"), ("v9:2x2", "v5e, v5p, v6e, h100"), ("v5p:4x4", "3 sizes"),
     ("v5e:0x4", "at least 1"), ("h100:1x16", "16 are h100:2x8"), ("v6e:32x32", "a pod has 256"),
     ("v5p-64", r"v5p-64 \(cores, two a chip\) is v5p:2x4x4"), ("v5litepod-16", "is v5e:4x4"),
-    ("v6e-256", "is v6e:16x16"), ("v5p-7", "expected CHIP:GRID"), ("v5p-8", "is v5p:2x2x1"),
+    ("v6e-256", "is v6e:16x16"), ("v5p-8", "is v5p:2x2x1"),
+    ("v5p-7", "8 GPUs.$"), ("v5p-1", "8 GPUs.$"), ("v6e-0", "8 GPUs.$"),
 ])  # fmt: skip
 def test_topologies_that_are_none(text, says):
     with pytest.raises(ConfigError, match=says):

@@ -3,12 +3,10 @@
 """train.py in this process: what it writes and what it refuses."""
 
 import dataclasses
-import itertools
 import json
 import logging
 import re
 import shutil
-import signal
 import sys
 
 import jax
@@ -27,7 +25,6 @@ from jtok_jax.errors import (
     ConfigError,
     DataError,
     NonFiniteError,
-    Preempted,
     WorkdirError,
 )
 from jtok_jax.training import step as step_module
@@ -128,53 +125,6 @@ def test_going_on_from_an_earlier_checkpoint_repeats_the_same_numbers(config, fi
     old, new = load_params(finished).params, load_params(workdir).params
     for name, value in old.items():
         np.testing.assert_array_equal(value, new[name], err_msg=name)
-
-
-def signal_in_validation(monkeypatch, number: int) -> None:
-    """SIGTERM after the first batch of the validation of that number, from 1."""
-    real, validations = train_module.evaluate, itertools.count(1)
-
-    def evaluate(*arguments, stop, **options):
-        asked, now = itertools.count(), next(validations)
-
-        def ask():
-            if now == number and next(asked) == 1:
-                signal.raise_signal(signal.SIGTERM)
-            return stop()
-
-        return real(*arguments, stop=ask, **options)
-
-    monkeypatch.setattr(train_module, "evaluate", evaluate)
-
-
-@oldest
-@pytest.mark.parametrize(("validation", "step"), [(1, 0), (2, 5), (4, 11)])
-def test_a_signal_ends_a_validation_which_the_same_command_makes_first(
-    config, finished, tmp_path, monkeypatch, capsys, validation, step
-):
-    """Twice: also the one made first may be cut short."""
-    for number, says in ((validation, "saved" if step else "at"), (1, "at")):
-        with monkeypatch.context() as patched:
-            signal_in_validation(patched, number)
-            with pytest.raises(Preempted, match=rf"SIGTERM: {says} step {step}\. "):
-                train(config, tmp_path)
-        assert len(records(tmp_path)) == (step + 1 if step else 0)
-        assert not any("val_loss" in record for record in records(tmp_path)[step:])
-    capsys.readouterr()
-    train(config, tmp_path)
-    out = capsys.readouterr().out
-    assert ("resumed at step" in out) == (step > 0)
-    assert out.index(f"step {step}: validation loss") < out.index("finished 11 steps")
-    for old, new in zip(records(finished), records(tmp_path), strict=True):
-        for key in ("step", "loss", "batch_hash", "val_loss", "val_bpb", "grad_norm"):
-            assert old.get(key) == new.get(key), key
-    old, new = load_params(finished).params, load_params(tmp_path).params
-    for name, value in old.items():
-        np.testing.assert_array_equal(value, new[name], err_msg=name)
-    before = (tmp_path / "metrics.jsonl").read_text()
-    train(config, tmp_path)
-    assert "nothing to do" in capsys.readouterr().out
-    assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def times_final_norm(monkeypatch, factor: float, *, after: int) -> None:
@@ -357,7 +307,7 @@ def test_a_save_that_failed_in_the_log_alone_stops_the_run(
     monkeypatch.setattr(f"{orbax}.save_async", save)
     monkeypatch.setattr(f"{orbax}.close", lambda *_: closed.append(1))  # waits for the others
     if also_not_finite:
-        monkeypatch.setattr(train_module, "require_sound", unsound)
+        monkeypatch.setattr("jtok_jax.training.guards.require_sound", unsound)
     with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*disk full") as told:
         train(config, tmp_path)
     assert isinstance(told.value.__cause__.__context__, NonFiniteError) == also_not_finite

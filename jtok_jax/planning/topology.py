@@ -73,7 +73,7 @@ def _of_slice(text: str) -> str:
     """The usual grid of a slice's name, such as v5p-64 (of cores) or v5litepod-16 (of chips)."""
     match = re.fullmatch(r"(v5p|v5e|v5litepod|v6e)-(\d+)", text)
     power = int(match[2]).bit_length() - 1 if match else 0
-    if not match or int(match[2]) != 1 << power:
+    if not match or power < (match[1] == "v5p") or int(match[2]) != 1 << power:
         return ""
     if match[1] == "v5p":
         sizes = sorted((1 << (power - 1 + n) // 3 for n in range(3)), reverse=power < 4)

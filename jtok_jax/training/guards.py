@@ -77,7 +77,7 @@ def require_sound(record: dict, config: Config, saved: Callable[[], int | None])
         NonFiniteError: it is the last of train.max_bad_steps steps that were not finite, or the
             run's last and its validation is not.
     """
-    step, bad = record["step"], record.get("bad_in_row", 0)
+    step, bad = record["step"], record["bad_in_row"]
     check_unique(record.get("unique_ids", 0), config, step)
     if bad >= config.train.max_bad_steps:
         raise NonFiniteError(
@@ -85,7 +85,12 @@ def require_sound(record: dict, config: Config, saved: Callable[[], int | None])
             f"was applied and nothing was saved after them; last checkpoint: {saved()}. Lower the "
             f"learning rate, or look at batch {record['batch_hash']}."
         )
-    if step == config.train.steps and not math.isfinite(record.get("val_loss", 0.0)):
+    require_finite(step, record.get("val_loss", 0.0), config, saved)
+
+
+def require_finite(step: int, val_loss: float, config: Config, saved: Callable) -> None:
+    """Raise NonFiniteError if `step` is the run's last and the validation after it not finite."""
+    if step == config.train.steps and not math.isfinite(val_loss):
         raise NonFiniteError(
             f"Step {step}, the last: the validation loss is not finite; last checkpoint: "
             f"{saved()}. Lower the learning rate."
@@ -132,7 +137,8 @@ class StopSignal:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-        os.write(2, f"\n{self.name}: saving after this step, then stopping.\n".encode())
+        with contextlib.suppress(OSError):  # of a reader that has gone
+            os.write(2, f"\n{self.name}: stopping after this step, with a save.\n".encode())
         if self._several:
             signal.raise_signal(signal.SIGTERM)
 

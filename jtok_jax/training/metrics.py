@@ -13,7 +13,7 @@ import numpy as np
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.errors import ConfigError
+from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.jtok import operations
 from jtok_jax.training.optimizer import Optimizer, make_optimizer
 from jtok_jax.training.step import StepMetrics
@@ -69,28 +69,32 @@ class MetricsWriter:
         first = 0 if resumed_at is None else resumed_at + 1
         self._board = _tensorboard(workdir / "tensorboard", first) if tensorboard else None
         self._path = workdir / FILE_NAME
-        if resumed_at is None and self._path.exists():
+        if resumed_at is None and self._path.exists() and self._path.stat().st_size:
             self._path.rename(self._path.with_suffix(".before.jsonl"))  # of a run without a save
-        self._resumed_at = resumed_at
-        self._keep([] if resumed_at is None else _lines_up_to(self._path, resumed_at))
+        self._replace([] if resumed_at is None else _lines_up_to(self._path, resumed_at))
 
     def write(self, record: dict[str, object]) -> None:
-        """Append a record; one of the step resumed at takes the place of that step's."""
-        if self._file is None:
-            return
-        if record["step"] == self._resumed_at:
-            self._keep(_lines_up_to(self._path, self._resumed_at - 1))
-        finite = lambda value: not isinstance(value, float) or math.isfinite(value)
-        record = {name: value if finite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._board:
-            for name, value in _numbers(record):
-                self._board.add_scalar(name, value, record["step"])
+        """Append the record of a step."""
+        if self._file:
+            self._file.write(_line(record))
+            self._file.flush()
+            self._show(record["step"], record)
 
-    def _keep(self, lines: list[str]) -> None:
+    def complete(self, step: int, values: dict[str, object]) -> None:
+        """Add `values` to the record of `step`, the last one; begin it if there is none."""
         if self._file:
             self._file.close()
+            lines = _lines_up_to(self._path, step)
+            record = json.loads(lines.pop()) if lines else {"step": step}
+            self._replace([*lines, _line(record | values)])
+            self._show(step, values)
+
+    def _show(self, step: int, values: dict[str, object]) -> None:
+        if self._board:
+            for name, value in _numbers(values):
+                self._board.add_scalar(name, value, step)
+
+    def _replace(self, lines: list[str]) -> None:
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(lines))
         partial.replace(self._path)
@@ -189,24 +193,33 @@ def _plain(value: np.ndarray) -> object:
     return number if math.isfinite(number) else None
 
 
-def without_validation(
-    workdir: pathlib.Path, step: int | None, config: Config
-) -> dict[str, object] | None:
-    """The record of `step` if a validation after it was due and a signal cut it short."""
-    lines = [] if step is None else _lines_up_to(workdir / FILE_NAME, step)
+def validation_due(workdir: pathlib.Path, step: int | None, config: Config) -> bool:
+    """Whether the validation after `step`, the last saved, is yet to be made: a signal ended it."""
+    if step is None or (step < config.train.steps and step % config.evaluation.every):
+        return False
+    lines = _lines_up_to(workdir / FILE_NAME, step)
     record = json.loads(lines[-1]) if lines else {}
-    due = step == config.train.steps or (step or 1) % config.evaluation.every == 0
-    return record if due and record.get("step") == step and "val_loss" not in record else None
+    return record.get("step") == step and "val_loss" not in record
+
+
+def _line(record: dict[str, object]) -> str:
+    finite = lambda value: not isinstance(value, float) or math.isfinite(value)
+    record = {name: value if finite(value) else None for name, value in record.items()}
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
     """Whole lines of steps up to `step`; a line cut short by a kill is dropped."""
-    if not path.exists():
-        return []
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}, line {len(kept) + 1} is damaged ({error!r}). Checkpoints are whole: move "
+                "that file away, and the same command goes on with a new one."
+            ) from error
         kept.append(line)
     return kept
 
