@@ -12,6 +12,7 @@ import json
 import pathlib
 import sys
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> None:
                 raise ConfigError(
                     f"--{name} is missing. Example: {__doc__.splitlines()[2].strip()}"
                 )
+        jax.config.update("jax_platforms", "cpu")  # plugins would look for devices, and complain
         topology = parse_topology(TOPOLOGY.value)
         plan = make_plan(from_config_dict(CONFIG.value), topology, compile_too=COMPILE.value)
         print(json.dumps(plan) if JSON.value else as_text(plan), flush=True)

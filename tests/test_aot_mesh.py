@@ -5,12 +5,16 @@
 import dataclasses
 import functools
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from aot import copies_of
+from conftest import ROOT
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config, MeshConfig, TrainConfig
@@ -217,3 +221,19 @@ def check_hidden_behind_matmuls(text: str) -> None:
             hidden["transpose" in line] = any("dot_general" in x for x in rest[:end])
     assert hidden.keys() == {False, True}, "an exchange is not asynchronous"
     assert hidden[False], "the exchange of the forward pass is waited for at once"
+
+
+@pytest.mark.parametrize("target", ["h100:1x1", "v5p:1x1x1"])
+def test_the_plan_compiles_without_a_word_of_the_plugins(target):
+    """As a user has it, who names no platform: JAX would try each plugin, and libtpu complains."""
+    topology_of(target)
+    small = {"num_layers": 1, "vocab_size": 512}
+    fields = [f"--config.model.{name}={value}" for name, value in small.items()]
+    command = [sys.executable, "-m", "jtok_jax.plan", "--config=configs/quickstart.py:none"]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [*command, f"--topology={target}", "--compile", "--config.train.seq_len=64", *fields],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "compiler: " in done.stdout

@@ -83,6 +83,8 @@ def absent_devices(name: str, count: int, hosts: int = 1) -> np.ndarray:
     if name != "h100":
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one a process
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu complains of both
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")  # whatever `name` is
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     else:
         from jax._src import xla_bridge
