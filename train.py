@@ -119,18 +119,18 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         folder = workdir if hosts.lead else None
         writer = MetricsWriter(folder, resumed_at=done, tensorboard=config.logging.tensorboard)
         stack.callback(writer.close)
+        at = done or 0
         if done is None or due:
             validation = validate(state.params)
             if validation is None:
-                raise Preempted(f"{stop.agreed}: at step {done or 0}. Run the same command.")
-            guards.require_finite(done or 0, validation.val_loss, config, checkpoints.latest_step)
-            hosts.say(f"step {done or 0}: {validation}")
-            writer.complete(done or 0, validation._asdict())
+                raise Preempted(f"{stop.agreed} while validating step {at}. Run the same command.")
+            guards.require_finite(at, validation.val_loss, config, checkpoints.latest_step)
+            hosts.say(f"step {at}: {validation}")
+            writer.complete(at, validation._asdict())
 
         # ---------------------------------------------------------------- loop
         timer = Timer(config)
-        first = (done or 0) + 1
-        batches = train_batches(source, config, rows, first_step=first)
+        batches = train_batches(source, config, rows, first_step=at + 1)
         unreported = None  # metrics are fetched a step late: the device never waits for us
 
         def report(step, metrics, data_wait, *, evaluating=False):
@@ -150,7 +150,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
             guards.require_sound(record, config, checkpoints.latest_step)
             return "val_loss" in record
 
-        for step in range(first, steps + 1):
+        for step in range(at + 1, steps + 1):
             asked = time.perf_counter()
             with stall.waiting_for(f"batch for step {step}"):
                 batch = next(batches)

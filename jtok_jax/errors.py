@@ -6,14 +6,13 @@ Every message says what failed, where, what was expected and found, and what to 
 """
 
 import contextlib
-import os
 import re
 import sys
 from typing import NoReturn
 
 from absl import flags
 
-from jtok_jax.console import say
+from jtok_jax.console import say, silence
 
 
 class JtokError(Exception):
@@ -76,8 +75,8 @@ def exit_on_error():
         _exit(error.exit_code, f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         _exit(130, "Interrupted. The same command goes on from what was saved, if anything was.")
-    except BrokenPipeError:  # as of `... | head`; what is left in the buffer has no reader either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as of `... | head`
+        silence(sys.stdout)
         _exit(1, "Stopped: nothing reads the output any more.")
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -61,6 +61,16 @@ def records(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def check_same_run(left, right):
+    """Equal records, but for timings, and equal parameters at the end."""
+    for old, new in zip(records(left), records(right), strict=True):
+        for key in ("step", "loss", "batch_hash", "val_loss", "val_bpb", "grad_norm"):
+            assert old.get(key) == new.get(key), key
+    old, new = load_params(left).params, load_params(right).params
+    for name, value in old.items():
+        np.testing.assert_array_equal(value, new[name], err_msg=name)
+
+
 def test_metrics_have_every_step_once_with_the_promised_names(finished):
     found = records(finished)
     assert [record["step"] for record in found] == list(range(12))
@@ -119,12 +129,7 @@ def test_going_on_from_an_earlier_checkpoint_repeats_the_same_numbers(config, fi
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')  # as a killed process leaves it
     train(config, workdir)
-    for old, new in zip(records(finished), records(workdir), strict=True):
-        for key in ("step", "loss", "batch_hash", "val_loss", "val_bpb", "grad_norm"):
-            assert old.get(key) == new.get(key), key
-    old, new = load_params(finished).params, load_params(workdir).params
-    for name, value in old.items():
-        np.testing.assert_array_equal(value, new[name], err_msg=name)
+    check_same_run(finished, workdir)
 
 
 def times_final_norm(monkeypatch, factor: float, *, after: int) -> None:

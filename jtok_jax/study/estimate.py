@@ -24,6 +24,11 @@ class Estimate(NamedTuple):
         return f"{'+' if 0 < self.mean < math.inf else ''}{self}"
 
 
+def diverged(losses: list[float]) -> int:
+    """How many are not finite."""
+    return sum(not math.isfinite(loss) for loss in losses)
+
+
 def estimate(values: list[float], *, level: float = 0.95) -> Estimate:
     """Mean of independent `values` with Student's interval of probability `level`."""
     count, mean = len(values), float(np.mean(values))

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from jtok_jax.errors import ConfigError
-from jtok_jax.study.estimate import estimate
+from jtok_jax.study.estimate import diverged, estimate
 from jtok_jax.study.run import Ranked
 
 
@@ -91,7 +91,7 @@ def _colors(best: dict[str, Ranked]) -> dict[str, object]:
 
 
 def _ended(one: Ranked) -> str:
-    lost = sum(not math.isfinite(result.val_loss) for result in one.results)
+    lost = diverged([result.val_loss for result in one.results])
     return f"{lost} of {len(one.results)} diverged" if lost else f"{one.loss:.3f}"
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from jtok_jax.study.estimate import Estimate, estimate
+from jtok_jax.study.estimate import Estimate, diverged, estimate
 from jtok_jax.study.plots import draw_cost, draw_curves
 from jtok_jax.study.results import Result, Table
 from jtok_jax.study.run import Ranked, StageResults, finished
@@ -116,19 +116,15 @@ def _lacking(names: list[str]) -> str:
     return f" Failed or not yet run: {'; '.join(names[:6])}{more}."
 
 
-def _diverged(results: list[Result]) -> int:
-    return sum(not math.isfinite(result.val_loss) for result in results)
-
-
 def _loss(results: list[Result]) -> str:
-    lost = _diverged(results)
-    if 0 < lost < len(results):
-        return f"{lost} of {len(results)} diverged"
-    return str(estimate([result.val_loss for result in results]))
+    losses = [result.val_loss for result in results]
+    if 0 < (lost := diverged(losses)) < len(losses):
+        return f"{lost} of {len(losses)} diverged"
+    return str(estimate(losses))
 
 
 def _against(results: list[Result], baseline: list[Result]) -> str:
-    if _diverged(baseline) and results != baseline:
+    if results != baseline and diverged([result.val_loss for result in baseline]):
         return "the baseline diverged"
     difference = None if results == baseline else paired(results, baseline)
     common = len({result.seed for result in results} & {result.seed for result in baseline})

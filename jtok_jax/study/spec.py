@@ -2,13 +2,14 @@
 # Copyright 2026 The jtok_jax authors
 """What a study trains: arms, stages and seeds, and the configuration of each of its runs."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import pathlib
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from jtok_jax.config import Config
@@ -232,11 +233,9 @@ def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
     for key in fields:
         if key not in known:
             raise ConfigError(f"Arm {cell.candidate.arm.name}: there is no field {key!r}.")
-    try:
+    with named_errors(cell.name):
         values.update_from_flattened_dict(fields)
         return from_config_dict(values)
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{cell.name}: {error}") from error
 
 
 def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
@@ -258,14 +257,17 @@ def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"Two candidates are called {twice!r}: they differ in what it hides.")
         for name, config in named.items():
-            _check_optimizer(name, config)
+            with named_errors(name):
+                make_optimizer(config)
         require_comparable(named)
 
 
-def _check_optimizer(name: str, config: Config) -> None:
+@contextlib.contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Context in which a wrong configuration is told with the name of the candidate or run."""
     try:
-        make_optimizer(config)
-    except ConfigError as error:
+        yield
+    except (ConfigError, TypeError) as error:
         raise ConfigError(f"{name}: {error}") from error
 
 

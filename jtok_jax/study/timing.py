@@ -18,7 +18,7 @@ from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import make_mesh, put_batch
 from jtok_jax.study.results import Table, read_csv
 from jtok_jax.study.run import last_candidates
-from jtok_jax.study.spec import Study, cells, resolve
+from jtok_jax.study.spec import Study, cells, named_errors, resolve
 from jtok_jax.study.trainer import Fingerprints, Places, commit
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
@@ -69,11 +69,13 @@ def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> 
     stage = dataclasses.replace(study.stages[-1], seeds=study.stages[-1].seeds[:1])
     timed = {cell.candidate.name: cell for cell in cells(study, stage, candidates)}
     table, source = Table(places.results), Fingerprints()
-    configs = {}
+    configs, arms = {}, {}
     for candidate, cell in timed.items():
         configs[candidate] = resolve(cell, places.root, data=places.data)
         table.get(cell, configs[candidate], data=source.of(configs[candidate]))
-    arms = {candidate: _timed(candidate, config) for candidate, config in configs.items()}
+    for candidate, config in configs.items():
+        with named_errors(candidate):
+            arms[candidate] = _Timed(config)
     for number in tqdm(range(rounds), unit="round", desc="time"):
         order = list(arms.values())
         for arm in order[number % len(order) :] + order[: number % len(order)]:
@@ -94,13 +96,6 @@ def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> 
         text = lambda value: f"{value:.4g}" if isinstance(value, float) else value
         writer.writerows([StepTime._fields, *[[text(value) for value in one] for one in times]])
     return _markdown(times, baseline)
-
-
-def _timed(candidate: str, config: Config) -> "_Timed":
-    try:
-        return _Timed(config)
-    except ConfigError as error:
-        raise ConfigError(f"{candidate}: {error}") from error
 
 
 class _Timed:

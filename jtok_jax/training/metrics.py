@@ -209,18 +209,16 @@ def _line(record: dict[str, object]) -> str:
 
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
-    """Whole lines of steps up to `step`; a line cut short by a kill is dropped."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-        try:
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}, line {len(kept) + 1} is damaged ({error!r}). Checkpoints are whole: move "
-                "that file away, and the same command goes on with a new one."
-            ) from error
-        kept.append(line)
+    """Lines of steps up to `step`, sought from the end; one cut short by a kill is dropped."""
+    kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        while kept and not (kept[-1].endswith("\n") and json.loads(kept[-1])["step"] <= step):
+            kept.pop()
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}, line {len(kept)} is damaged ({error!r}). Checkpoints are whole: move that "
+            "file away, and the same command goes on with a new one."
+        ) from error
     return kept
 
 

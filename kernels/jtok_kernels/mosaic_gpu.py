@@ -38,10 +38,26 @@ SHARED = 224 << 10  # bytes of shared memory a block may take for its sums
 BLOCKS = 1056  # of a backward pass: 8 for each of 132 processors; fixed, so that bits are
 
 
+class Tuning(NamedTuple):
+    """Select variants of the kernels that differ in speed alone; benchmarks compare them.
+
+    delta_first: the backward pass loads `delta` before it stores `d_delta`.
+    bulk_forward: forward kernels fetch their rows by bulk copies into shared memory.
+    auto_barriers: Mosaic puts a barrier around every vector access.
+    blocks: of a backward pass; None: as many as the registers let a GPU hold at once.
+    """
+
+    delta_first: bool = True
+    bulk_forward: bool = True
+    auto_barriers: bool = False
+    blocks: int | None = None
+
+
 class MosaicGpu(NamedTuple):
     """The implementation; `interpret` simulates the kernels on a CPU and looks for races."""
 
     interpret: bool = False
+    tuning: Tuning = Tuning()
 
     def jtok_forward(self, h_TD, delta_TD, table, at, ids_T, scale_D, form: Form):
         stack, layer = _stacked(table, at)
