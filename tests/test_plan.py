@@ -32,9 +32,13 @@ def test_the_plan_holds_every_token_once_in_order(case, microbatches):
             mine, order = ids[index], jax.tree.map(lambda x, index=index: x[index], plan.order)
         np.testing.assert_array_equal(plan.unique_U[order.place], mine)
         np.testing.assert_array_equal(order.token, np.argsort(mine, kind="stable"))
-        found = []
+        count, sizes = int(order.piece_count), np.asarray(order.piece_size)
+        assert np.all(np.diff(sizes) <= 0), "large pieces come first"
+        assert np.all(order.piece_run[:count] < plan.unique_U.size)
+        assert np.all(order.piece_run[count:] == plan.unique_U.size)
+        found, by_start = [], np.lexsort((-sizes, order.piece_start))
         for run_, start, size in zip(
-            order.piece_run, order.piece_start, order.piece_size, strict=True
+            order.piece_run[by_start], order.piece_start[by_start], sizes[by_start], strict=True
         ):
             assert 0 <= size <= 32
             tokens = order.token[start : start + size]

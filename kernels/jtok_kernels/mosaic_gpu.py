@@ -35,7 +35,23 @@ THREADS = 128
 MAX_DIM = 4096  # wider rows no longer fit the registers of a block
 MAX_HELD = 7 * 4096  # entries of the K rows of a token and five more vectors, held at once
 SHARED = 224 << 10  # bytes of shared memory a block may take for its sums
-BLOCKS = 1056  # of a backward pass: 8 for each of 132 processors; fixed, so that bits are
+PROCESSORS = 132  # of an H100 or H200; fixed, so that bits are
+REGISTERS = 65536  # of a processor
+
+
+def resident(dim: int, *, top_k: int = 0, num_tables: int = 0) -> int:
+    """How many blocks of a backward pass a processor holds at once, at least 1.
+
+    Registers of a thread are a fit to what ptxas says of these kernels (benchmarks/compiled.py).
+
+    Args:
+        top_k, num_tables: K and E of JTok-M; 0: JTok.
+    """
+    entries = dim // THREADS
+    registers = 50 + (4.5 + top_k) * entries if top_k else 32 + 5.25 * entries
+    registers = min(256, 8 * math.ceil(registers / 8))  # given out by eights
+    shared = 4 * dim * (num_tables or 2)
+    return max(1, min(16, REGISTERS // (THREADS * registers), SHARED // shared))
 
 
 class Tuning(NamedTuple):
@@ -43,12 +59,15 @@ class Tuning(NamedTuple):
 
     delta_first: the backward pass loads `delta` before it stores `d_delta`.
     bulk_forward: forward kernels fetch their rows by bulk copies into shared memory.
+    shared_rows: vectors that the loop of a backward pass does not use wait in shared memory, so
+        that their registers hold more blocks.
     auto_barriers: Mosaic puts a barrier around every vector access.
     blocks: of a backward pass; None: as many as the registers let a GPU hold at once.
     """
 
     delta_first: bool = True
     bulk_forward: bool = True
+    shared_rows: bool = True
     auto_barriers: bool = False
     blocks: int | None = None
 
@@ -63,17 +82,21 @@ class MosaicGpu(NamedTuple):
         stack, layer = _stacked(table, at)
         dim = h_TD.shape[1]
 
-        def body(layer, ids, h, delta, table, scale, out):
+        def body(layer, ids, h, delta, table, scale, out, *rows):
             load = self.loader(h_TD, table)
             t = lax.axis_index("t")
+            arrived = self.fetch(rows, h.at[t], delta.at[t], scale)
             e = load(table.at[layer[0], ids[t]])
             inverse = _inverse_norm(_sum(e * e), form, dim)[0]
+            h, delta, scale = arrived()
             gate = 1.0 + load(scale) * (e * inverse)
-            out[t] = load(h.at[t], cast=False) + (load(delta.at[t]) * gate).astype(out.dtype)
+            out[t] = load(h, cast=False) + (load(delta) * gate).astype(out.dtype)
 
         out = jax.ShapeDtypeStruct(h_TD.shape, h_TD.dtype)
-        run = self.kernel(body, out, grid=h_TD.shape[0], axis="t")
-        return run(layer, ids_T, h_TD, delta_TD, stack, scale_D)
+        rows = self.room(dim, h_TD.dtype, delta_TD.dtype, scale_D.dtype)
+        run = self.kernel(body, out, grid=h_TD.shape[0], axis="t", scratch=rows)
+        streams = map(self.rows, (h_TD, delta_TD))
+        return run(layer, ids_T, *streams, stack, self.rows(scale_D))
 
     def jtok_backward(self, g_TD, delta_TD, table, at, ids_T, scale_D, plan: RowPlan, form: Form):
         stack, layer = _stacked(table, at)
@@ -87,40 +110,47 @@ class MosaicGpu(NamedTuple):
 
     def _jtok_pieces(self, where, order: Order, g_TD, delta_TD, stack, scale_D, form: Form):
         dim, num_unique = g_TD.shape[1], where[1].size
-        blocks = min(BLOCKS, order.piece_run.size)
+        blocks = self.blocks(order, dim)
 
-        def body(layer, unique, token, run, start, size, slot, g, delta, table, scale, *outs):
-            d_delta, rows, partial, d_scale = outs
+        def body(
+            layer, unique, token, count, run, start, size, slot, g, delta, table, scale, *outs
+        ):
+            d_delta, rows, partial, d_scale, *shared = outs
             load = self.loader(g_TD, table)
-            scale = load(scale)
+            keep = self.keeper(load, shared)
+            scale_of = keep(load(scale))
 
             def piece(p, d_scale):
                 u = jnp.minimum(run[p], num_unique - 1)
                 e = load(table.at[layer[0], _filled(unique, u, table.shape[1])])
                 inverse, inverse_n = _inverse_norm(_sum(e * e), form, dim)
-                normed = e * inverse
-                gate = 1.0 + scale * normed
+                gate = 1.0 + scale_of() * (e * inverse)
+                e_of = keep(e)
                 begin = start[p]
 
                 def add(i, total):
                     t = token[begin + i]
                     cotangent = load(g.at[t])
+                    early = load(delta.at[t]) if self.tuning.delta_first else None
                     d_delta[t] = (cotangent * gate).astype(d_delta.dtype)
-                    return total + cotangent * load(delta.at[t])
+                    return total + cotangent * (load(delta.at[t]) if early is None else early)
 
-                total = lax.fori_loop(0, size[p], add, jnp.zeros(dim, jnp.float32))
+                total = lax.fori_loop(0, size[p], add, self.zeros(g_TD, table))
+                if self.tuning.shared_rows:
+                    plgpu.commit_smem()
+                e = e_of()
 
-                @pl.when((run[p] < num_unique) & (slot[p] < 0))
+                @pl.when(slot[p] < 0)
                 def _whole_run():
-                    rows[u] = _pull(scale * total, e, inverse, inverse_n, form, dim)
+                    rows[u] = _pull(scale_of() * total, e, inverse, inverse_n, form, dim)
 
                 @pl.when(slot[p] >= 0)
                 def _part_of_a_run():
                     partial[slot[p]] = total
 
-                return d_scale + total * normed
+                return d_scale + total * (e * inverse)
 
-            _each_piece(run.shape[0], blocks, piece, d_scale, self.zeros(g_TD, table))
+            _each_piece(count[0], blocks, piece, d_scale, self.zeros(g_TD, table))
 
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         outs = (
@@ -129,7 +159,8 @@ class MosaicGpu(NamedTuple):
             shape((num_split(order.place.size)[1], dim)),
             shape((blocks, dim)),
         )
-        run = self.kernel(body, outs, grid=blocks, axis="n")
+        shared = self.shared(2, dim)
+        run = self.kernel(body, outs, grid=blocks, axis="n", scratch=shared)
         return run(*where, order.token, *_pieces(order), g_TD, delta_TD, stack, scale_D)
 
     def _jtok_merge(self, where, order: Order, partial, stack, scale_D, form: Form):
@@ -154,19 +185,21 @@ class MosaicGpu(NamedTuple):
         stack, layer = _stacked(tables, at)
         dim = h_TD.shape[1]
 
-        def body(layer, ids, choice, weights, h, delta, tables, scale, out):
+        def body(layer, ids, choice, weights, h, delta, tables, scale, out, *rows):
             load = self.loader(h_TD, tables)
             t = lax.axis_index("t")
+            arrived = self.fetch(rows, h.at[t], delta.at[t], scale)
             e = _mixture(load, tables.at[layer[0]], ids[t], choice, weights, t)[0]
             inverse = _inverse_norm(_sum(e * e), form, dim)[0]
+            h, delta, scale = arrived()
             added = form.depth_scale * load(scale) * (e * inverse)
-            out[t] = (
-                load(h.at[t], cast=False) + load(delta.at[t], cast=False) + added.astype(out.dtype)
-            )
+            out[t] = load(h, cast=False) + load(delta, cast=False) + added.astype(out.dtype)
 
         out = jax.ShapeDtypeStruct(h_TD.shape, h_TD.dtype)
-        run = self.kernel(body, out, grid=h_TD.shape[0], axis="t")
-        return run(layer, ids_T, choice_TK, weights_TK, h_TD, delta_TD, stack, scale_D)
+        rows = self.room(dim, h_TD.dtype, delta_TD.dtype, scale_D.dtype)
+        run = self.kernel(body, out, grid=h_TD.shape[0], axis="t", scratch=rows)
+        streams = map(self.rows, (h_TD, delta_TD))
+        return run(layer, ids_T, choice_TK, weights_TK, *streams, stack, self.rows(scale_D))
 
     def jtok_m_backward(
         self,
@@ -194,11 +227,13 @@ class MosaicGpu(NamedTuple):
         self, where, order: Order, choice_TK, weights_TK, g_TD, stack, scale_D, form
     ):
         dim, num_unique, num_tables = g_TD.shape[1], where[1].size, stack.shape[1]
-        top_k, blocks = choice_TK.shape[1], min(BLOCKS, order.piece_run.size)
+        top_k = choice_TK.shape[1]
+        blocks = self.blocks(order, dim, top_k=top_k, num_tables=num_tables)
 
         def body(
-            layer, unique, token, run, start, size, slot, choice, weights, g, tables, scale, *outs
-        ):
+            layer, unique, token, count, run, start, size, slot, choice, weights, g, tables, scale,
+            *outs,
+        ):  # fmt: skip
             d_weights, rows, partial, d_scale, sums = outs
             load, zeros = self.loader(g_TD, tables), self.zeros(g_TD, tables)
             scale = load(scale)
@@ -225,7 +260,7 @@ class MosaicGpu(NamedTuple):
 
                 d_scale = lax.fori_loop(0, size[p], add, d_scale)
 
-                @pl.when((run[p] < num_unique) & (slot[p] < 0))
+                @pl.when(slot[p] < 0)
                 def _whole_run():
                     for e in range(num_tables):
                         rows[e, u] = load(sums.at[e])
@@ -237,7 +272,7 @@ class MosaicGpu(NamedTuple):
 
                 return d_scale
 
-            _each_piece(run.shape[0], blocks, piece, d_scale, zeros)
+            _each_piece(count[0], blocks, piece, d_scale, zeros)
 
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         outs = (
@@ -285,14 +320,82 @@ class MosaicGpu(NamedTuple):
         )
         return (None, rows[0]) if single else (d_weights, rows)
 
-    def kernel(self, body, out, *, grid, axis, scratch=()):
+    def kernel(self, body, out, *, grid, axis, scratch=(), barriers: bool = False):
+        """The function that runs `body` once for each place of the grid.
+
+        barriers: after each access of memory, for bodies whose threads read what others write.
+            Those of this file need none: no thread reads an entry that another has written, but
+            through a reduction or a bulk copy, which wait by themselves.
+        """
         grid, axis = ((grid,), (axis,)) if isinstance(axis, str) else (grid, axis)
         options = {}
         if self.interpret:
             options["interpret"] = plgpu.InterpretGPUParams(detect_races=True)
+        barriers = barriers or self.tuning.auto_barriers
+        params = plgpu.CompilerParams(unsafe_no_auto_barriers=not barriers)
         return plgpu.kernel(
-            body, out_type=out, grid=grid, grid_names=axis, scratch_types=scratch, **options
+            body, out_type=out, grid=grid, grid_names=axis, scratch_types=scratch,
+            compiler_params=params, **options,
+        )  # fmt: skip
+
+    def blocks(self, order: Order, dim: int, *, top_k: int = 0, num_tables: int = 0) -> int:
+        """Blocks of a backward pass: as many as a GPU holds at once, so that they end together."""
+        blocks = self.tuning.blocks or PROCESSORS * resident(
+            dim, top_k=top_k, num_tables=num_tables
         )
+        return min(blocks, order.piece_run.size)
+
+    def shared(self, count: int, dim: int):
+        """Scratch for `keeper`: room for so many vectors of a block."""
+        return [plgpu.SMEM((dim,), jnp.float32)] * (count * self.tuning.shared_rows)
+
+    def keeper(self, load, shared):
+        """keep(x): a function that returns the vector x, which meanwhile takes no registers.
+
+        Each thread reads back what it wrote itself.
+        """
+        left = iter(shared)
+
+        def keep(x):
+            if not self.tuning.shared_rows:
+                return lambda: x
+            ref = next(left)
+            ref[...] = x
+            return lambda: load(ref)
+
+        return keep
+
+    def room(self, dim: int, *dtypes):
+        """Scratch for `fetch`: shared memory for rows of `dtypes`, and what tells their arrival."""
+        if not self.tuning.bulk_forward:
+            return ()
+        rows = (plgpu.SMEM((dim // THREADS, THREADS), dtype) for dtype in dtypes)
+        return *rows, plgpu.Barrier(num_arrivals=len(dtypes))
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """`x` [..., D] as `fetch` takes it: a bulk copy takes at most 256 entries along an axis."""
+        if not self.tuning.bulk_forward:
+            return x
+        return x.reshape(*x.shape[:-1], x.shape[-1] // THREADS, THREADS)
+
+    def fetch(self, room, *sources):
+        """Start copies of `sources`, refs of one row of `rows`, into `room`.
+
+        Returns:
+            A function that waits for them and returns their refs. Without bulk copies these are
+            `sources`: loads stand where they are used, as the compiler would move them there.
+        """
+        if not self.tuning.bulk_forward:
+            return lambda: sources
+        *targets, barrier = room
+        for source, target in zip(sources, targets, strict=True):
+            plgpu.copy_gmem_to_smem(source, target, barrier)
+
+        def arrived():
+            plgpu.barrier_wait(barrier)
+            return targets
+
+        return arrived
 
     def loader(self, *arrays: jax.Array):
         """load(ref of [D]): its entries in registers, as float32 unless `cast` is False.
@@ -300,12 +403,15 @@ class MosaicGpu(NamedTuple):
         All rows of a kernel are spread over the threads alike, in vectors of up to 16 bytes of the
         narrowest of `arrays`: 16 where D is a multiple of 1024 (bfloat16) or 512, 4 at D 768.
         """
-        layout = _layout(*arrays)
 
         def load(ref, *, cast=True):
-            # Interpret mode does not know layouts.
-            plain = self.interpret
-            values = ref[...] if plain else plgpu.load(ref, layout=layout, optimized=False)
+            if self.interpret:  # it does not know layouts
+                values = ref[...]
+            else:
+                layout = _layout(*arrays, shape=ref.shape)
+                values = plgpu.load(ref, layout=layout, optimized=False)
+            if values.ndim > 1:  # one row of `rows`
+                values = values.reshape(values.size)
             return values.astype(jnp.float32) if cast else values
 
         return load
@@ -323,10 +429,10 @@ class MosaicGpu(NamedTuple):
         return plgpu.broadcasted_iota(jnp.uint32, (dim,), 0, layout=_layout(*arrays))
 
 
-def _layout(*arrays: jax.Array):
+def _layout(*arrays: jax.Array, shape=None):
     dim = arrays[0].shape[-1]
     size = math.gcd(dim // THREADS, 16 // min(array.dtype.itemsize for array in arrays))
-    return plgpu.Layout.WG_STRIDED((dim,), vec_size=size)
+    return plgpu.Layout.WG_STRIDED(shape or (dim,), vec_size=size)
 
 
 def _stacked(table, at):
@@ -337,13 +443,19 @@ def _stacked(table, at):
 
 
 def _pieces(order: Order):
-    return order.piece_run, order.piece_start, order.piece_size, order.piece_slot
+    return (
+        order.piece_count.reshape(1),
+        order.piece_run,
+        order.piece_start,
+        order.piece_size,
+        order.piece_slot,
+    )
 
 
 def _each_piece(count: int, blocks: int, piece, d_scale, zeros) -> None:
     """d_scale[n] = what piece(p, sum) makes of zeros for p = n, n + blocks, ... in turn."""
     n = lax.axis_index("n")
-    steps = (count - n + blocks - 1) // blocks
+    steps = lax.div(count - n + blocks - 1, blocks)
     d_scale[n] = lax.fori_loop(0, steps, lambda i, total: piece(n + i * blocks, total), zeros)
 
 

@@ -23,10 +23,10 @@ ROWS = 16  # of a block: enough to hide its start, few enough that uneven blocks
 
 
 def updater(*, interpret: bool):
-    return functools.partial(_update, MosaicGpu(interpret))
+    return functools.partial(update_kernel, MosaicGpu(interpret))
 
 
-def _update(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, now: Now, seed):
+def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, now: Now, seed):
     """(table, arrays) after the step; see update.update_rows."""
     num_rows, dim = table.shape[-2:]
     num_unique, names = of.unique_U.size, list(arrays)
@@ -71,7 +71,7 @@ def _update(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, now: Now, se
     values = [table, *arrays.values()]
     flat = lambda x: x.reshape(-1, *x.shape[table.ndim - 2 :])
     refs = [jax.new_ref(flat(value)) for value in values]
-    run = gpu.kernel(body, (), grid=pl.cdiv(count, ROWS), axis="n")
+    run = gpu.kernel(body, (), grid=pl.cdiv(count, ROWS), axis="n", barriers=True)
     run(of.unique_U, grads, integers, floats, words, *refs)
     new = [jax.freeze(ref).reshape(value.shape) for ref, value in zip(refs, values, strict=True)]
     return new[0], dict(zip(names, new[1:], strict=True))

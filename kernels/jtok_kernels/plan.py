@@ -21,7 +21,8 @@ class Order(NamedTuple):
     their order: a sum over its pieces in turn depends on the tokens of its id alone, not on where
     they stand in the batch.
     Every run has a piece, if only an empty one. Runs of several pieces are split: each piece of
-    theirs has a slot for its partial sum.
+    theirs has a slot for its partial sum. Large pieces come first, so that blocks which take them
+    in turn end together; those that are none come last.
     """
 
     place: jax.Array  # [T], index of each token's id in `unique_U`
@@ -30,6 +31,7 @@ class Order(NamedTuple):
     piece_start: jax.Array  # [S], first token of the piece in sorted order
     piece_size: jax.Array  # [S], tokens of the piece, 0 to PIECE
     piece_slot: jax.Array  # [S], slot of a piece of a split run, else -1
+    piece_count: jax.Array  # scalar, how many of the S are pieces
     split_run: jax.Array  # [R], index in `unique_U` of every split run; U fills what is left
     split_slot: jax.Array  # [R + 1], first slot of every split run, and the end
     rank: jax.Array | None  # [T], of the tokens as they stand; None: they keep their order
@@ -145,7 +147,9 @@ def _order(place_T: jax.Array, token: jax.Array, rank: jax.Array | None, bound: 
     )
     split_slot = run_slot[jnp.concatenate([split_run, jnp.full(1, bound, jnp.int32)])]
     start = jnp.where(holds, start, 0)
-    return Order(place_T, token, piece_run, start, size, slot, split_run, split_slot, rank)
+    largest_first = jnp.argsort(jnp.where(holds, -size, 1), stable=True)
+    pieces = (x[largest_first] for x in (piece_run, start, size, slot))
+    return Order(place_T, token, *pieces, run_piece[bound], split_run, split_slot, rank)
 
 
 def _starts(counts: jax.Array) -> jax.Array:

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Print what a compiler makes of the GPU kernels, before and after: python benchmarks/compiled.py
+
+Nothing is executed and no GPU is needed: pip install -e '.[aot]', ptxas on the PATH. Columns:
+
+  registers   of a thread, as ptxas says; a block has 128 threads
+  blocks      that the registers let a multiprocessor hold at once
+  barriers    in the loop over tokens; of a forward kernel and an update, in the whole kernel
+  in flight   loads of rows issued before the first wait for one of them, of all in that code
+
+A bulk copy counts as one load, a vector load of a row as one for each of its instructions.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jtok_kernels import lazy_adam, row_plan, rowwise_adagrad
+from jtok_kernels.form import Form
+from jtok_kernels.mosaic_gpu import REGISTERS, THREADS, MosaicGpu, Tuning
+from jtok_kernels.mosaic_gpu_update import update_kernel
+from jtok_kernels.row_optimizers import Now, RowGrads
+
+from jtok_jax.mesh import AUTO, AXES
+from jtok_jax.planning.compiled import absent_devices, lacks
+
+BEFORE = Tuning(False, False, False, auto_barriers=True, blocks=1056)
+TOKENS, ROWS, LAYERS, TABLES, TOP_K = 4096, 50304, 2, 5, 2
+shape = jax.ShapeDtypeStruct
+
+
+class Kernel(NamedTuple):
+    """What the compiled code of one kernel says."""
+
+    registers: int
+    blocks: int
+    barriers: int
+    in_flight: int
+    loads: int
+
+
+def functions(gpu: MosaicGpu, dim: int) -> dict:
+    """{name: (function, its arguments)} of a forward, a backward and an update kernel."""
+    form, mixed = Form(None, "l2", 1e-6), Form(0.2, "l2", 1e-6)
+    stream, ids = shape((TOKENS, dim), jnp.bfloat16), shape((TOKENS,), jnp.int32)
+    table = shape((LAYERS, ROWS, dim), jnp.bfloat16)
+    tables = shape((LAYERS, TABLES, ROWS, dim), jnp.bfloat16)
+    layer, scale = shape((), jnp.int32), shape((dim,), jnp.float32)
+    choice, weights = shape((TOKENS, TOP_K), jnp.int32), shape((TOKENS, TOP_K), jnp.float32)
+    plan = jax.eval_shape(lambda ids: row_plan(ids, num_rows=ROWS), ids)
+
+    def jtok_forward(h, delta, table, layer, ids, scale):
+        return gpu.jtok_forward(h, delta, table, (layer,), ids, scale, form)
+
+    def jtok_backward(g, delta, table, layer, ids, scale, plan):
+        return gpu.jtok_backward(g, delta, table, (layer,), ids, scale, plan, form)
+
+    def jtok_m_forward(h, delta, tables, layer, ids, choice, weights, scale):
+        return gpu.jtok_m_forward(h, delta, tables, (layer,), ids, choice, weights, scale, mixed)
+
+    def jtok_m_backward(g, tables, layer, ids, choice, weights, scale, plan):
+        return gpu.jtok_m_backward(g, tables, (layer,), ids, choice, weights, scale, plan, mixed)
+
+    def updates(optimizer):
+        state = jax.eval_shape(optimizer.init, table)
+        number = shape((), jnp.float32)
+        grads = shape((LAYERS, TOKENS, dim), jnp.float32)
+        of = RowGrads(shape((TOKENS,), jnp.int32), grads, number, shape((), jnp.bool_))
+        now, seed = Now(shape((), jnp.int32), number, number), shape((2,), jnp.uint32)
+        run = lambda *arguments: update_kernel(gpu, optimizer, *arguments)
+        return run, (table, state, of, now, seed)
+
+    options = {"eps": 1e-8, "weight_decay": 0.0}
+    return {
+        "jtok forward": (jtok_forward, (stream, stream, table, layer, ids, scale)),
+        "jtok_m forward": (
+            jtok_m_forward, (stream, stream, tables, layer, ids, choice, weights, scale)),
+        "jtok backward": (jtok_backward, (stream, stream, table, layer, ids, scale, plan)),
+        "jtok_m backward": (
+            jtok_m_backward, (stream, tables, layer, ids, choice, weights, scale, plan)),
+        "lazy_adam": updates(lazy_adam(b1=0.9, b2=0.95, **options)),
+        "rowwise_adagrad": updates(rowwise_adagrad(**options)),
+    }  # fmt: skip
+
+
+def assembly(function, arguments) -> list[tuple[str, list[str]]]:
+    """[(what ptxas said, lines of SASS)] of every Mosaic kernel of a function, as compiled."""
+    mesh = Mesh(absent_devices("h100", 1).reshape(1, 1, 1, 1), AXES, axis_types=AUTO)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.tree.map(lambda x: x.update(sharding=whole), arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTX": "1"}
+        os.environ |= dump | {"MOSAIC_GPU_DUMP_PTXAS": "1"}
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), silent():
+            jax.jit(function).lower(*placed).compile()
+        found = []
+        for ptx in sorted(pathlib.Path(folder).glob("*.ptx")):
+            said = ptx.with_suffix(".ptxas").read_text()
+            found.append((said, disassembled(ptx)))
+    return found
+
+
+@contextlib.contextmanager
+def silent():
+    """Nothing of what the compiler prints."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+def disassembled(ptx: pathlib.Path) -> list[str]:
+    """Instructions and labels, in order."""
+    cubin = ptx.with_suffix(".cubin")
+    assemble = ["ptxas", "-arch=sm_90a", "-o", str(cubin), str(ptx)]
+    subprocess.run(assemble, check=True, capture_output=True)
+    run = subprocess.run([nvdisasm(), "-c", str(cubin)], check=True, capture_output=True, text=True)
+    code = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);|^(\.L_x_\d+):", re.MULTILINE)
+    return [match[1] or match[2] for match in code.finditer(run.stdout)]
+
+
+def nvdisasm() -> str:
+    """The program: of the package nvidia-cuda-nvdisasm, else from the PATH."""
+    for folder in sys.path:
+        path = pathlib.Path(folder) / "nvidia/cu13/bin/nvdisasm"
+        if path.exists():
+            path.chmod(0o755)
+            return str(path)
+    return "nvdisasm"
+
+
+def token_loop(code: list[str]) -> list[str]:
+    """The innermost loop that loads rows; all of the code where there is none."""
+    labels = {line: place for place, line in enumerate(code) if line.startswith(".L")}
+    loops = []
+    for place, line in enumerate(code):
+        target = re.search(r"BRA.*(\.L_x_\d+)", line)
+        if target and labels.get(target[1], place) < place:
+            loops.append(code[labels[target[1]] : place])
+    loops = [loop for loop in loops if row_loads(loop)]
+    return min(loops, key=len) if loops else code
+
+
+def row_loads(code: list[str]) -> dict[int, set[str]]:
+    """{place: registers written} of loads of rows: not of indices, from which addresses follow."""
+    found = {}
+    for place, line in enumerate(code):
+        if re.search(r"\bUTMALDG", line):
+            found[place] = set()
+        elif match := re.search(r"\bLDG\.E(\.\d+)?\S*\s+R(\d+),", line):
+            width = int((match[1] or ".32")[1:]) // 32
+            registers = {f"R{int(match[2]) + n}" for n in range(width)}
+            used = re.compile(rf"\b(?:IMAD|LEA|ISETP|VIMNMX)\S* .*\bR{match[2]}\b")
+            if width > 1 or not any(used.search(later) for later in code[place + 1 : place + 40]):
+                found[place] = registers
+    return found
+
+
+def loads_in_flight(code: list[str]) -> tuple[int, int]:
+    """(loads before the first use of one's result or a barrier after one, all loads)."""
+    loads, waiting, count = row_loads(code), set(), 0
+    for place, line in enumerate(code):
+        operands = set(re.findall(r"\bR\d+\b", line.split(",", 1)[1] if "," in line else line))
+        if place in loads:
+            count, waiting = count + 1, waiting | loads[place]
+        elif count and (waiting & operands or "BAR.SYNC" in line):
+            break
+    return count, len(loads)
+
+
+def measured(function, arguments) -> Kernel:
+    """Of the first of a function's kernels: a second one merges a few rows."""
+    said, code = assembly(function, arguments)[0]
+    registers = int(re.search(r"Used (\d+) registers", said)[1])
+    given = -(-registers // 8) * 8 * THREADS
+    loop = token_loop(code)
+    barriers = sum("BAR.SYNC" in line for line in loop)
+    return Kernel(
+        registers, min(REGISTERS // given, 2048 // THREADS), barriers, *loads_in_flight(loop)
+    )
+
+
+def main() -> None:
+    numbers = lambda text: [int(part) for part in text.split(",")]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dims", type=numbers, default=[768, 1024, 1536, 2048])
+    parser.add_argument("--only", default="", help="kernels whose name holds this")
+    arguments = parser.parse_args()
+    if missing := lacks("gpu"):
+        raise SystemExit(missing)
+    print(f"jax {jax.__version__}, bfloat16, E {TABLES}, K {TOP_K}, for an H100; before -> after\n")
+    print(f"| {'kernel':15} | {'D':>4} | registers  | blocks   | barriers | loads in flight |")
+    print("|---|---|---|---|---|---|")
+    for name in functions(MosaicGpu(), 128):
+        if arguments.only not in name:
+            continue
+        for dim in arguments.dims:
+            old, new = (
+                measured(*functions(MosaicGpu(False, tuning), dim)[name])
+                for tuning in (BEFORE, Tuning())
+            )
+            flight = f"{old.in_flight} of {old.loads} -> {new.in_flight} of {new.loads}"
+            print(
+                f"| {name:15} | {dim:4} | {old.registers:3} -> {new.registers:3} "
+                f"| {old.blocks:2} -> {new.blocks:2} | {old.barriers:2} -> {new.barriers:2} "
+                f"| {flight:15} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
