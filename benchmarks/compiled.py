@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jtok_kernels import lazy_adam, row_plan, rowwise_adagrad
 from jtok_kernels.form import Form
-from jtok_kernels.mosaic_gpu import REGISTERS, THREADS, MosaicGpu, Tuning
+from jtok_kernels.mosaic_gpu import MosaicGpu
+from jtok_kernels.mosaic_gpu_block import REGISTERS, THREADS, Tuning
 from jtok_kernels.mosaic_gpu_update import update_kernel
 from jtok_kernels.row_optimizers import Now, RowGrads
 
@@ -159,35 +160,46 @@ def token_loop(code: list[str]) -> list[str]:
 
 
 def row_loads(code: list[str]) -> dict[int, set[str]]:
-    """{place: registers written} of loads of rows: not of indices, from which addresses follow."""
+    """{place: registers written} of loads whose values are computed with: of indices, the first use
+    is an address."""
     found = {}
     for place, line in enumerate(code):
-        if re.search(r"\bUTMALDG", line):
+        if "UTMALDG" in line:
             found[place] = set()
         elif match := re.search(r"\bLDG\.E(\.\d+)?\S*\s+R(\d+),", line):
             width = int((match[1] or ".32")[1:]) // 32
             registers = {f"R{int(match[2]) + n}" for n in range(width)}
-            used = re.compile(rf"\b(?:IMAD|LEA|ISETP|VIMNMX)\S* .*\bR{match[2]}\b")
-            if width > 1 or not any(used.search(later) for later in code[place + 1 : place + 40]):
+            uses = (later for later in code[place + 1 :] if registers & read_by(later))
+            if not re.search(r"\b(IMAD|ISETP|R2UR|LEA)\b", next(uses, "")):
                 found[place] = registers
     return found
+
+
+def read_by(line: str) -> set[str]:
+    """Registers an instruction reads, as far as its text names them."""
+    return set(re.findall(r"\bR\d+\b", line.split(",", 1)[-1]))
 
 
 def loads_in_flight(code: list[str]) -> tuple[int, int]:
     """(loads before the first use of one's result or a barrier after one, all loads)."""
     loads, waiting, count = row_loads(code), set(), 0
     for place, line in enumerate(code):
-        operands = set(re.findall(r"\bR\d+\b", line.split(",", 1)[1] if "," in line else line))
         if place in loads:
             count, waiting = count + 1, waiting | loads[place]
-        elif count and (waiting & operands or "BAR.SYNC" in line):
+        elif count and (waiting & read_by(line) or "BAR.SYNC" in line):
             break
     return count, len(loads)
 
 
-def measured(function, arguments) -> Kernel:
-    """Of the first of a function's kernels: a second one merges a few rows."""
-    said, code = assembly(function, arguments)[0]
+def measured(function, arguments) -> Kernel | None:
+    """Of the first of a function's kernels: a second one merges a few rows.
+
+    None: this process has compiled the very same kernel before, and the compiler says nothing.
+    """
+    kernels = assembly(function, arguments)
+    if not kernels:
+        return None
+    said, code = kernels[0]
     registers = int(re.search(r"Used (\d+) registers", said)[1])
     given = -(-registers // 8) * 8 * THREADS
     loop = token_loop(code)
@@ -216,6 +228,7 @@ def main() -> None:
                 measured(*functions(MosaicGpu(False, tuning), dim)[name])
                 for tuning in (BEFORE, Tuning())
             )
+            new = new or old
             flight = f"{old.in_flight} of {old.loads} -> {new.in_flight} of {new.loads}"
             print(
                 f"| {name:15} | {dim:4} | {old.registers:3} -> {new.registers:3} "

@@ -6,6 +6,8 @@ Nothing is executed: this proves neither speed nor numbers. Skipped, with the re
 compile-only plugins are not installed.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,7 +21,7 @@ from jtok_kernels import (
     rowwise_adam,
     update_rows,
 )
-from jtok_kernels.mosaic_gpu import MAX_HELD
+from jtok_kernels.mosaic_gpu_block import MAX_HELD, resident
 
 from jtok_jax.config import Config, TrainConfig
 from jtok_jax.model.moe import experts
@@ -95,6 +97,10 @@ def test_h100_kernels_spill_nothing_and_hold_no_table(kind, dim, dtype, monkeypa
     assert not found, found
     assert compiled.as_text().count('custom_call_target="mosaic_gpu') == 3
     check_memory(compiled, kind, dim)
+    if dtype == "bfloat16" and dim in range(768, 2049):
+        several = {} if kind == "jtok" else {"top_k": TOP_K, "num_tables": TABLES}
+        used = max(int(count) for count in re.findall(r"Used (\d+) registers", said))
+        assert resident(dim, **several) == 65536 // (128 * 8 * -(-used // 8)), "a wave of blocks"
 
 
 @pytest.mark.parametrize(("top_k", "dim"), [(2, 4096), (9, 2048)])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtok_kernels import mosaic_gpu, mosaic_tpu, xla
+from jtok_kernels import mosaic_gpu, mosaic_gpu_block, mosaic_tpu, xla
 
 IMPLEMENTATIONS = ("xla", "mosaic_gpu", "mosaic_tpu")
 INTERPRET = ":interpret"  # after a name: its kernels simulated on a CPU, with races detected
@@ -102,11 +102,12 @@ def _obstacle(name: str, tables: _Tables) -> str | None:
             return f"this is JAX {jax.__version__}, the GPU kernels need {wanted} or newer"
         if dtype == jnp.uint32:
             return "packed tables are for TPUs"
-        if dim % mosaic_gpu.THREADS or dim > mosaic_gpu.MAX_DIM:
-            return f"D is {dim}; the GPU kernels take multiples of 128 up to {mosaic_gpu.MAX_DIM}"
-        if num_tables * dim * 4 > mosaic_gpu.SHARED:
+        if dim % mosaic_gpu_block.THREADS or dim > mosaic_gpu_block.MAX_DIM:
+            most = mosaic_gpu_block.MAX_DIM
+            return f"D is {dim}; the GPU kernels take multiples of 128 up to {most}"
+        if num_tables * dim * 4 > mosaic_gpu_block.SHARED:
             return f"{num_tables} sums of {dim} entries exceed a processor's shared memory"
-        if (top_k + 5) * dim > mosaic_gpu.MAX_HELD:
+        if (top_k + 5) * dim > mosaic_gpu_block.MAX_HELD:
             return f"{top_k} rows of {dim} entries a token exceed the registers of a block"
     if name == "mosaic_tpu":
         if dtype == jnp.bfloat16:
