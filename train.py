@@ -53,7 +53,7 @@ from jtok_jax.training.metrics import (
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import claim_workdir
 from jtok_jax.training.state import abstract_state, init_state
-from jtok_jax.training.step import jit_train_step, make_eval_step
+from jtok_jax.training.step import jit_train_step, make_eval_step, make_health_step
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints and metrics.")
@@ -92,6 +92,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         optimizer = make_optimizer(config)
         train_step = jit_train_step(config, optimizer, mesh)
         eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
+        health_step = jax.jit(make_health_step(config, mesh), out_shardings=replicated(mesh))
         validate = functools.partial(
             evaluate, eval_step, source=source, mesh=mesh,
             batch_size=config.evaluation.batch_size, waiting_for=stall.waiting_for,
@@ -133,13 +134,12 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         batches = train_batches(source, config, rows, first_step=at + 1)
         unreported = None  # metrics are fetched a step late: the device never waits for us
 
-        def report(step, metrics, data_wait, *, evaluating=False):
+        def report(step, metrics, health, data_wait, *, evaluating=False):
             """Write down one step, which is waited for; evaluate after it unless told to stop."""
-            logged = evaluating or step % config.train.log_every == 0
             with stall.waiting_for(f"end of step {step}"):
-                record = step_record(metrics, step=step, with_health=logged)
+                record = step_record(metrics, health, step=step)
             record |= timer.step(data_wait=data_wait)
-            if logged or step == 1 or record["bad_in_row"]:
+            if health or step == 1 or record["bad_in_row"]:
                 hosts.say(console_line(record, steps=steps))
             if evaluating:
                 validation = validate(state.params)
@@ -156,13 +156,16 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                 batch = next(batches)
             wait = time.perf_counter() - asked
             arrays = [put_batch(mesh, array, size=size) for array in batch]
+            last = step == steps
+            evaluating = last or step % config.evaluation.every == 0
+            logged = evaluating or step % config.train.log_every == 0
+            health = health_step(state.params, arrays[0]) if logged else {}
             state, metrics = train_step(state, *arrays)
             if unreported:
                 report(*unreported)
-            unreported = step, metrics, wait
+            unreported = step, metrics, health, wait
             checkpoints.check()
-            last, stopped_by, evaluated = step == steps, stop.reached(), False
-            evaluating = last or step % config.evaluation.every == 0
+            stopped_by, evaluated = stop.reached(), False
             saving = last or stopped_by or step % config.checkpoint.every == 0
             if evaluating or saving:
                 evaluated = report(*unreported, evaluating=evaluating)

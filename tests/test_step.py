@@ -209,7 +209,7 @@ def test_deviation_of_the_stream_is_that_of_its_entries():
     params = random_params(DENSE)
     still = {name: 0 * params[name] for name in ("blocks/attention/out", "blocks/ffn/down")}
     embed, ids = 5 + params["embed"], random_ids(DENSE, 4, 16)
-    health = bind(DENSE, params | still | {"embed": embed})(ids).health
+    health = bind(DENSE, params | still | {"embed": embed})(ids, with_health=True).health
     assert health["hidden_std"].shape == (3,)
     found = [*health["hidden_std"], health["final_std"]]
     np.testing.assert_allclose(found, [np.std(np.float64(embed)[ids])] * 4, rtol=1e-4)

@@ -21,6 +21,7 @@ from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.layers import normal, rms_norm
 from jtok_jax.model_config import ModelConfig
 
+FEW = 16  # tables whose largest logits are found by counting
 HEALTH_TOKENS = 256  # at most so many tokens, spread over the batch, stand for all in `health`
 
 
@@ -37,9 +38,28 @@ def route(x_BTD: jax.Array, router_DM: jax.Array, bias_M: jax.Array | None, *, t
     logits_BTM = jnp.dot(x_BTD.astype(jnp.float32), router_DM, precision=jax.lax.Precision.HIGHEST)
     if bias_M is not None:
         logits_BTM = logits_BTM + bias_M
-    chosen, choice = jax.lax.top_k(logits_BTM, top_k)
+    chosen, choice = largest(logits_BTM, top_k)
     weights = jax.nn.softmax(jax.nn.log_sigmoid(chosen), axis=-1)  # the same ratio, no 0/0
     return Route(choice, weights, jax.nn.sigmoid(logits_BTM))
+
+
+def largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Return the largest `count` values of the last axis and their places, as `lax.top_k` does.
+
+    Of few values each one's rank is counted, which fuses into one kernel where a sort takes two.
+    """
+    size = values.shape[-1]
+    if size > FEW:
+        return jax.lax.top_k(values, count)
+    place = jnp.arange(size, dtype=jnp.int32)
+    rank = jnp.zeros(values.shape, jnp.int32)
+    for other in range(size):
+        value = values[..., other : other + 1]
+        rank += (value > values) | ((value == values) & (other < place))
+    taken = [rank == k for k in range(count)]
+    chosen = [jnp.sum(jnp.where(which, values, 0), axis=-1) for which in taken]
+    places = [jnp.sum(jnp.where(which, place, 0), axis=-1) for which in taken]
+    return jnp.stack(chosen, axis=-1), jnp.stack(places, axis=-1)
 
 
 def balance_loss(probabilities: jax.Array, choice: jax.Array, *, probability: str) -> jax.Array:
@@ -157,30 +177,37 @@ class TokenTables(nnx.Module):
 
     def __call__(
         self, tilde_BTD: jax.Array, dm_BTD: jax.Array, ahead: Ahead, lookup: Lookup
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """(h', balance loss, health) from h~ and dm."""
-        config, jtok, scale, routed = self.config, self.config.jtok, self.scale[...], ahead.routed
-        form = {"norm": jtok.norm, "eps": jtok.eps, "depth_scale": None}
-        if routed:
-            form["depth_scale"] = (2 * config.num_layers) ** -0.5
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return h' and the balance loss from h~ and dm."""
+        jtok, scale, routed, form = self.config.jtok, self.scale[...], ahead.routed, self._form
         if lookup.exchange:  # else the norm, which is all that uses e alone, waits for e at once
             dm_BTD, e_BTD = jax.lax.optimization_barrier((dm_BTD, ahead.e_BTD))
             ahead = ahead._replace(e_BTD=e_BTD)
             out = lookup.exchange.add(tilde_BTD, dm_BTD, ahead.e_BTD, scale, **form)
         else:
             out = self._modulate(tilde_BTD, dm_BTD, routed, lookup, form)
-        e = _some_rows(ahead, lookup)
         if routed is None:
-            gate = reference.gate(e, scale, norm=jtok.norm, eps=jtok.eps)
-            balance, health = jnp.float32(0), {"gate_size": _rms(gate - 1)}
-        else:
-            dr = reference.injection(e, scale, **form)
-            health = {"gate_size": _rms(dr) / _rms(_some(_flat(dm_BTD)))} | _router_health(routed)
-            balance = balance_loss(
-                routed.probabilities, routed.choice, probability=jtok.balance_probability
-            )
-        health["row_norm"] = jnp.mean(jnp.linalg.norm(e, axis=-1))
-        return out, balance, jax.lax.stop_gradient(health)
+            return out, jnp.float32(0)
+        probability = jtok.balance_probability
+        return out, balance_loss(routed.probabilities, routed.choice, probability=probability)
+
+    @property
+    def _form(self) -> dict[str, object]:
+        """How rows are normalised and enter the stream: options of the operations."""
+        jtok, gated = self.config.jtok, self.config.jtok.kind == "jtok"
+        depth_scale = None if gated else (2 * self.config.num_layers) ** -0.5
+        return {"norm": jtok.norm, "eps": jtok.eps, "depth_scale": depth_scale}
+
+    def health(self, dm_BTD: jax.Array, ahead: Ahead, lookup: Lookup) -> dict[str, jax.Array]:
+        """Return the size of rows and gates of some tokens, and the router's of all, by name."""
+        e, scale, form = _some_rows(ahead, lookup), self.scale[...], self._form
+        found = {"row_norm": jnp.mean(jnp.linalg.norm(e, axis=-1))}
+        if ahead.routed is None:
+            gate = reference.gate(e, scale, norm=form["norm"], eps=form["eps"])
+            return found | {"gate_size": _rms(gate - 1)}
+        added = _rms(reference.injection(e, scale, **form))
+        found["gate_size"] = added / _rms(_some(_flat(dm_BTD)))
+        return found | _router_health(ahead.routed)
 
     def _modulate(self, tilde_BTD, dm_BTD, routed: Route | None, lookup: Lookup, form):
         """All of it on one device."""

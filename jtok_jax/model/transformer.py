@@ -83,6 +83,7 @@ class Block(nnx.Module):
         lookup: Lookup | None,
         mesh: Mesh | None,
         before_BTD: jax.Array | None,
+        with_health: bool = False,
     ) -> tuple[jax.Array, object, BlockAux]:
         """(h', kept by attend, aux). `lookup` None means that this layer carries no tables;
         `before` is the input of the layer before, where an arm may want it.
@@ -108,11 +109,13 @@ class Block(nnx.Module):
         if arms:
             before_BTD = rms_norm(before_BTD, self.attention.norm[...], eps=eps)
             dm_BTD = arms.increment(dm_BTD, Seen(ids_BT, pre_BTD, post_BTD, before_BTD))
-        health = {"hidden_std": _moments(h_BTD)}
+        health = {"hidden_std": _moments(h_BTD)} if with_health else {}
         if lookup is None:
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
-        h_BTD, balance, tables_health = self.jtok(tilde_BTD, dm_BTD, ahead, lookup)
-        return h_BTD, kept, BlockAux(moe_balance, balance, health | tables_health)
+        h_BTD, balance = self.jtok(tilde_BTD, dm_BTD, ahead, lookup)
+        if with_health:
+            health |= self.jtok.health(dm_BTD, ahead, lookup)
+        return h_BTD, kept, BlockAux(moe_balance, balance, health)
 
 
 class Transformer(nnx.Module):
@@ -149,6 +152,7 @@ class Transformer(nnx.Module):
         attend: Callable[..., Attended] | None = None,
         cache: object = None,
         across: Across | None = None,
+        with_health: bool = False,
     ) -> Output:
         """Final-normed hidden states of `ids`.
 
@@ -160,6 +164,7 @@ class Transformer(nnx.Module):
             attend: (query, key, value, cache of the layer) -> Attended; default causal.
             cache: pytree with a leading layer axis, handed to `attend` layer by layer.
             across: several devices; plan and `row_grads` are those of its exchange.
+            with_health: also measure the stream, the router and the rows of every layer.
         """
         config = self.config
         if positions_BT is None:
@@ -182,7 +187,7 @@ class Transformer(nnx.Module):
                 tables = self.tables[...]
                 rows = Lookup(tables, stack, ids_BT, plan, row_grads_layer, exchange, ids_of_group)
             mine = {"by": by, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
-            mine["before_BTD"] = before_BTD
+            mine |= {"before_BTD": before_BTD, "with_health": with_health}
             run = lambda lookup: block(h_BTD, ids_BT, lookup=lookup, **mine)
             if rows is None or min(stacks) >= 0:
                 out_BTD, kept, aux = run(rows)
@@ -197,7 +202,7 @@ class Transformer(nnx.Module):
         streams = h_BTD, before(h_BTD)
         (h_BTD, _), (kept, aux) = jax.lax.scan(_remat(body, config.remat), streams, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
-        health = _with_stds(aux.health, _moments(h_BTD))
+        health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
         return Output(hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
 
 

@@ -257,7 +257,7 @@ def _cosines(rows_GMVD, counted_GMV, count_V) -> dict[str, list]:
 def _forward(model: ModelConfig, backbone: Params, tables: jax.Array, batch: EvalBatch):
     """(loss sums, health) of a batch; one program whatever rows of the tables are zero."""
     bound = bind(model, backbone | {"tables": tables})
-    output = bound(batch.ids_BT)
+    output = bound(batch.ids_BT, with_health=True)
     arrays = output.hidden_BTD, bound.head_DV, batch.targets_BT, batch.weights_BT
     _, sums = cross_entropy(*arrays, vocab_size=model.vocab_size, chunk=model.loss_chunk)
     return sums, output.health

@@ -2,8 +2,6 @@
 # Copyright 2026 The jtok_jax authors
 """What a study found: means with intervals over seeds, differences seed by seed, plots."""
 
-import math
-
 import numpy as np
 
 from jtok_jax.study.estimate import Estimate, diverged, estimate

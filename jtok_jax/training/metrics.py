@@ -21,10 +21,13 @@ from jtok_jax.training.step import StepMetrics
 FILE_NAME = "metrics.jsonl"
 
 
-def step_record(metrics: StepMetrics, *, step: int, with_health: bool) -> dict[str, object]:
+def step_record(
+    metrics: StepMetrics, health: dict[str, jax.Array], *, step: int
+) -> dict[str, object]:
     """What metrics.jsonl says of one step; waits for the step. Values that are not finite: null."""
-    values = jax.device_get(metrics if with_health else metrics._replace(health={}))._asdict()
-    health, words = values.pop("health"), values.pop("batch_hash")
+    metrics, health = jax.device_get((metrics, health))
+    values = metrics._asdict()
+    words = values.pop("batch_hash")
     record = {"step": step, "batch_hash": "".join(f"{word:08x}" for word in words)}
     values = {name: value for name, value in (values | health).items() if value is not None}
     return record | {name: _plain(value) for name, value in values.items()}

@@ -15,7 +15,7 @@ from jtok_kernels import RowPlan, mixed, row_plan, update_rows
 from jtok_kernels.rounding import round_at_random, row_seeds
 
 from jtok_jax.config import Config
-from jtok_jax.mesh import num_shards, table_layout
+from jtok_jax.mesh import BATCH, num_shards, split_batch, table_layout
 from jtok_jax.model.exchange import Exchange, compiler_options
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.loss import LossSums, cross_entropy
@@ -27,7 +27,7 @@ from jtok_jax.training.state import TrainState, state_shardings
 
 
 class StepMetrics(NamedTuple):
-    """Measurements of one step, float32 scalars, and `health` by name, mostly one value a layer."""
+    """Measurements of one step, float32 scalars if nothing else is said."""
 
     loss: jax.Array  # cross-entropy, nats per token
     moe_balance: jax.Array  # unweighted sum over layers
@@ -38,14 +38,12 @@ class StepMetrics(NamedTuple):
     bad_in_row: jax.Array
     batch_hash: jax.Array  # uint32 [2], the same on any mesh
     unique_ids: jax.Array | None  # int32, different ids of the batch; None without tables
-    health: dict[str, jax.Array]
 
 
 class _Losses(NamedTuple):
     loss: jax.Array
     moe_balance: jax.Array
     jtok_balance: jax.Array
-    health: dict[str, jax.Array]
 
 
 def make_train_step(
@@ -196,6 +194,21 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
     return step
 
 
+def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """step(params, ids_BT) -> what docs/runs.md calls health, by name, mostly a value a layer.
+
+    A forward pass of its own over one sequence a device: a step that nobody looks at pays nothing.
+    """
+    across = across_devices(config, mesh)
+
+    def step(params: Params, ids_BT: jax.Array) -> dict[str, jax.Array]:
+        some = ids_BT[:: ids_BT.shape[0] // num_shards(mesh, BATCH)]
+        some = jax.lax.with_sharding_constraint(some, split_batch(mesh))
+        return bind(config.model, params)(some, across=across, with_health=True).health
+
+    return step
+
+
 def _split(config: Config, array_BT: jax.Array) -> jax.Array:
     """[N, B / N, T], one entry a microbatch.
 
@@ -301,7 +314,6 @@ def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan,
         loss=sums.nats / sums.weight,
         moe_balance=output.moe_balance,
         jtok_balance=output.jtok_balance,
-        health=output.health,
     )
 
 

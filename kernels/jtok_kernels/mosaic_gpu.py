@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jtok_kernels.form import Form
-from jtok_kernels.mosaic_gpu_block import Blocks
+from jtok_kernels.mosaic_gpu_block import Blocks, whole
 from jtok_kernels.plan import Order, RowPlan, num_split
 from jtok_kernels.reference import TINY
 from jtok_kernels.xla import as_choice
@@ -51,8 +51,8 @@ class MosaicGpu(Blocks):
         out = jax.ShapeDtypeStruct(h_TD.shape, h_TD.dtype)
         rows = self.room(dim, h_TD.dtype, delta_TD.dtype, scale_D.dtype)
         run = self.kernel(body, out, grid=h_TD.shape[0], axis="t", scratch=rows)
-        streams = map(self.rows, (h_TD, delta_TD))
-        return run(layer, ids_T, *streams, stack, self.rows(scale_D))
+        h, delta, scale = map(self.rows, whole(h_TD, delta_TD, scale_D))
+        return run(layer, ids_T, h, delta, stack, scale)
 
     def jtok_backward(self, g_TD, delta_TD, table, at, ids_T, scale_D, plan: RowPlan, form: Form):
         stack, layer = _stacked(table, at)
@@ -117,7 +117,8 @@ class MosaicGpu(Blocks):
         )
         shared = self.shared(2, dim)
         run = self.kernel(body, outs, grid=blocks, axis="n", scratch=shared)
-        return run(*where, order.token, *_pieces(order), g_TD, delta_TD, stack, scale_D)
+        g, delta, scale = whole(g_TD, delta_TD, scale_D)
+        return run(*where, order.token, *_pieces(order), g, delta, stack, scale)
 
     def _jtok_merge(self, where, order: Order, partial, stack, scale_D, form: Form):
         dim, num_unique = partial.shape[1], where[1].size
@@ -133,7 +134,8 @@ class MosaicGpu(Blocks):
 
         out = jax.ShapeDtypeStruct((order.split_run.size, dim), jnp.float32)
         run = self.kernel(body, out, grid=out.shape[0], axis="r")
-        return run(*where, order.split_run, order.split_slot, partial, stack, scale_D)
+        (scale,) = whole(scale_D)
+        return run(*where, order.split_run, order.split_slot, partial, stack, scale)
 
     def jtok_m_forward(
         self, h_TD, delta_TD, tables, at, ids_T, choice_TK, weights_TK, scale_D, form: Form
@@ -154,8 +156,8 @@ class MosaicGpu(Blocks):
         out = jax.ShapeDtypeStruct(h_TD.shape, h_TD.dtype)
         rows = self.room(dim, h_TD.dtype, delta_TD.dtype, scale_D.dtype)
         run = self.kernel(body, out, grid=h_TD.shape[0], axis="t", scratch=rows)
-        streams = map(self.rows, (h_TD, delta_TD))
-        return run(layer, ids_T, choice_TK, weights_TK, *streams, stack, self.rows(scale_D))
+        h, delta, scale = map(self.rows, whole(h_TD, delta_TD, scale_D))
+        return run(layer, ids_T, *whole(choice_TK, weights_TK), h, delta, stack, scale)
 
     def jtok_m_backward(
         self,
@@ -240,7 +242,8 @@ class MosaicGpu(Blocks):
         sums = plgpu.SMEM((num_tables, dim), jnp.float32)
         run = self.kernel(body, outs, grid=blocks, axis="n", scratch=[sums])
         plan = *where, order.token, *_pieces(order)
-        return run(*plan, choice_TK, weights_TK, g_TD, stack, scale_D)
+        choice, weights, g, scale = whole(choice_TK, weights_TK, g_TD, scale_D)
+        return run(*plan, choice, weights, g, stack, scale)
 
     def _jtok_m_merge(self, order: Order, partial):
         def body(split_slot, partial, merged):

@@ -175,3 +175,11 @@ def _layout(*arrays: jax.Array, shape=None):
     dim = arrays[0].shape[-1]
     size = math.gcd(dim // THREADS, 16 // min(array.dtype.itemsize for array in arrays))
     return plgpu.Layout.WG_STRIDED(shape or (dim,), vec_size=size)
+
+
+def whole(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Return `arrays` such that none is a slice which XLA fuses with the kernel that reads it.
+
+    It may clone such a fusion to save memory, and then runs the kernel once for every clone.
+    """
+    return jax.lax.optimization_barrier(arrays)
