@@ -231,13 +231,17 @@ def _kernel(body, grid: _Grid, unroll, are_shared, layer, ids, ids_ahead, choice
     slot = step % 2
 
     def start_copies(ids, choice, slot):
+        # What all rows share is found once: every scalar instruction here runs for every row.
+        table, here = tables.at[layer[0]], rows.at[slot]
+
         def some_tokens(i, carry):
+            first = pl.multiple_of(i * unroll, unroll)
+            targets = here.at[:, pl.ds(first, unroll)]
             for j in range(unroll):
-                r = i * unroll + j
+                one = pl.ds(ids[0, 0, first + j], 1)
                 for k in range(top_k):
-                    one = pl.ds(ids[0, 0, r], 1)
-                    source = tables.at[layer[0], choice[0, 0, r * top_k + k], one]
-                    target = rows.at[slot, k, pl.ds(r, 1)]
+                    source = table.at[choice[0, 0, first * top_k + j * top_k + k], one]
+                    target = targets.at[k, pl.ds(j, 1)]
                     pltpu.make_async_copy(source, target, arrived.at[slot]).start()
             return carry
 
