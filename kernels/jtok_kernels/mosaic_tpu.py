@@ -137,7 +137,7 @@ class MosaicTpu(NamedTuple):
         tokens = tables, at, ids_T, choice_TK, weights_TK
         shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
         outs = {"d_weights": shape(choice_TK.shape), "d_e": shape(g_TD.shape)}
-        outs["d_scale"] = shape((1, 1, g_TD.shape[1]))  # [cores, 1, D]; `_run` knows how many
+        outs["d_scale"] = shape((g_TD.shape[1],))
         body = functools.partial(_pull_back, form, ids_T.size)
         d_weights_TK, d_e_TD, d_scale = self._run(
             body, *tokens, streams=(g_TD,), scale_D=scale_D, outs=outs
@@ -167,7 +167,7 @@ class MosaicTpu(NamedTuple):
 
         It is called with a `_Place`, the chunk's rows [K, chunk, words] and the references of the
         weights [chunk, K], the `streams` [chunk, D], scale [1, D] if given, and the `outs`: of
-        tokens, or "d_scale" [1, D], which all chunks of a core share.
+        tokens, or "d_scale" [D], of which every core has a sum of its own.
         """
         stack = tables if at else tables[None]
         layer = at[0].reshape(1) if at else jnp.zeros(1, jnp.int32)
@@ -190,8 +190,8 @@ class MosaicTpu(NamedTuple):
         specs += [of_tokens(stream.shape[1]) for stream in streams]
         vectors = () if scale_D is None else (scale_D[None],)
         specs += [pl.BlockSpec(x.shape, lambda *_: (0, 0)) for x in vectors]
-        if "d_scale" in outs:
-            outs["d_scale"] = outs["d_scale"].update(shape=(cores, *outs["d_scale"].shape[1:]))
+        if "d_scale" in outs:  # a sum of each core
+            outs["d_scale"] = outs["d_scale"].update(shape=(cores, 1, *outs["d_scale"].shape))
         of_core = lambda size: pl.BlockSpec((None, 1, size), lambda core, *_: (core, 0, 0))
         spec_of = lambda name, size: (of_core if name == "d_scale" else of_tokens)(size)
         are_shared = *(False for _ in streams), *(True for _ in vectors)
