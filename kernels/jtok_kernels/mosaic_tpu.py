@@ -3,7 +3,8 @@
 """The operations for TPUs: kernels of the TensorCore over tokens; sums by row are XLA's.
 
 A grid step is a block of tokens. Rows are copied one by one from the table in HBM, those of the
-next block while this one is computed. Ids come to scalar memory block by block, so T has no limit.
+next block while this one is computed. One wait covers all rows of a block. Ids come to scalar
+memory block by block, so T has no limit. Two cores (v4, v5p) take one half of the blocks each.
 XLA's scatter-add on TPUs adds in a fixed order, and holds no [V, D] array.
 
 Tables are float32, or bfloat16 packed by `pack_rows`.
