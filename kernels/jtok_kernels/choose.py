@@ -115,7 +115,7 @@ def _obstacle(name: str, tables: _Tables) -> str | None:
         multiple = mosaic_tpu.LANES * (2 if dtype == jnp.uint32 else 1)
         if dim % multiple:
             return f"D is {dim}; the TPU kernels take multiples of {multiple} of such tables"
-        if mosaic_tpu.vmem_bytes(dim, dtype, top_k) > mosaic_tpu.VMEM:
+        if mosaic_tpu.vmem_bytes(mosaic_tpu.BLOCKS[-1], dim, dtype, top_k) > mosaic_tpu.VMEM:
             return f"a block of {top_k} rows of {dim} entries a token exceeds vector memory"
     return None
 
