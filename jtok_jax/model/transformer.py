@@ -168,9 +168,7 @@ class Transformer(nnx.Module):
             positions_BT = jnp.arange(ids_BT.shape[1])[None]
         by = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
         exchange, mesh = across or (None, None)
-        if attend is None:
-            own = functools.partial(causal, kind=config.attention, mesh=mesh)
-            attend = lambda q, k, v, _: Attended(own(q, k, v), None)
+        attend = attend or _attend_causally(config, mesh)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
         ids_of_group = exchange.gather_ids(ids_BT) if exchange else None
         stacks = config.jtok.table_of_layer(config.num_layers)
@@ -211,6 +209,12 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         return Block(config, rngs=rngs)
 
     return build(rngs)
+
+
+def _attend_causally(config: ModelConfig, mesh: Mesh | None) -> Callable[..., Attended]:
+    """Return an `attend` that keeps nothing of a layer."""
+    attend = functools.partial(causal, kind=config.attention, mesh=mesh)
+    return lambda query, key, value, _: Attended(attend(query, key, value), None)
 
 
 def _split(x: jax.Array, how: NamedSharding) -> jax.Array:
