@@ -13,6 +13,7 @@ from jtok_jax import flops
 from jtok_jax.hosts import PACKAGES
 from jtok_jax.model.attention import cudnn_lacks
 from jtok_jax.model.jtok import operations
+from jtok_jax.model.splash import LANES
 from jtok_jax.model_config import JtokConfig, ModelConfig
 
 SUPPORTED = ((0, 10, 2), (0, 13))  # jax: from, below
@@ -64,6 +65,8 @@ def implementations(device: jax.Device) -> list[Finding]:
     """What the automatic choices come to on this device, and why."""
     tpu, lacks = device.platform == "tpu", cudnn_lacks(device)
     attention = f"xla ({lacks})" if lacks else "cudnn for bfloat16, xla for float32"
+    if tpu:
+        attention = f"splash for sequences of a multiple of {LANES} tokens, else xla"
     experts = "lax.ragged_dot" if tpu else "row blocks (ragged_dot grows with experts off TPU)"
     return [
         Finding("attention", attention, ""),

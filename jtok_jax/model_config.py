@@ -144,7 +144,8 @@ class ModelConfig:
     embed_init_std: float = 0.0  # of the embedding; 0: init_std
     param_dtype: str = "float32"  # of embedding, head and matrices; bfloat16 is rounded at random
     compute_dtype: str = "bfloat16"  # norms, softmax, routers and loss stay in float32
-    attention: str = "auto"  # auto (cudnn on a GPU that can, else xla) | xla | chunked | cudnn
+    # auto | xla | chunked | cudnn (GPUs) | splash (TPUs); auto: that of the device, or xla
+    attention: str = "auto"
     remat: str = "none"  # none | dots (keep matmul results) | full (keep layer inputs only)
     loss_chunk: int = 0  # tokens of a device whose logits exist at once; 0: all of a microbatch
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
@@ -160,7 +161,8 @@ class ModelConfig:
         at_least(self, "model", 0, "init_std", "embed_init_std")
         one_of(self.head, "model.head", ("untied", "tied"))
         one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
-        one_of(self.attention, "model.attention", ("auto", "xla", "chunked", "cudnn"))
+        kinds = ("auto", "xla", "chunked", "cudnn", "splash")
+        one_of(self.attention, "model.attention", kinds)
         one_of(self.remat, "model.remat", ("none", "dots", "full"))
         one_of(self.param_dtype, "model.param_dtype", ("float32", "bfloat16"))
         one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))

@@ -37,6 +37,7 @@ from jtok_jax.mesh import (
     table_layout,
 )
 from jtok_jax.model import moe
+from jtok_jax.model.attention import SIMULATED, causal
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import bind
 from jtok_jax.model_config import ModelConfig, MoeConfig
@@ -346,3 +347,20 @@ def test_text_is_that_of_one_device(model, layout):
     options = {"tokens": 9, "sampling": Sampling(temperature=0.0), "seed": 0}
     write = lambda params: generate(model, params, [[3, 4, 5], [6], [7, 8, 9, 1, 2]], **options)
     np.testing.assert_array_equal(write(split), write(params))
+
+
+def test_splash_attention_is_that_of_one_device():
+    """Sequences and heads split; values and gradients, with segments."""
+    rng = np.random.default_rng(0)
+    draw = lambda heads: jnp.float32(rng.standard_normal((4, 256, heads, 8)))
+    arrays, weights = (draw(4), draw(2), draw(2)), draw(4)
+    segments = jnp.asarray(rng.integers(0, 2, (4, 256)).cumsum(axis=1) // 100, jnp.int32)
+
+    def loss(mesh, *arrays):
+        return jnp.sum(
+            weights * causal(*arrays, kind=SIMULATED, segment_ids_BT=segments, mesh=mesh)
+        )
+
+    run = jax.jit(jax.value_and_grad(loss, (1, 2, 3)), static_argnums=0)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, run(make_mesh(MeshConfig(fsdp=2, tensor=2)), *arrays), run(None, *arrays))

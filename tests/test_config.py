@@ -166,7 +166,7 @@ ON_TOP |= {
 }
 # Fields with tests of their own elsewhere: what they change is not the program of a step.
 ELSEWHERE = {
-    "model.attention": "test_cudnn_is_obeyed_or_refused",
+    "model.attention": "test_kinds_of_attention_are_obeyed_or_refused",
     "model.jtok.implementation": "test_mosaic_gpu_is_obeyed_or_refused",
     "train.seed": "test_seed_changes_values_and_batches",
     "train.max_bad_steps": "test_train_loop",
@@ -253,10 +253,12 @@ def test_every_choice_has_a_program_of_its_own(key):
     assert len({*made}) == len(made) >= 3
 
 
-def test_cudnn_is_obeyed_or_refused():
-    """An explicit implementation is never replaced in silence; here there is no GPU."""
+def test_kinds_of_attention_are_obeyed_or_refused():
+    """An explicit implementation is never replaced in silence; here there is no GPU and no TPU."""
     with pytest.raises(ConfigError, match="cpu is not an NVIDIA GPU"):
         program(changed(JTOK_M_MOE, {"model.attention": "cudnn"}))
+    with pytest.raises(ConfigError, match="attention is splash, but cpu is not a TPU; use auto"):
+        program(changed(JTOK_M_MOE, {"model.attention": "splash"}))
     assert program(changed(JTOK_M_MOE, {"model.attention": "xla"})) == program(JTOK_M_MOE)
     assert program(changed(JTOK_M_MOE, {"model.attention": "chunked"})) != program(JTOK_M_MOE)
 

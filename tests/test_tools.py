@@ -130,6 +130,11 @@ def test_tools_take_the_implementation_of_the_run_where_it_can_run(workdir):
     saved = load_params(workdir).config
     of = lambda name: checkpoint._anywhere(asked(name)).model.jtok.implementation
     assert [of("xla"), of("auto"), of("mosaic_gpu")] == ["xla", "auto", "auto"]
+    asked = lambda kind: dataclasses.replace(
+        saved, model=dataclasses.replace(saved.model, attention=kind)
+    )
+    of = lambda kind: checkpoint._anywhere(asked(kind)).model.attention
+    assert [of("chunked"), of("splash"), of("cudnn")] == ["chunked", "auto", "auto"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def prefill(model: Transformer, ids_BT: jax.Array, lengths_B: jax.Array, *, capa
         lengths_B: int32, from 1 to T.
         capacity: places in the cache, at least T.
     """
-    kind = model.config.attention
+    # "splash" was asked for windows: a prompt of another length takes what fits it.
+    kind = "auto" if model.config.attention == "splash" else model.config.attention
     attend = lambda q, k, v, _: Attended(causal(q, k, v, kind=kind), (k, v))
     output = model(ids_BT, attend=attend)
     room = ((0, 0), (0, 0), (0, capacity - ids_BT.shape[1]), (0, 0), (0, 0))

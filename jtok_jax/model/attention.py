@@ -9,9 +9,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jtok_kernels import num_devices
 
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.layers import Rotation, normal, residual_std, rms_norm, rotate
+from jtok_jax.model.splash import obstacle, splash
 from jtok_jax.model_config import ModelConfig
 
 
@@ -22,41 +25,100 @@ class Attended(NamedTuple):
     kept: object
 
 
+class Choice(NamedTuple):
+    """A kind of attention, and why it runs."""
+
+    kind: str
+    reason: str
+
+
 QUERIES = 512  # of a chunk, kind "chunked"
+SIMULATED = "splash:interpret"  # splash's kernels simulated on a CPU, for tests
 
 # (query_BTNH, key_BTKH, value_BTKH) -> Attended
 Attend = Callable[[jax.Array, jax.Array, jax.Array], Attended]
 
 
+def choose(kind: str, *, dtype, head_size: int, length: int, placed: bool = True) -> Choice:
+    """Return the kind of attention that runs for `kind`, and why.
+
+    "auto" is splash on a TPU and cudnn on a GPU where they can run, else xla. The device is that of
+    an abstract mesh in use (as when compiling ahead of time), else the first one.
+
+    Args:
+        length: tokens of a sequence, T.
+        placed: there is one device, or a mesh is handed to `causal`. Else "auto" is never splash,
+            which XLA cannot split over devices.
+
+    Raises:
+        ConfigError: "splash" or "cudnn" is asked for where it cannot run.
+    """
+    if kind in ("xla", "chunked"):
+        return Choice(kind, "asked for")
+    device = _device_kind()
+    if kind == "auto" and not device.startswith("TPU"):
+        lacks = _cudnn_obstacle(dtype, head_size)
+        return Choice("xla", lacks) if lacks else Choice("cudnn", device)
+    if kind == "cudnn":
+        # JAX refuses to trace cuDNN attention where the library is missing.
+        lacks = cudnn_lacks(jax.devices()[0])
+    else:
+        on_tpu = device.startswith("TPU") or kind == SIMULATED
+        lacks = obstacle(dtype, head_size, length) if on_tpu else f"{device} is not a TPU"
+    if kind == "auto":
+        lacks = lacks or (None if placed else "XLA cannot split splash attention over devices")
+        return Choice("xla", lacks) if lacks else Choice("splash", device)
+    if lacks:
+        raise ConfigError(f"model.attention is {kind}, but {lacks}; use auto or chunked.")
+    return Choice(kind, "asked for")
+
+
+def choice_of(config: ModelConfig, length: int) -> Choice:
+    """Return what `choose` says of a model's sequences of `length` tokens."""
+    dtype, size = config.compute_dtype, config.head_size
+    return choose(config.attention, dtype=dtype, head_size=size, length=length)
+
+
 def causal(
-    query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, *, kind: str
+    query_BTNH: jax.Array,
+    key_BTKH: jax.Array,
+    value_BTKH: jax.Array,
+    *,
+    kind: str,
+    segment_ids_BT: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Mixed values [B, T, N, H] of every token attending to itself and those before it.
+    """Return mixed values [B, T, N, H] of every token attending to itself and those before it.
 
     Args:
         kind: "xla", "chunked" (the same for `QUERIES` queries at a time: that part of the memory),
-            "cudnn", or "auto": cudnn where it can run, else xla. JAX refuses to trace cudnn
-            attention where the library is missing, so "auto" goes by the devices present.
+            "cudnn", "splash", `SIMULATED`, or "auto"; see `choose`.
+        segment_ids_BT: int32; a token attends only to tokens with its own id. None: to all.
+        mesh: several devices, as `splash` wants them.
 
     Raises:
-        ConfigError: "cudnn" is asked for where it cannot run.
+        ConfigError: "splash" or "cudnn" is asked for where it cannot run.
     """
-    if kind == "auto":
-        fits = fits_cudnn(query_BTNH.dtype, query_BTNH.shape[-1])
-        kind = "cudnn" if fits and cudnn_lacks(jax.devices()[0]) is None else "xla"
-    elif kind == "cudnn" and cudnn_lacks(jax.devices()[0]):
-        raise ConfigError(
-            f"model.attention is cudnn, but {cudnn_lacks(jax.devices()[0])}; use auto or chunked."
-        )
-    elif kind == "chunked":
-        return _chunked(query_BTNH, key_BTKH, value_BTKH)
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=kind)
+    _, length, _, size = query_BTNH.shape
+    placed = mesh is not None or num_devices() == 1
+    kind, _ = choose(kind, dtype=query_BTNH.dtype, head_size=size, length=length, placed=placed)
+    if kind in ("splash", SIMULATED):
+        options = {"segment_ids_BT": segment_ids_BT, "mesh": mesh, "interpret": kind == SIMULATED}
+        return splash(query_BTNH, key_BTKH, value_BTKH, **options)
+    if kind == "chunked":
+        return _chunked(query_BTNH, key_BTKH, value_BTKH, segment_ids_BT)
+    mask = None
+    if segment_ids_BT is not None:
+        mask = (segment_ids_BT[:, :, None] == segment_ids_BT[:, None])[:, None]
+    attend = functools.partial(
+        jax.nn.dot_product_attention, mask=mask, is_causal=True, implementation=kind
+    )
     if kind == "xla":  # recompute [B, N, T, T] probabilities rather than keep those of every layer
         attend = jax.checkpoint(attend, prevent_cse=False)
     return attend(query_BTNH, key_BTKH, value_BTKH)
 
 
-def _chunked(query_BTNH, key_BTKH, value_BTKH) -> jax.Array:
+def _chunked(query_BTNH, key_BTKH, value_BTKH, segment_ids_BT) -> jax.Array:
     batch, length, *heads = query_BTNH.shape
     queries = min(QUERIES, length)
     padded = jnp.pad(query_BTNH, ((0, 0), (0, -length % queries), (0, 0), (0, 0)))
@@ -65,12 +127,32 @@ def _chunked(query_BTNH, key_BTKH, value_BTKH) -> jax.Array:
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(chunk):
         first, query = chunk
-        seen = (first + jnp.arange(queries))[:, None] >= jnp.arange(length)
-        return jax.nn.dot_product_attention(query, key_BTKH, value_BTKH, mask=seen[None, None])
+        places = first + jnp.arange(queries)
+        seen = (places[:, None] >= jnp.arange(length))[None, None]
+        if segment_ids_BT is not None:  # queries of the padding are dropped, whatever they read
+            own = segment_ids_BT[:, jnp.minimum(places, length - 1), None]
+            seen = seen & (own == segment_ids_BT[:, None])[:, None]
+        return jax.nn.dot_product_attention(query, key_BTKH, value_BTKH, mask=seen)
 
     firsts = jnp.arange(0, padded.shape[1], queries)
     mixed = jax.lax.map(attend, (firsts, chunks)).swapaxes(0, 1)
     return mixed.reshape(padded.shape)[:, :length]
+
+
+def _device_kind() -> str:
+    """Return the kind of the device in use: that of an abstract mesh, else the first there is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    abstract = None if mesh.empty else getattr(mesh, "abstract_device", None)
+    return (abstract or jax.devices()[0]).device_kind
+
+
+def _cudnn_obstacle(dtype, head_size: int) -> str | None:
+    """Return why "auto" is not cudnn on the first device, or None."""
+    if lacks := cudnn_lacks(jax.devices()[0]):
+        return lacks
+    if fits_cudnn(dtype, head_size):
+        return None
+    return "cuDNN takes bfloat16 and a head size that is a multiple of 8, at most 128"
 
 
 def fits_cudnn(dtype, head_size: int) -> bool:

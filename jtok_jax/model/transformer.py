@@ -9,6 +9,7 @@ h ------------+--> norm -> attention --+--> h~ --+--> norm -> feed-forward -> dm
                                                  +---------------------------------+--> h'
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from jtok_jax.model.exchange import KEPT, Exchange
 from jtok_jax.model.jtok import Lookup, TokenTables
 from jtok_jax.model.layers import FeedForward, Rotation, normal, rms_norm, rotation
 from jtok_jax.model.moe import Moe
+from jtok_jax.model.splash import SAVED
 from jtok_jax.model_config import ModelConfig
 
 
@@ -170,9 +172,8 @@ class Transformer(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(ids_BT.shape[1])[None]
         by = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
-        if attend is None:
-            attend = lambda q, k, v, _: Attended(causal(q, k, v, kind=config.attention), None)
         exchange, mesh = across or (None, None)
+        attend = attend or _attend_causally(config, mesh)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
         ids_of_group = exchange.gather_ids(ids_BT) if exchange else None
         stacks = config.jtok.table_of_layer(config.num_layers)
@@ -213,6 +214,12 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         return Block(config, rngs=rngs)
 
     return build(rngs)
+
+
+def _attend_causally(config: ModelConfig, mesh: Mesh | None) -> Callable[..., Attended]:
+    """Return an `attend` that keeps nothing of a layer."""
+    attend = functools.partial(causal, kind=config.attention, mesh=mesh)
+    return lambda query, key, value, _: Attended(attend(query, key, value), None)
 
 
 def _split(x: jax.Array, how: NamedSharding) -> jax.Array:
@@ -257,7 +264,7 @@ def _remat(body: Callable, kind: str) -> Callable:
     known = jax.checkpoint_policies
     policies = {
         "dots": known.save_from_both_policies(
-            known.dots_with_no_batch_dims_saveable, known.save_only_these_names(KEPT)
+            known.dots_with_no_batch_dims_saveable, known.save_only_these_names(KEPT, SAVED)
         ),
         "full": known.nothing_saveable,
     }

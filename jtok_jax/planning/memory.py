@@ -199,6 +199,8 @@ def _saved(shapes: _Shapes, remat: str | None = None) -> int:
     kept = dim  # the input of the layer
     if remat != "full":
         kept += heads + dim + 2 * width  # results of matmuls that a gradient needs
+        if model.attention == "splash":  # what it returns, or the forward pass would run twice
+            kept += query / shapes.tensor
         fetched, gated = jtok.kind != "none" and shapes.mesh.size > 1, jtok.kind == "jtok"
         kept += (fetched + gated) * dim / shapes.tensor  # rows, and the increment a gate needs
     if remat == "none":
@@ -217,11 +219,15 @@ def _layer(shapes: _Shapes) -> int:
 
 
 def _attention(shapes: _Shapes) -> float:
-    """Probabilities and their gradients in float32; "chunked": of some queries."""
+    """Return bytes of one layer's attention in the backward pass.
+
+    Probabilities and their gradients are float32. "chunked" has those of some queries, and
+    kernels have none.
+    """
     model = shapes.model
     heads = model.num_heads / shapes.tensor
     flat = 4 * shapes.tokens * heads * model.head_size * shapes.compute
-    if model.attention == "cudnn":
+    if model.attention in ("cudnn", "splash"):
         return flat
     queries = QUERIES if model.attention == "chunked" else shapes.length
     return flat + 2 * 4 * shapes.sequences * heads * min(queries, shapes.length) * shapes.length

@@ -23,6 +23,7 @@ from jtok_jax.config import Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.mesh import make_mesh, num_shards, parameter_sharding, table_layout
+from jtok_jax.model.attention import choice_of
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.params import abstract_params, to_logical, to_stored
 from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
@@ -247,14 +248,18 @@ def _placed(leaf, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
 
 
 def _anywhere(config: Config, column_shards: int = 1) -> Config:
-    """A run's configuration, but for kernels it asked for that cannot run here."""
+    """Return a run's configuration, with "auto" for kernels it asked for that cannot run here."""
+    model = config.model
     try:
-        operations(config.model, column_shards=column_shards)
-        return config
+        choice_of(model, config.train.seq_len)
     except ConfigError:
-        pass
-    jtok = dataclasses.replace(config.model.jtok, implementation="auto")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, jtok=jtok))
+        model = dataclasses.replace(model, attention="auto")
+    try:
+        operations(model, column_shards=column_shards)
+    except ConfigError:
+        jtok = dataclasses.replace(model.jtok, implementation="auto")
+        model = dataclasses.replace(model, jtok=jtok)
+    return dataclasses.replace(config, model=model)
 
 
 def require_same_tokenizer(saved: Saved, tokenizer_sha256: str, where: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import CheckpointError, ConfigError
+from jtok_jax.model.attention import choice_of
 from jtok_jax.model.jtok import operations
 from jtok_jax.training.optimizer import Optimizer, make_optimizer
 from jtok_jax.training.step import StepMetrics
@@ -146,6 +147,8 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
         ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
     ]
     lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows]
+    attention = choice_of(config.model, config.train.seq_len)
+    lines.append(f"{'attention':>10} {attention.kind:>18} of tokens: {attention.reason}")
     if config.model.tables_shape:
         _, *several, _, dim = config.model.tables_shape
         rows = config.model.num_layers * math.prod(several) * config.rows_per_step
