@@ -11,6 +11,7 @@ from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import abstract_mesh, check_batches, describe
 from jtok_jax.model.attention import fits_cudnn
 from jtok_jax.planning import advice, compiled, traffic
+from jtok_jax.planning.cycles import count
 from jtok_jax.planning.memory import Memory, memory
 from jtok_jax.planning.topology import GIB, Topology
 
@@ -108,6 +109,7 @@ def _compiled(config: Config, topology: Topology) -> dict:
         return {"refused": str(error), "total": None}
     mesh = abstract_mesh(config.mesh, topology.devices)
     predicted = memory(result.config, mesh)
+    estimated = count(result.text, num_layers=config.model.num_layers)
     return {
         "stand_in": result.config != config,
         "state": result.state,
@@ -115,6 +117,7 @@ def _compiled(config: Config, topology: Topology) -> dict:
         "predicted": predicted.total,
         "predicted_over_compiler": predicted.total / result.total,
         "collectives": result.collectives,
+        "cycles": estimated and estimated._asdict(),
     }
 
 
@@ -174,8 +177,27 @@ def _compiler_lines(found: dict) -> list[str]:
         "collectives in its text: "
         + ", ".join(f"{count} {kind}" for kind, count in sorted(found["collectives"].items())),
     ]
+    lines += _cycle_lines(found["cycles"])
     if found["stand_in"]:
         lines.append("  both with model.attention=chunked: cuDNN cannot be compiled for without it")
+    return lines
+
+
+def _cycle_lines(found: dict | None) -> list[str]:
+    if not found:
+        return ["cycles: this compiler states none; those for TPUs do"]
+    kinds = {name: cycles for name, cycles in found["by_kind"].items() if cycles}
+    total = sum(kinds.values()) / 1e6
+    parts = ", ".join(f"{name} {cycles / 1e6:,.1f}" for name, cycles in kinds.items())
+    left_out = [f"{found['kernels']:,} runs of Pallas kernels", "collectives", "overlap"]
+    if found["unknown"]:
+        left_out.insert(1, f"{found['unknown']:,} of fusions")
+    lines = [
+        f"its estimate of a step: {total:,.1f} million cycles ({parts})",
+        f"  without {', '.join(left_out)}; nothing was run, compare it with other estimates only",
+    ]
+    if found["loops"]:
+        lines.append(f"  {found['loops']} loops of unknown length count once: it is too low")
     return lines
 
 
