@@ -36,7 +36,7 @@ def _try(given: dict[str, object], mesh: Mesh, platform: str) -> None:
     """Compile next to nothing with `given`: the step itself would fail only after minutes."""
     scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     try:
-        jax.jit(jnp.negative, compiler_options=given).lower(scalar).compile()
+        jax.jit(jnp.square, compiler_options=given).lower(scalar).compile()
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(" :.")
         raise ConfigError(
