@@ -103,7 +103,7 @@ class TrainConfig:
     start_seconds: float = 300.0  # longest wait for all processes to come, and to compare notes
     heartbeat_seconds: int = 100  # a process silent for so long is taken for dead
     log_every: int = 10  # steps between console lines; metrics.jsonl has every step
-    # Of the training step, as "--name=value --name=value"; more in docs/plan.md.
+    # Of the training step's compiler, as "--name=value --name=value"; see docs/plan.md.
     compiler_options: str = ""
 
     def __post_init__(self):

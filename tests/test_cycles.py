@@ -2,13 +2,19 @@
 # Copyright 2026 The jtok_jax authors
 """Estimated cycles of a compiled text: every instruction counts as often as it runs."""
 
+import json
+
 import aot
 import jax
 import jax.numpy as jnp
 import pytest
+from test_configs import load
 
-from jtok_jax.planning import hlo
+from jtok_jax.planning import compiled, hlo
+from jtok_jax.planning.advice import changed
 from jtok_jax.planning.cycles import array_bytes, count
+from jtok_jax.planning.report import as_text, make_plan
+from jtok_jax.planning.topology import parse_topology
 
 # The loop of 3 layers holds a ring: its counter goes from 0 to 5 by twos, which is 3 turns.
 TEXT = """
@@ -120,3 +126,19 @@ def test_a_scan_compiled_for_a_tpu_counts_by_its_length():
         return count(text, num_layers=length).by_kind["layer matmuls"]
 
     assert cycles(6) == 2 * cycles(3) > 0
+
+
+def test_the_plan_tells_the_estimate_and_what_it_leaves_out(monkeypatch):
+    def plan(text):
+        config = load("quickstart")
+        config = changed(config, {"model.num_layers": 3})
+        made = compiled.Compiled(1 << 30, 2 << 30, text, config)
+        monkeypatch.setattr(compiled, "compile_step", lambda *_: made)
+        return make_plan(config, parse_topology("v5e:1x1"), compile_too=True)
+
+    found = plan(TEXT.replace('"7"', '"7000000"'))
+    assert json.loads(json.dumps(found))["compiler"]["cycles"]["by_kind"]["attention"] == 3000
+    text = as_text(found)
+    assert "7.0 million cycles (attention 0.0, layer matmuls 0.0, other matmuls 7.0)" in text
+    assert "left out: 3 runs of Pallas kernels, 10 of fusions without an estimate" in text
+    assert "cycles: the compiler for GPUs states none" in as_text(plan("ENTRY %a (b: s32[]) {\n}"))

@@ -177,27 +177,25 @@ def _compiler_lines(found: dict) -> list[str]:
         "collectives in its text: "
         + ", ".join(f"{count} {kind}" for kind, count in sorted(found["collectives"].items())),
     ]
-    lines += _cycle_lines(found["cycles"])
     if found["stand_in"]:
         lines.append("  both with model.attention=chunked: cuDNN cannot be compiled for without it")
-    return lines
+    return [*lines, *_cycle_lines(found["cycles"])]
 
 
 def _cycle_lines(found: dict | None) -> list[str]:
     if not found:
-        return ["cycles: this compiler states none; those for TPUs do"]
+        return ["cycles: the compiler for GPUs states none"]
     kinds = {name: cycles for name, cycles in found["by_kind"].items() if cycles}
     total = sum(kinds.values()) / 1e6
     parts = ", ".join(f"{name} {cycles / 1e6:,.1f}" for name, cycles in kinds.items())
-    left_out = [f"{found['kernels']:,} runs of Pallas kernels", "collectives", "overlap"]
-    if found["unknown"]:
-        left_out.insert(1, f"{found['unknown']:,} of fusions")
     lines = [
         f"its estimate of a step: {total:,.1f} million cycles ({parts})",
-        f"  without {', '.join(left_out)}; nothing was run, compare it with other estimates only",
+        f"  left out: {found['kernels']:,} runs of Pallas kernels, {found['unknown']:,} of fusions "
+        "without an estimate, waits for collectives",
+        "  nothing was run: it can be compared with another estimate, not with a clock",
     ]
     if found["loops"]:
-        lines.append(f"  {found['loops']} loops of unknown length count once: it is too low")
+        lines.append(f"  too low: {found['loops']} loops of unknown length count once")
     return lines
 
 
