@@ -2,12 +2,17 @@
 # Copyright 2026 The jtok_jax authors
 """Estimated cycles of a compiled text: every instruction counts as often as it runs."""
 
+import importlib.metadata
+import importlib.util
 import json
+import sys
+from unittest import mock
 
 import aot
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ROOT
 from test_configs import load
 
 from jtok_jax.planning import compiled, hlo
@@ -142,3 +147,20 @@ def test_the_plan_tells_the_estimate_and_what_it_leaves_out(monkeypatch):
     assert "7.0 million cycles (attention 0.0, layer matmuls 0.0, other matmuls 7.0)" in text
     assert "left out: 3 runs of Pallas kernels, 10 of fusions without an estimate" in text
     assert "cycles: the compiler for GPUs states none" in as_text(plan("ENTRY %a (b: s32[]) {\n}"))
+
+
+def test_the_comparison_with_maxtext_says_what_to_install(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "benchmarks" / "maxtext.py")
+    compare = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare", compare)  # which its dataclass looks up
+    spec.loader.exec_module(compare)
+    monkeypatch.setattr(compiled, "lacks", lambda platform: None)
+    monkeypatch.setattr(sys, "argv", ["maxtext.py"])
+    absent = mock.Mock(side_effect=importlib.metadata.PackageNotFoundError)
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert compare.main() == 2
+    assert capsys.readouterr().err.startswith("MaxText is not installed; pip install 'maxtext[tpu]")
+    found = {"peak": 3 << 29, "accessed": 2e9, "cycles": count(TEXT, num_layers=3)._asdict()}
+    assert compare.line(compare.ROWS["xla"], found) == (
+        "| ours, xla | 1.50 | 0 + 3 kernels | 0 | 0 | 0 | 2.0 |  |"
+    )
