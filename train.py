@@ -91,6 +91,8 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         # ---------------------------------------------------------------- model and optimizer
         optimizer = make_optimizer(config)
         train_step = jit_train_step(config, optimizer, mesh)
+        if config.train.compiler_options:
+            hosts.say(f"compiler options of the step: {config.train.compiler_options}")
         eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
         health_step = jax.jit(make_health_step(config, mesh), out_shardings=replicated(mesh))
         validate = functools.partial(

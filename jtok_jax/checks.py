@@ -22,3 +22,24 @@ def check_betas(config: object, prefix: str) -> None:
         value = getattr(config, name)
         if not 0 <= value < 1:
             raise ConfigError(f"{prefix}.{name} is {value}; expected at least 0 and less than 1.")
+
+
+def parse_options(text: str, name: str) -> dict[str, object]:
+    """Return the options of "--name=value --name=value", the way XLA_FLAGS are written.
+
+    "--" may be left out; true and false become bools; a value may hold commas.
+
+    Raises:
+        ConfigError: a part is no option, or a name comes twice.
+    """
+    options = {}
+    for part in text.split():
+        key, equals, value = part.removeprefix("--").partition("=")
+        if not (equals and key and value):
+            raise ConfigError(
+                f"{name} has {part!r}; expected options as '--name=value', with spaces between."
+            )
+        if key in options:
+            raise ConfigError(f"{name} has {key} twice; leave one.")
+        options[key] = {"true": True, "false": False}.get(value.lower(), value)
+    return options

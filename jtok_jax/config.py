@@ -11,7 +11,7 @@ import dataclasses
 
 import ml_collections
 
-from jtok_jax.checks import at_least, check_betas, one_of
+from jtok_jax.checks import at_least, check_betas, one_of, parse_options
 from jtok_jax.errors import ConfigError
 from jtok_jax.model_config import ModelConfig
 
@@ -103,6 +103,8 @@ class TrainConfig:
     start_seconds: float = 300.0  # longest wait for all processes to come, and to compare notes
     heartbeat_seconds: int = 100  # a process silent for so long is taken for dead
     log_every: int = 10  # steps between console lines; metrics.jsonl has every step
+    # Of the training step's compiler, as "--name=value --name=value"; see docs/plan.md.
+    compiler_options: str = ""
 
     def __post_init__(self):
         at_least(
@@ -118,6 +120,7 @@ class TrainConfig:
                 f"train.batch_size ({self.batch_size}) is not a multiple of "
                 f"train.grad_accumulation ({self.grad_accumulation})."
             )
+        parse_options(self.compiler_options, "train.compiler_options")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,8 @@ def test_base_config_is_the_default_config():
         ("train.grad_accumulation", 3, "not a multiple"),
         ("schedule.warmup_fraction", 1.5, "at most 1 is left"),
         ("train.seed", 1 << 32, "less than 2\\^32"),
+        ("train.compiler_options", "--xla_a=1 --xla_b", "has '--xla_b'; expected options as"),
+        ("train.compiler_options", "--xla_a=1 xla_a=2", "has xla_a twice"),
     ],
 )
 def test_wrong_values_are_refused_with_the_reason(key, value, message):
@@ -104,6 +106,7 @@ def test_what_an_earlier_version_saved_gets_later_fields_at_their_defaults():
         require_same_config(saved, changed(Config(), {"model.arms.names": "bigram"}), ROOT)
     memory_and_time = {"attention": "xla", "remat": "full", "loss_chunk": 64}
     others = {f"model.{name}": value for name, value in memory_and_time.items()}
+    others["train.compiler_options"] = "--xla_a=1"
     require_same_config(saved, changed(from_config_dict(found), others), ROOT)
     saved["model"]["gone"] = 1
     with pytest.raises(ConfigError, match=r"Unknown key 'model.gone'"):
@@ -169,6 +172,7 @@ ELSEWHERE = {
     "model.attention": "test_kinds_of_attention_are_obeyed_or_refused",
     "model.jtok.implementation": "test_mosaic_gpu_is_obeyed_or_refused",
     "train.seed": "test_seed_changes_values_and_batches",
+    "train.compiler_options": "test_compiler",
     "train.max_bad_steps": "test_train_loop",
     "train.log_every": "test_train_loop",
     "train.stall_seconds": "test_stall",

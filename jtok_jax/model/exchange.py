@@ -32,18 +32,6 @@ from jtok_jax.model_config import ModelConfig
 KEPT = "fetched rows"  # kept by remat "dots": to fetch again costs more than D entries a token
 
 
-def compiler_options(mesh: Mesh, platform: str) -> dict[str, object] | None:
-    """For a step on several devices; else an exchange waits for other collectives, or all for it.
-
-    LOG.md tells what was seen with and without them.
-    """
-    options = {
-        "tpu": {"xla_tpu_enable_async_all_to_all": True},
-        "gpu": {"xla_gpu_experimental_parallel_collective_overlap_limit": 4},
-    }
-    return options.get(platform) if mesh.size > 1 else None
-
-
 class Exchange(NamedTuple):
     """Tables of `model` on `mesh`, laid out as `layout` says."""
 

@@ -115,6 +115,14 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     if missing or topology.chip.kind.startswith("NVIDIA H200"):
         raise ConfigError(f"--compile: {missing or 'only H100s and TPUs can be compiled for'}.")
     config = stand_in(config, topology.chip.platform)
+    compiled = compile_for_topology(config, topology)
+    sizes = compiled.memory_analysis()
+    state, total = sizes.argument_size_in_bytes, sizes.peak_memory_in_bytes
+    return Compiled(state, total, compiled.as_text(), config)
+
+
+def compile_for_topology(config: Config, topology: Topology) -> jax.stages.Compiled:
+    """Return the step of train.py as JAX compiles it for `topology`; raises RefusedError."""
     shape = mesh_shape(config.mesh, topology.devices)
     name = "h100" if topology.chip.platform == "gpu" else topology.name
     devices = absent_devices(name, topology.devices, topology.hosts).reshape(shape)
@@ -126,12 +134,9 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
         step = jit_train_step(config, optimizer, mesh, platform=topology.chip.platform)
         lowered = step.lower(abstract_state(config, optimizer, mesh), batch, batch)
         try:
-            compiled = lowered.compile()
+            return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             raise RefusedError(_reason(str(error))) from error
-    sizes = compiled.memory_analysis()
-    state, total = sizes.argument_size_in_bytes, sizes.peak_memory_in_bytes
-    return Compiled(state, total, compiled.as_text(), config)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import abstract_mesh, check_batches, describe
 from jtok_jax.model.attention import fits_cudnn
 from jtok_jax.planning import advice, compiled, traffic
+from jtok_jax.planning.cycles import count
 from jtok_jax.planning.memory import Memory, memory
 from jtok_jax.planning.topology import GIB, Topology
 
@@ -108,6 +109,7 @@ def _compiled(config: Config, topology: Topology) -> dict:
         return {"refused": str(error), "total": None}
     mesh = abstract_mesh(config.mesh, topology.devices)
     predicted = memory(result.config, mesh)
+    estimated = count(result.text, num_layers=config.model.num_layers)
     return {
         "stand_in": result.config != config,
         "state": result.state,
@@ -115,6 +117,7 @@ def _compiled(config: Config, topology: Topology) -> dict:
         "predicted": predicted.total,
         "predicted_over_compiler": predicted.total / result.total,
         "collectives": result.collectives,
+        "cycles": estimated and estimated._asdict(),
     }
 
 
@@ -176,6 +179,23 @@ def _compiler_lines(found: dict) -> list[str]:
     ]
     if found["stand_in"]:
         lines.append("  both with model.attention=chunked: cuDNN cannot be compiled for without it")
+    return [*lines, *_cycle_lines(found["cycles"])]
+
+
+def _cycle_lines(found: dict | None) -> list[str]:
+    if not found:
+        return ["cycles: the compiler for GPUs states none"]
+    kinds = {name: cycles for name, cycles in found["by_kind"].items() if cycles}
+    total = sum(kinds.values()) / 1e6
+    parts = ", ".join(f"{name} {cycles / 1e6:,.1f}" for name, cycles in kinds.items())
+    lines = [
+        f"its estimate of a step: {total:,.1f} million cycles ({parts})",
+        f"  left out: {found['kernels']:,} runs of Pallas kernels, {found['unknown']:,} of fusions "
+        "without an estimate, waits for collectives",
+        "  nothing was run: it can be compared with another estimate, not with a clock",
+    ]
+    if found["loops"]:
+        lines.append(f"  too low: {found['loops']} loops of unknown length count once")
     return lines
 
 

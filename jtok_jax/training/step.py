@@ -16,12 +16,13 @@ from jtok_kernels.rounding import round_at_random, row_seeds
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import BATCH, num_shards, split_batch, table_layout
-from jtok_jax.model.exchange import Exchange, compiler_options
+from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind
 from jtok_jax.model.transformer import Across
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.training.compiler import compiler_options
 from jtok_jax.training.optimizer import Optimizer, schedule, split_tables
 from jtok_jax.training.state import TrainState, state_shardings
 
@@ -91,15 +92,19 @@ def make_train_step(
 def jit_train_step(
     config: Config, optimizer: Optimizer, mesh: Mesh, *, platform: str | None = None
 ) -> Callable:
-    """`make_train_step` as a run compiles it: the state is donated and stays where it lies.
+    """Return `make_train_step` as a run compiles it: the state is donated and stays where it lies.
 
-    platform: of the devices of `mesh`; None: that of this process.
+    Args:
+        platform: of the devices of `mesh`; None: that of this process.
+
+    Raises:
+        ConfigError: the compiler does not take train.compiler_options.
     """
     return jax.jit(
         make_train_step(config, optimizer, mesh),
         donate_argnums=0,
         out_shardings=(state_shardings(config, optimizer, mesh), None),
-        compiler_options=compiler_options(mesh, platform or jax.default_backend()),
+        compiler_options=compiler_options(config, mesh, platform or jax.default_backend()),
     )
 
 
