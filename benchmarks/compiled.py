@@ -9,14 +9,18 @@ Nothing is executed and no GPU is needed: pip install -e '.[aot]', ptxas on the 
   barriers    in the loop over tokens; of a forward kernel and an update, in the whole kernel
   in flight   loads of rows issued before the first wait for one of them, of all in that code
 
+With --steps instead: the launches of a training step, and how often a layer runs each kernel.
+
 A bulk copy counts as one load, a vector load of a row as one for each of its instructions.
 """
 
 import argparse
+import collections
 import contextlib
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -34,8 +38,12 @@ from jtok_kernels.mosaic_gpu_block import REGISTERS, THREADS, Tuning
 from jtok_kernels.mosaic_gpu_update import update_kernel
 from jtok_kernels.row_optimizers import Now, RowGrads
 
+from jtok_jax.config_dict import from_config_dict
 from jtok_jax.mesh import AUTO, AXES
-from jtok_jax.planning.compiled import absent_devices, lacks
+from jtok_jax.planning.advice import changed
+from jtok_jax.planning.compiled import absent_devices, compile_step, lacks
+from jtok_jax.planning.hlo import parse, runs
+from jtok_jax.planning.topology import parse_topology
 
 BEFORE = Tuning(False, False, False, auto_barriers=True, blocks=1056)
 TOKENS, ROWS, LAYERS, TABLES, TOP_K = 4096, 50304, 2, 5, 2
@@ -209,14 +217,56 @@ def measured(function, arguments) -> Kernel | None:
     )
 
 
+NO_LAUNCH = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "opt-barrier", "after-all", "partition-id", "replica-id",
+}  # fmt: skip
+
+
+def launches(text: str) -> tuple[int, list[int]]:
+    """(what a compiled step launches, how often it runs each of its table kernels)."""
+    total, calls = 0, collections.Counter()
+    for run in runs(parse(text)):
+        if run.instruction.opcode not in NO_LAUNCH and "-done" not in run.instruction.opcode:
+            total += run.times
+        if "mosaic_gpu" in run.instruction.attributes:
+            calls[run.instruction.name] += run.times
+    return total, sorted(calls.values())
+
+
+def print_steps(names: list[str]) -> None:
+    """One line a model and kind of tables, as soon as it is compiled."""
+    print("| step, 16 x 2,048 tokens | launches | over dense | runs of each table kernel | GiB |")
+    print("|---|---|---|---|---|")
+    for name in names:
+        given = from_config_dict(runpy.run_path(f"configs/{name}.py")["get_config"]())
+        dense = 0
+        for kind in ("none", "jtok", "jtok_m"):
+            config = changed(given, {
+                "model.jtok.kind": kind, "model.jtok.table_dtype": "bfloat16", "mesh.fsdp": 1,
+                "train.batch_size": 16, "train.seq_len": 2048, "train.max_unique_ids": 12000,
+                "train.grad_accumulation": 1, "optimizer.tables.kind": "rowwise_adagrad",
+            })  # fmt: skip
+            with silent():
+                compiled = compile_step(config, parse_topology("h100:1x1"))
+            total, calls = launches(compiled.text)
+            dense = dense or total
+            size = compiled.total / 2**30
+            line = f"| {name} {kind} | {total} | {total - dense} | {calls} | {size:.1f} |"
+            print(line, flush=True)
+
+
 def main() -> None:
     numbers = lambda text: [int(part) for part in text.split(",")]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=numbers, default=[768, 1024, 1536, 2048])
     parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--steps", help="files in configs/, such as dense_s,dense_l")
     arguments = parser.parse_args()
     if missing := lacks("gpu"):
         raise SystemExit(missing)
+    if arguments.steps:
+        return print_steps(arguments.steps.split(","))
     print(f"jax {jax.__version__}, bfloat16, E {TABLES}, K {TOP_K}, for an H100; before -> after\n")
     print(f"| {'kernel':15} | {'D':>4} | registers  | blocks   | barriers | loads in flight |")
     print("|---|---|---|---|---|---|")

@@ -10,6 +10,7 @@ from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import abstract_mesh, check_batches, describe
 from jtok_jax.model.attention import fits_cudnn
+from jtok_jax.model.splash import obstacle
 from jtok_jax.planning import advice, compiled, traffic
 from jtok_jax.planning.cycles import count
 from jtok_jax.planning.memory import Memory, memory
@@ -24,10 +25,13 @@ def resolved(config: Config, topology: Topology) -> Config:
     """`config` with the attention that "auto" comes to on the chips of `topology`."""
     if config.model.attention != "auto":
         return config
-    on_gpu = topology.chip.platform == "gpu"
-    cudnn = on_gpu and fits_cudnn(config.model.compute_dtype, config.model.head_size)
-    model = dataclasses.replace(config.model, attention="cudnn" if cudnn else "xla")
-    return dataclasses.replace(config, model=model)
+    model, length = config.model, config.train.seq_len
+    if topology.chip.platform == "gpu":
+        fits = fits_cudnn(model.compute_dtype, model.head_size)
+    else:
+        fits = obstacle(model.compute_dtype, model.head_size, length) is None
+    kind = {"gpu": "cudnn", "tpu": "splash"}[topology.chip.platform] if fits else "xla"
+    return dataclasses.replace(config, model=dataclasses.replace(model, attention=kind))
 
 
 def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) -> dict:
