@@ -27,7 +27,7 @@ def record(**figure) -> None:
     """Append a figure to the file that FIGURES names, on disk when this returns."""
     if path := os.environ.get("FIGURES"):
         with open(path, "a") as file:
-            file.write(json.dumps(figure) + "\n")
+            file.write(json.dumps({"step": os.environ.get("STEP", "")} | figure) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -2,8 +2,8 @@
 # Copyright 2026 The jtok_jax authors
 """Variants of the GPU kernels against what ships, in one process: python benchmarks/variants.py
 
-`shipped` is `Tuning()` with pieces as the plan has them. Each other arm changes one thing. Arms take
-turns; a ratio is the median over rounds of the time over `shipped` within a round.
+`shipped` is `Tuning()` with pieces as the plan has them. Each other arm changes one thing. Arms
+take turns; a ratio is the median over rounds of the time over `shipped` within a round.
 """
 
 import argparse
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from cases import KINDS, Case, Shape, make_cases
 from jtok_kernels.mosaic_gpu import MosaicGpu, Tuning
-from kernels import backward_of, forward_of
 from timing import device_line, on_gpu, percentiles, record, say, time_cases
+
+from kernels import backward_of, forward_of
 
 FORWARD = {"bulk_forward": False, "auto_barriers": True}
 BACKWARD = {"delta_first": False, "shared_rows": False, "auto_barriers": True}
@@ -98,7 +99,9 @@ def main() -> None:
         )
     say("command ", shlex.join(["python", *sys.argv]))
     say("device  ", device_line())
-    say(f"\n{'':16}{'D':>6}{'T':>8} {'arm':20}{'us':>11}   time over shipped (10th-90th percentile)")
+    say(
+        f"\n{'':16}{'D':>6}{'T':>8} {'arm':20}{'us':>11}   time over shipped (10th-90th percentile)"
+    )
     for dim in options.dims:
         for kind in KINDS:
             report(kind, Shape(options.tokens, dim, options.rows), options)
