@@ -144,3 +144,21 @@ def floor_bytes(case: Case, direction: str) -> int:
         return 3 * stream + count * row
     streams = 3 if case.choice is None else 1
     return streams * stream + count * (row + 4 * dim)
+
+
+def forward_of(functions, case: Case) -> jax.Array:
+    """Call the forward pass of one implementation."""
+    if case.choice is None:
+        arguments = case.h, case.delta, case.table, (), case.ids
+        return functions.jtok_forward(*arguments, case.scale, FORMS["jtok"])
+    arguments = case.h, case.delta, case.table, (), case.ids, case.choice, case.weights
+    return functions.jtok_m_forward(*arguments, case.scale, FORMS["jtok_m"])
+
+
+def backward_of(functions, case: Case):
+    """Call the backward pass: (gradient of delta or of weights, of rows, of scale)."""
+    if case.choice is None:
+        arguments = case.g, case.delta, case.table, (), case.ids, case.scale, case.plan
+        return functions.jtok_backward(*arguments, FORMS["jtok"])
+    arguments = case.g, case.table, (), case.ids, case.choice, case.weights, case.scale, case.plan
+    return functions.jtok_m_backward(*arguments, FORMS["jtok_m"])

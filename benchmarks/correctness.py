@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from baselines import BACKWARD
-from cases import FORMS, KINDS, Case, Shape, make_cases
+from cases import FORMS, KINDS, Case, Shape, backward_of, forward_of, make_cases
 from jtok_kernels import choose, lazy_adam, update_rows
 from jtok_kernels.choose import backend
 from timing import device_line, record, say
-
-from kernels import backward_of, forward_of
 
 # bfloat16 keeps 8 bits: rounding once errs by 2^-9 at most, by 0.0017 on average of random values.
 LIMITS = {"bfloat16": 3e-3, "float32": 2e-5}

@@ -85,6 +85,13 @@ class Log:
     def __init__(self, path: pathlib.Path):
         self.file = path.open("a")
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(OSError):  # said before, where the disk is full
+            self.file.close()
+
     def write(self, line: str) -> None:
         print(line, flush=True)
         self.file.write(line + "\n")
@@ -128,6 +135,7 @@ def execute(step: Step, words: list[str], log: Log, env: dict, limit: float) -> 
         timer.cancel()
         _kill(process)
         process.wait()
+        process.stdout.close()
         log.write(f"step {step.name}: {how} after {time.monotonic() - start:.0f} s")
     return how == GOOD
 
@@ -140,34 +148,44 @@ def _kill(process) -> None:
 def run_group(group: str, out: pathlib.Path, env: dict, found: card.Card, head, rehearse) -> int:
     """Run the steps of one group that have not succeeded; return how many have not then."""
     deadline = time.monotonic() + GROUP_SECONDS
-    before, missing = ended(out, group), 0
-    log = Log(out / f"{group}.txt")
-    for line in head:
-        log.write(line)
-    for step in (step for step in STEPS if step.group == group):
-        left = deadline - time.monotonic()
-        how = before.get(step.name, ("", 0))[0]
-        if how == GOOD:
-            print(f"step {step.name}: done before", flush=True)
-            continue
-        if rehearse and step.name in REHEARSED:
-            continue
-        missing += 1
-        if found.free_gib < step.needs:
-            log.write(f"step {step.name}: skipped, it needs {step.needs} GiB of the card and has "
-                      f"{found.free_gib:.0f}, after 0 s")  # fmt: skip
-            continue
-        if left < (0 if rehearse else step.estimate):
-            log.write(f"step {step.name}: skipped, it takes about {step.estimate} s and the group "
-                      f"has {max(left, 0):.0f} left; start again for it, after 0 s")  # fmt: skip
-            continue
-        words = shlex.split(f"{step.command} {step.rehearsal if rehearse else ''}")
-        more = {"FIGURES": str(out / "figures.jsonl"), "STEP": step.name}
-        more["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(step.memory)
-        limit = GROUP_SECONDS if rehearse else min(step.limit, left)
-        missing -= execute(step, words, log, env | more, limit)
-        write_summary(out, head)
-    return missing
+    before = ended(out, group)
+    for name, (how, seconds) in before.items():
+        print(f"step {name} before: {how} after {seconds} s", flush=True)
+    missing = [
+        step
+        for step in STEPS
+        if step.group == group and not (rehearse and step.name in REHEARSED)
+        and before.get(step.name, ("", 0))[0] != GOOD
+    ]  # fmt: skip
+    failed = 0
+    with Log(out / f"{group}.txt") as log:
+        for line in head if missing else ():
+            log.write(line)
+        for step in missing:
+            left = GROUP_SECONDS if rehearse else deadline - time.monotonic()
+            if reason := obstacle(step, found, left):
+                log.write(f"step {step.name}: skipped, {reason}, after 0 s")
+                failed += 1
+                continue
+            words = shlex.split(f"{step.command} {step.rehearsal if rehearse else ''}")
+            more = {"FIGURES": str(out / "figures.jsonl"), "STEP": step.name}
+            more["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(step.memory)
+            limit = left if rehearse else min(step.limit, left)
+            try:
+                failed += not execute(step, words, log, env | more, limit)
+            finally:
+                write_summary(out, head)
+    return failed
+
+
+def obstacle(step: Step, found: card.Card, left: float) -> str | None:
+    """Return why a step cannot start, or None."""
+    if found.free_gib < step.needs:
+        return f"it needs {step.needs} GiB of the card and has {found.free_gib:.0f}"
+    if left < step.estimate:
+        return (f"it takes about {step.estimate} s and the group has {max(left, 0):.0f} left; "
+                "start again for it")  # fmt: skip
+    return None
 
 
 def write_summary(out: pathlib.Path, head: list[str]) -> None:

@@ -25,7 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from baselines import BACKWARD, plain_forward
-from cases import FORMS, KINDS, Case, Shape, floor_bytes, make_cases, unique_rows
+from cases import (
+    KINDS,
+    Case,
+    Shape,
+    backward_of,
+    floor_bytes,
+    forward_of,
+    make_cases,
+    unique_rows,
+)
 from jtok_kernels import choose, lazy_adam, pack_rows, row_plan, rowwise_adagrad, update_rows
 from jtok_kernels.choose import backend
 from timing import (
@@ -46,24 +55,6 @@ OPTIMIZERS = {
     "rowwise_adagrad": lambda: rowwise_adagrad(eps=1e-8, weight_decay=0.0),
 }
 STATE_BYTES = {"lazy_adam": 16, "rowwise_adagrad": 0}  # read and written, an entry of a row
-
-
-def forward_of(functions, case: Case) -> jax.Array:
-    """Call the forward pass of one implementation."""
-    if case.choice is None:
-        arguments = case.h, case.delta, case.table, (), case.ids
-        return functions.jtok_forward(*arguments, case.scale, FORMS["jtok"])
-    arguments = case.h, case.delta, case.table, (), case.ids, case.choice, case.weights
-    return functions.jtok_m_forward(*arguments, case.scale, FORMS["jtok_m"])
-
-
-def backward_of(functions, case: Case):
-    """Call the backward pass: (gradient of delta or of weights, of rows, of scale)."""
-    if case.choice is None:
-        arguments = case.g, case.delta, case.table, (), case.ids, case.scale, case.plan
-        return functions.jtok_backward(*arguments, FORMS["jtok"])
-    arguments = case.g, case.table, (), case.ids, case.choice, case.weights, case.scale, case.plan
-    return functions.jtok_m_backward(*arguments, FORMS["jtok_m"])
 
 
 def arms(direction: str, implementations: list[str]) -> dict:

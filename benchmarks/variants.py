@@ -14,11 +14,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import KINDS, Case, Shape, make_cases
+from cases import KINDS, Case, Shape, backward_of, forward_of, make_cases
 from jtok_kernels.mosaic_gpu import MosaicGpu, Tuning
 from timing import device_line, on_gpu, percentiles, record, say, time_cases
-
-from kernels import backward_of, forward_of
 
 FORWARD = {"bulk_forward": False, "auto_barriers": True}
 BACKWARD = {"delta_first": False, "shared_rows": False, "auto_barriers": True}
