@@ -40,7 +40,10 @@ for text in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"
 for name in ("jtok_jax.training.step", "jtok_jax.data.loader", "jtok_kernels"):
     importlib.import_module(name)
 names = ("jax", "jaxlib", "flax", "optax", "numpy")
-print(jax.default_backend())
+try:
+    print(jax.default_backend())
+except RuntimeError:  # the platform asked for is not there
+    print("cpu")
 print(", ".join(f"{name} {metadata.version(name)}" for name in names))
 """
 
@@ -165,8 +168,8 @@ def check_packages(env: dict[str, str], rehearse: bool) -> str:
         fail("importing JAX took more than 120 s. Look at the card with nvidia-smi.")
     if found.returncode:
         reason = (found.stderr.strip().splitlines() or ["?"])[-1]
-        fail(f"a package is missing or wrong: {reason}. Add it to benchmarks/wheels.txt, then "
-             f"{FETCH}")  # fmt: skip
+        fail(f"a package is missing or wrong: {reason}. Pass --wheels=FOLDER; what "
+             f"{WHEELS.name} lacks, add there and fetch: {FETCH}")  # fmt: skip
     platform, versions = found.stdout.strip().splitlines()[-2:]
     if platform != ("cpu" if rehearse else "gpu"):
         fail(f"JAX runs on the {platform} here. Install jax[cuda13]=={JAX}.")

@@ -15,8 +15,8 @@ from jtok_kernels.form import Form
 
 KINDS = ("jtok", "jtok_m")
 FORMS = {"jtok": Form(None, "l2", 1e-6), "jtok_m": Form(0.2, "l2", 1e-6)}
-ROTATE = 256 << 20  # bytes of streams in all sets of a GPU: several times its L2 cache
-MOST_CASES = 12
+ROTATE = 160 << 20  # bytes of streams in all sets of a GPU: more than twice its L2 cache
+MOST_CASES = 8
 
 
 class Shape(NamedTuple):

@@ -143,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=numbers, default=[768, 1536, 2048])
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=8192, help="V")
+    parser.add_argument("--rows", type=int, default=4096, help="V")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--implementation", help="default: what this device takes")
     options = parser.parse_args()

@@ -17,6 +17,7 @@ import numpy as np
 
 SECONDS = 0.02  # about what one sample takes
 MOST_TURNS = 50
+_KEPT = {}  # programs of `compiled` by label, name and shapes
 
 
 def on_gpu() -> bool:
@@ -38,6 +39,7 @@ def say(*words) -> None:
 
 def in_turn(function, cases):
     """Return (program(turns, cases), cases); one turn calls `function` on every case."""
+    function = jax.jit(function)  # traced and lowered once for all cases
 
     def program(turns, cases):
         def turn(_, total):
@@ -56,21 +58,32 @@ def _first_entries(tree) -> jax.Array:
     return sum(leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(tree))
 
 
-def compiled(programs: dict) -> dict:
+def compiled(programs: dict, label: str = "") -> dict:
     """Compile {name: (program, cases)}; return {name: function of the number of turns}.
 
     An arm that does not lower or compile is named and left out.
+
+    Args:
+        label: programs of one label and name are the same, so that cases of other values but equal
+            shapes are not compiled again. "": nothing is kept.
     """
     lowered, functions = {}, {}
+    key = lambda name: (label, name, str(jax.tree.map(jax.typeof, programs[name][1])))
     for name, (program, cases) in programs.items():
-        with _named(name):
-            lowered[name] = jax.jit(program).lower(jnp.int32(1), cases)
+        if not label or key(name) not in _KEPT:
+            with _named(name):
+                lowered[name] = jax.jit(program).lower(jnp.int32(1), cases)
+        else:
+            functions[name] = _caller(_KEPT[key(name)], cases)
     with concurrent.futures.ThreadPoolExecutor(8 if on_gpu() else 1) as pool:
         waiting = {name: pool.submit(one.compile) for name, one in lowered.items()}
         for name, future in waiting.items():
             with _named(name):
-                functions[name] = _caller(future.result(), programs[name][1])
-    return functions
+                executable = future.result()
+                functions[name] = _caller(executable, programs[name][1])
+                if label:
+                    _KEPT[key(name)] = executable
+    return {name: functions[name] for name in programs if name in functions}
 
 
 def _caller(executable, cases):
