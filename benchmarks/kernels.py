@@ -39,11 +39,13 @@ from cases import (
 from jtok_kernels import choose, lazy_adam, pack_rows, row_plan, rowwise_adagrad, update_rows
 from jtok_kernels.choose import backend
 from timing import (
+    calls_in_turn,
     compiled,
     copy_bandwidth,
     device_line,
     in_turn,
     on_gpu,
+    overhead,
     paired,
     percentiles,
     record,
@@ -89,7 +91,9 @@ def report(kind: str, shape: Shape, ids_kind: str, options, bandwidth: float) ->
             name: in_turn(function, [as_stored(name, case) for case in cases])
             for name, function in arms(direction, options.implementations).items()
         }
-        seconds = paired(compiled(programs, f"{kind} {direction}"), len(cases), options.rounds)
+        seconds = paired(
+            compiled(programs, f"{kind} {direction}"), calls_in_turn(cases), options.rounds
+        )
         least = np.mean([floor_bytes(case, direction) for case in cases])
         ours = [name for name in seconds if name.startswith("mosaic")]
         others = [name for name in seconds if name not in ours]
@@ -200,6 +204,7 @@ def main() -> None:
     say("chosen  ", *chosen)
     bandwidth = copy_bandwidth()
     say(f"copy     {bandwidth / 1e9:.1f} GB/s, read and written")
+    say(f"nothing  {1e6 * overhead():.1f} us, added to every call by the measurement")
     say(f"\n{'':16}{'D':>6}{'T':>8}{'rows':>8} {'ids':9}{'arm':11}{'us':>11}{'GB/s':>9}"
         f"{'of copy':>9}   time over the best of XLA (10th-90th percentile)")  # fmt: skip
     for dim in options.dims:

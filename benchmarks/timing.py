@@ -17,6 +17,7 @@ import numpy as np
 
 SECONDS = 0.02  # about what one sample takes
 MOST_TURNS = 50
+CALLS = 16  # at least so many in a turn on a GPU
 _KEPT = {}  # programs of `compiled` by label, name and shapes
 
 
@@ -38,12 +39,15 @@ def say(*words) -> None:
 
 
 def in_turn(function, cases):
-    """Return (program(turns, cases), cases); one turn calls `function` on every case."""
+    """Return (program(turns, cases), cases); one turn calls `function` on every case.
+
+    On a GPU a turn goes over the cases until it has `CALLS` calls: the host waits between turns.
+    """
     function = jax.jit(function)  # traced and lowered once for all cases
 
     def program(turns, cases):
         def turn(_, total):
-            for case in cases:
+            for case in cases * (calls_in_turn(cases) // len(cases)):
                 case, total = jax.lax.optimization_barrier((case, total))
                 total += _first_entries(jax.lax.optimization_barrier(function(case)))
             return total
@@ -51,6 +55,17 @@ def in_turn(function, cases):
         return jax.lax.fori_loop(0, turns, turn, jnp.float32(0))
 
     return program, tuple(cases)
+
+
+def calls_in_turn(cases) -> int:
+    """Return the calls of a turn, a multiple of the number of cases."""
+    return len(cases) * (-(-CALLS // len(cases)) if on_gpu() else 1)
+
+
+def overhead(rounds: int = 7) -> float:
+    """Return the seconds that `in_turn` itself adds to a call; times include it."""
+    cases = [jnp.ones(8)] * 2
+    return float(np.median(time_cases({"nothing": lambda x: x[:1]}, cases, rounds)["nothing"]))
 
 
 def _first_entries(tree) -> jax.Array:
@@ -138,7 +153,7 @@ def _seconds(function, turns: int) -> float:
 def time_cases(functions: dict, cases, rounds: int) -> dict[str, np.ndarray]:
     """Return seconds a call by name and round, of functions of one case."""
     programs = {name: in_turn(function, cases) for name, function in functions.items()}
-    return paired(compiled(programs), len(cases), rounds)
+    return paired(compiled(programs), calls_in_turn(cases), rounds)
 
 
 def percentiles(ratios: np.ndarray) -> str:
