@@ -216,6 +216,25 @@ def test_a_program_does_every_call_of_a_turn():
     assert float(program(2, given)) == 2 * sum(7 * i + 2 * i for i in range(3))
 
 
+def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    timing, train_step = (importlib.import_module(name) for name in ("timing", "train_step"))
+    monkeypatch.setenv("FIGURES", str(tmp_path / "figures"))
+
+    def too_large(case):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 8 GiB\nand more")
+
+    functions = {"good": lambda case: case + 1.0, "bad": too_large}
+    found = timing.time_cases(functions, [jnp.ones(3), jnp.zeros(3)], rounds=2)
+    assert list(found) == ["good"]
+    assert np.all(found["good"] > 0)
+    assert train_step.built_or_named("arm", lambda: too_large(None)) is None
+    said = "failed and is left out: {}RESOURCE_EXHAUSTED: 8 GiB\n"
+    out = capsys.readouterr().out
+    assert "bad " + said.format("JaxRuntimeError: ") in out
+    assert "arm " + said.format("") in out
+    assert (tmp_path / "figures").read_text().count('"reason": "RESOURCE_EXHAUSTED') == 2
+
+
 def test_pieces_in_another_order_change_no_gradient():
     cases, variants = importlib.import_module("cases"), importlib.import_module("variants")
     shape = cases.Shape(tokens=150, dim=8, rows=11, dtype="float32")
