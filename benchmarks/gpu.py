@@ -51,7 +51,7 @@ TINY = "--dims=128 --tokens=8 --rows=13"
 SIMULATED = "--implementation=mosaic_gpu:interpret"
 BATCH = "--table_dtype=bfloat16 --batch=16 --seq_len=2048 --max_unique_ids=12000"
 SMALL = "--config= --batch=2 --seq_len=32 --rounds=2 --max_unique_ids=0 --kinds=dense,jtok,jtok_m"
-PYTEST = "-m pytest -q -p no:cacheprovider -p xdist.plugin"
+PYTEST = "-m pytest -p no:cacheprovider -p xdist.plugin"
 DIMS = (768, 1024, 1536, 2048)
 # Real shapes first: if a group runs out of time, the least is lost.
 STEPS = (

@@ -33,7 +33,16 @@ def markdown(path: pathlib.Path, head: list[str], commands: dict, state: dict) -
     """
     figures = read(path)
     of = lambda table: [figure for figure in figures if figure.get("table") == table]
-    lines = ["# Results", "", *(f"- {line}" for line in head), "", "## Goals", ""]
+    lines = [
+        "# Results",
+        "",
+        *(f"- {line}" for line in head),
+        "",
+        "This is the last call; each log has the heads of its own calls.",
+        "",
+        "## Goals",
+        "",
+    ]
     lines += ["| what | measured | goal |", "|---|---|---|"]
     lines += [f"| {x['name']} | {x['value']:.0f} | |" for x in of("ceilings")]
     if checks := of("correctness"):

@@ -17,6 +17,7 @@ import numpy as np
 
 SECONDS = 0.02  # about what one sample takes
 MOST_TURNS = 50
+FIRST_JAX = (0, 11)  # older ones drop barriers before they fuse
 CALLS = 16  # at least so many in a turn on a GPU
 _KEPT = {}  # programs of `compiled` by label, name and shapes
 
@@ -170,6 +171,12 @@ def copy_bandwidth(size: int | None = None, rounds: int = 7) -> float:
 
     size: default 8 GB on a GPU, 64 MB elsewhere.
     """
+    if jax.version.__version_info__ < FIRST_JAX:
+        wanted = ".".join(map(str, FIRST_JAX))
+        raise SystemExit(
+            f"These times need JAX {wanted} or newer; this is {jax.__version__}, which computes "
+            "only the entries that a program uses."
+        )
     size = size or (8 * 10**9 if on_gpu() else 64 * 10**6)
     # The simplest copy that XLA does not hand to another engine: one addition an entry.
     words = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)

@@ -18,9 +18,8 @@ import kernel_oracle
 import numpy as np
 import pytest
 from conftest import ROOT
-from pythons import oldest
+from pythons import newest, oldest
 
-pytestmark = oldest
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
 SMI = "NVIDIA H200, 9.0, 580.159.04, 143771, 10, 345, 1980, 3201, 700.00"
@@ -55,6 +54,7 @@ def is_gone(pid: str) -> bool:
     return not state.exists() or state.read_text().split()[2] == "Z"
 
 
+@oldest
 def test_steps_end_in_a_table_whatever_becomes_of_them_and_go_on(gpu, tmp_path, monkeypatch):
     steps = [
         step(gpu, "slow", PARENT, limit=2),
@@ -86,6 +86,7 @@ def test_steps_end_in_a_table_whatever_becomes_of_them_and_go_on(gpu, tmp_path, 
     assert (tmp_path / "steps.txt").read_text().count("step right starts") == 1
 
 
+@oldest
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_steps_end_with_the_command_and_start_again(gpu, tmp_path, monkeypatch, how):
     steps = [step(gpu, "first", ""), step(gpu, "second", PARENT)]
@@ -114,6 +115,7 @@ def test_steps_end_with_the_command_and_start_again(gpu, tmp_path, monkeypatch, 
     assert [log.count(f"step {name} starts") for name in ("first", "second")] == [1, 2]
 
 
+@oldest
 @pytest.mark.parametrize(
     ("smi", "message"),
     [
@@ -135,6 +137,7 @@ def test_a_card_that_does_not_fit_is_named_in_one_line(tmp_path, monkeypatch, sm
     assert not (tmp_path / "out").exists()
 
 
+@oldest
 def test_wheels_and_disks_that_do_not_fit_are_named(gpu, tmp_path, monkeypatch):
     card, flags = importlib.import_module("card"), [f"--out={tmp_path}", f"--wheels={tmp_path}"]
     (tmp_path / "array_record-0.1-py3-none-any.whl").touch()
@@ -152,6 +155,7 @@ def test_wheels_and_disks_that_do_not_fit_are_named(gpu, tmp_path, monkeypatch):
         run(gpu, monkeypatch, flags[0], "--only=testing")
 
 
+@oldest
 def test_limits_fit_a_group_and_files_exist(gpu):
     for group in gpu.GROUPS:
         steps = [one for one in gpu.STEPS if one.group == group]
@@ -164,6 +168,7 @@ def test_limits_fit_a_group_and_files_exist(gpu):
         assert all((ROOT / name).exists() for name in files), one.name
 
 
+@oldest
 @pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
 def test_baselines_and_float64_agree_with_the_oracle(kind):
     cases, check = importlib.import_module("cases"), importlib.import_module("correctness")
@@ -192,6 +197,7 @@ def test_baselines_and_float64_agree_with_the_oracle(kind):
             assert check.error(value + 0.01, wanted[name]) > 1e-5
 
 
+@oldest
 def test_floors_count_a_row_once():
     cases = importlib.import_module("cases")
     h = jnp.zeros((3, 8), jnp.bfloat16)
@@ -206,16 +212,19 @@ def test_floors_count_a_row_once():
     assert cases.floor_bytes(several, "backward") == 3 * 16 + 5 * (16 + 32)
 
 
-def test_a_program_does_every_call_of_a_turn():
+@newest
+def test_a_program_makes_every_array_of_every_call():
     timing = importlib.import_module("timing")
-    given = [(jnp.full((7, 7), float(i)), jnp.ones((7, 7))) for i in range(3)]
-    program, given = timing.in_turn(lambda case: (case[0] @ case[1], case[0] * 2), given)
-    text = jax.jit(program).lower(jnp.int32(2), given).compile().as_text()
-    assert len(re.findall(r" (?:dot|custom-call)\(", text)) == 3
-    # In a turn of the first case nothing is zero but the products; of the others the first entries.
-    assert float(program(2, given)) == 2 * sum(7 * i + 2 * i for i in range(3))
+    cases = [(jnp.full((3, 1009), float(i)), jnp.ones(1009)) for i in range(3)]
+    program, cases = timing.in_turn(lambda case: (case[0] * 2, case[1] + case[0][0]), cases)
+    text = jax.jit(program).lower(jnp.int32(2), cases).compile().as_text()
+    for size in (r"3,1009", r"1009"):  # made, not only passed on
+        made = re.findall(rf"= f32\[{size}\]\S* (?:fusion|call)\(", text)
+        assert len(made) >= 3, size
+    assert float(program(2, cases)) == 2 * sum(2 * i + 1 + i for i in range(3))
 
 
+@oldest
 def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     timing, train_step = (importlib.import_module(name) for name in ("timing", "train_step"))
     monkeypatch.setenv("FIGURES", str(tmp_path / "figures"))
@@ -235,6 +244,7 @@ def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, 
     assert (tmp_path / "figures").read_text().count('"reason": "RESOURCE_EXHAUSTED') == 2
 
 
+@oldest
 def test_pieces_in_another_order_change_no_gradient():
     cases, variants = importlib.import_module("cases"), importlib.import_module("variants")
     shape = cases.Shape(tokens=150, dim=8, rows=11, dtype="float32")
