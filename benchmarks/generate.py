@@ -17,6 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import record
 
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.inference.cache import decode, prefill
@@ -101,6 +102,8 @@ def main() -> None:
                     f"{phase:9}{batch:6} {name:8}{ms:10.3f}   {middle:5.3f} ({low:.3f}-{high:.3f})"
                 )
                 print(line, flush=True)
+                record(table="generate", phase=phase, batch=batch, arm=name, ms=float(ms),
+                       ratio=float(middle))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""All that only a GPU can show, as one command: python benchmarks/gpu.py --out=docs/results/h100
+"""All that only a GPU can show: python benchmarks/gpu.py --wheels=FOLDER --out=FOLDER
 
-Kernel tests compiled, then the benchmarks, each a process of its own with a time limit, in order of
-what one would least like to miss; half an hour on an H100 at most. OUT gets NAME.txt of each, whose
-last line tells how it ended, and README.md, a table of them. Started again it does what has not
-succeeded yet.
+Three groups, each at most nine minutes: kernels, steps, tests. Each step of a group is a process
+with a time limit. A group has one log in OUT, figures.jsonl has every figure, README.md the table.
+Each line is on disk when it is printed. Started again, it does what has not succeeded yet.
+docs/gpu.md has the steps with their estimates and what each message means.
 """
 
 import argparse
 import contextlib
+import datetime
+import errno
 import os
 import pathlib
 import re
@@ -17,127 +19,245 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENDED = re.compile(r"exit code (?P<code>-?\d+|stopped) after (?P<seconds>\d+) s on (?P<where>.*)")
+import card
+import summary
+from card import ROOT
+
+GROUPS = ("kernels", "steps", "tests")
+GROUP_SECONDS = 540
+ENDED = re.compile(r"step (?P<name>\S+): (?P<how>.+) after (?P<seconds>\d+) s")
+GOOD = "exit code 0"
 
 
-class Run(NamedTuple):
+class Step(NamedTuple):
     """A command after `python`, from the repository's folder."""
 
     name: str
+    group: str
     command: str
-    limit: int  # seconds
-    memory: float = 0.95  # fraction of the card that a process takes
+    rehearsal: str  # the arguments that differ on a CPU; they come last, so they win
+    estimate: int  # seconds on an H200; it starts if so much is left of its group
+    limit: int  # seconds; those of a group add up to less than GROUP_SECONDS
+    needs: int = 40  # GiB of the card
+    memory: float = 0.9  # fraction of the card that each of its processes may take
 
 
-BIG = "--table_dtype=bfloat16 --batch=16 --seq_len=2048 --max_unique_ids=12000"
-RUNS = (
-    Run("tests", "-m pytest -q -n 4 tests/test_modulate.py tests/test_row_optimizers.py", 400, 0.2),
-    Run("kernels", "benchmarks/kernels.py --ids=zipf --dims=1024,2048 --tokens=4096,65536", 400),
-    Run("step_small", "benchmarks/train_step.py --batch=64 --seq_len=1024", 150),
-    Run("step_s", f"benchmarks/train_step.py --config=configs/dense_s.py {BIG}", 200),
-    # At 1B one kind fills 80 GB: compiled, dense 53 GiB, JTok 73, JTok-M with rowwise_adagrad 77.
-    Run("step_l_dense", f"benchmarks/train_step.py --config=configs/dense_l.py {BIG} --kinds=dense",
-        150),
-    Run("step_l_jtok", f"benchmarks/train_step.py --config=configs/dense_l.py {BIG} --kinds=jtok",
-        150),
-    Run("generate", "benchmarks/generate.py --config=configs/dense_s.py --rounds=10", 200),
-    Run("big_table", "-m pytest -q tests/test_big_table.py", 150),
+TINY = "--dims=128 --tokens=8 --rows=13"
+SIMULATED = "--implementation=mosaic_gpu:interpret"
+BATCH = "--table_dtype=bfloat16 --batch=16 --seq_len=2048 --max_unique_ids=12000"
+SMALL = "--config= --batch=2 --seq_len=32 --rounds=2 --max_unique_ids=0 --kinds=dense,jtok,jtok_m"
+PYTEST = "-m pytest -p no:cacheprovider -p xdist.plugin"
+DIMS = (768, 1024, 1536, 2048)
+# Real shapes first: if a group runs out of time, the least is lost.
+STEPS = (
+    Step("ceilings", "kernels", "benchmarks/ceilings.py", "", 20, 40),
+    Step("correctness", "kernels", "benchmarks/correctness.py",
+         f"{TINY} {SIMULATED}", 50, 80),
+    *(Step(f"kernels_{dim}", "kernels", f"benchmarks/kernels.py --dims={dim}",
+           f"{TINY} --ids=zipf --rounds=1 --dtype=bfloat16 {SIMULATED}", 50, 60) for dim in DIMS),
+    *(Step(f"variants_{dim}", "kernels", f"benchmarks/variants.py --dims={dim}",
+           f"{TINY} --rounds=1 --interpret", 30, 44) for dim in DIMS),
+    Step("dense_l", "steps", f"benchmarks/train_step.py --config=configs/dense_l.py {BATCH} "
+         "--tables_optimizer=rowwise_adagrad --rounds=12", SMALL, 260, 350, needs=115, memory=0.95),
+    Step("dense_s", "steps", f"benchmarks/train_step.py --config=configs/dense_s.py {BATCH} "
+         "--rounds=30", SMALL, 120, 180),
+    Step("kernel_tests", "tests", f"{PYTEST} -n 8 tests/test_modulate.py "
+         "tests/test_row_optimizers.py", "-n 0 -k zero_rows", 180, 280, memory=0.1),
+    Step("big_table", "tests", f"{PYTEST} tests/test_big_table.py", "", 30, 60),
+    Step("generate", "tests", "benchmarks/generate.py --config=configs/dense_s.py --batches=1,16 "
+         "--rounds=10", "--config= --batches=1 --length=8 --rounds=2", 110, 180),
 )  # fmt: skip
+NOT_REHEARSED = {f"{name}_{dim}" for name in ("kernels", "variants") for dim in DIMS[1:]}
 
 
-def execute(run: Run, log: pathlib.Path, where: str) -> None:
-    """Output and errors go to `log`: first the command, last how it ended, as in `ENDED`.
+class Interrupted(Exception):
+    """A signal asked this process to end."""
 
-    A command over its limit is ended with all processes it has started.
+
+class Log:
+    """The log of a group; a line is on disk when `write` returns."""
+
+    def __init__(self, path: pathlib.Path):
+        self.file = path.open("a")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        with contextlib.suppress(OSError):  # said before, where the disk is full
+            self.file.close()
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+        self.file.write(line + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def ended(out: pathlib.Path, group: str) -> dict[str, tuple[str, int]]:
+    """Return {step: (how it ended last, seconds)}; "cut off" if it only started."""
+    path, found = out / f"{group}.txt", {}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        if line.startswith("step ") and line.endswith(" starts"):
+            found[line.split()[1]] = ("cut off", 0)
+        elif (match := ENDED.fullmatch(line)) is not None:
+            found[match["name"]] = (match["how"], int(match["seconds"]))
+    return found
+
+
+def execute(step: Step, words: list[str], log: Log, env: dict, limit: float) -> bool:
+    """Run one step, its output line by line into the log; return whether it succeeded.
+
+    All processes it has started end with it.
     """
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
-        "PYTHONUNBUFFERED": "1",
-        "JAX_PLATFORMS": "cuda,cpu",  # tests would take the CPU
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": str(run.memory),
-    }
-    start = time.perf_counter()
-    with log.open("w") as output:
-        print(f"$ python {run.command}", file=output, flush=True)
-        process = subprocess.Popen(
-            [sys.executable, *shlex.split(run.command)], cwd=ROOT, env=environment,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = process.wait(timeout=run.limit)
-        except subprocess.TimeoutExpired:
-            code = "stopped"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        seconds = time.perf_counter() - start
-        print(f"exit code {code} after {seconds:.0f} s on {where}", file=output)
+    start = time.monotonic()
+    log.write(f"step {step.name} starts")
+    log.write(f"$ python {shlex.join(words)}   (at most {limit:.0f} s)")
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, env=env, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    late = threading.Event()
+    timer = threading.Timer(limit, lambda: (late.set(), _kill(process)))
+    timer.start()
+    how = "ended by a signal"
+    try:
+        for line in process.stdout:
+            log.write(line.rstrip("\n"))
+        code = process.wait()
+        how = f"stopped at its limit of {limit:.0f} s" if late.is_set() else f"exit code {code}"
+    finally:
+        timer.cancel()
+        _kill(process)
+        process.wait()
+        process.stdout.close()
+        log.write(f"step {step.name}: {how} after {time.monotonic() - start:.0f} s")
+    return how == GOOD
 
 
-def ended(log: pathlib.Path) -> re.Match | None:
-    """How a run ended that was not cut off; None if it has not."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    return ENDED.fullmatch(lines[-1]) if lines else None
+def _kill(process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
-def summary(out: pathlib.Path) -> str:
-    """Markdown, a line a run."""
-    lines = ["| run | command | exit code | seconds | on |", "|---|---|---|---|---|"]
-    for run in RUNS:
-        if found := ended(out / f"{run.name}.txt"):
-            name = f"[{run.name}]({run.name}.txt)"
-            lines.append(
-                f"| {name} | `python {run.command}` | " + " | ".join(found.groups()) + " |"
-            )
-    return "\n".join(lines) + "\n"
+def run_group(group: str, out: pathlib.Path, env: dict, found: card.Card, head, rehearse) -> int:
+    """Run the steps of one group that have not succeeded; return how many have not then."""
+    deadline = time.monotonic() + GROUP_SECONDS
+    before = ended(out, group)
+    for name, (how, seconds) in before.items():
+        print(f"step {name} before: {how} after {seconds} s", flush=True)
+    missing = [
+        step
+        for step in STEPS
+        if step.group == group and not (rehearse and step.name in NOT_REHEARSED)
+        and before.get(step.name, ("", 0))[0] != GOOD
+    ]  # fmt: skip
+    failed = 0
+    with Log(out / f"{group}.txt") as log:
+        for line in head if missing else ():
+            log.write(line)
+        for step in missing:
+            left = GROUP_SECONDS if rehearse else deadline - time.monotonic()
+            if reason := obstacle(step, found, left):
+                log.write(f"step {step.name}: skipped, {reason}, after 0 s")
+                failed += 1
+                continue
+            words = shlex.split(f"{step.command} {step.rehearsal if rehearse else ''}")
+            more = {"FIGURES": str(out / "figures.jsonl"), "STEP": step.name}
+            more["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(step.memory)
+            limit = left if rehearse else min(step.limit, left)
+            try:
+                failed += not execute(step, words, log, env | more, limit)
+            finally:
+                write_summary(out, head)
+    return failed
 
 
-def place() -> str:
-    """Device, JAX and commit, found by other processes: this one must not hold the card."""
-    probe = "import jax as j; print(j.default_backend(), j.devices()[0].device_kind, j.__version__)"
-    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found, commit = (
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        for command in ([sys.executable, "-c", probe], words)
-    )
-    platform, *kind, version = found.split() or ("no devices", "")
-    if platform != "gpu":
-        raise SystemExit(
-            f"There is no GPU that JAX can use here (python -m jtok_jax.doctor): {platform}."
-        )
-    return f"{' '.join(kind)}, jax {version}, commit {commit or 'unknown'}"
+def obstacle(step: Step, found: card.Card, left: float) -> str | None:
+    """Return why a step cannot start, or None."""
+    if found.free_gib < step.needs:
+        return f"it needs {step.needs} GiB of the card and has {found.free_gib:.0f}"
+    if left < step.estimate:
+        return (f"it takes about {step.estimate} s and the group has {max(left, 0):.0f} left; "
+                "start again for it")  # fmt: skip
+    return None
+
+
+def write_summary(out: pathlib.Path, head: list[str]) -> None:
+    """Write README.md anew, whole or not at all."""
+    steps = {step.name: f"python {step.command}" for step in STEPS}
+    state = {}
+    for group in GROUPS:
+        state |= {name: (group, *how) for name, how in ended(out, group).items()}
+    part = out / ".README.md.part"
+    part.write_text(summary.markdown(out / "figures.jsonl", head, steps, state))
+    part.replace(out / "README.md")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--wheels", type=pathlib.Path, help="folder of wheels, made by --fetch")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the results")
+    parser.add_argument("--only", help=f"some of {','.join(GROUPS)}; default: all, in this order")
+    parser.add_argument("--fetch", action="store_true", help="download the wheels, nothing else")
+    parser.add_argument("--rehearse", action="store_true", help="the same on a CPU, tiny shapes")
+    options = parser.parse_args()
+    options.only = options.only.split(",") if options.only else list(GROUPS)
+    if unknown := set(options.only) - set(GROUPS):
+        parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    if not (options.wheels if options.fetch else options.out):
+        parser.error("pass --wheels=FOLDER with --fetch, --out=FOLDER else")
+    return options
 
 
 def main() -> int:
-    names = [run.name for run in RUNS]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the results")
-    parser.add_argument(
-        "--only", help=f"some of {','.join(names)}; default: what has not succeeded"
-    )
-    arguments = parser.parse_args()
-    out = arguments.out
-    chosen = arguments.only.split(",") if arguments.only else names
-    if unknown := set(chosen) - set(names):
-        parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    where = place()
+    options = parse()
+    if options.fetch:
+        card.fetch(options.wheels)
+        return 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        return run(options)
+    except Interrupted as error:
+        card.fail(f"{error}; finished steps stay. Start again with the same --out for the others.")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        card.fail(f"the disk of {options.out} is full. Make room and start again with the same "
+                  "--out; finished steps stay.")  # fmt: skip
+
+
+def _interrupt(number, frame):
+    raise Interrupted(f"ended by {signal.Signals(number).name}")
+
+
+def run(options) -> int:
+    """Check the machine, then run the groups; return how many steps have not succeeded."""
+    found = card.stand_in() if options.rehearse else card.find_card()
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for run in RUNS:
-        log = out / f"{run.name}.txt"
-        done = ended(log)
-        if run.name not in chosen or (done and done["code"] == "0" and not arguments.only):
-            continue
-        print(f"{run.name}, at most {run.limit} s", flush=True)
-        execute(run, log, where)
-        print("\n".join(log.read_text().splitlines()[-25:]), "\n", flush=True)
-        (out / "README.md").write_text(summary(out))
-    print(summary(out))
-    return sum(not (found := ended(out / f"{name}.txt")) or found["code"] != "0" for name in chosen)
+    card.check_disk(out)
+    with tempfile.TemporaryDirectory(prefix="jtok-gpu-") as site:
+        site = pathlib.Path(site)
+        if options.wheels:
+            card.install(options.wheels.resolve(), site)
+        env = card.environment(site, options.rehearse)
+        versions = card.check_packages(env, options.rehearse)
+        now = datetime.datetime.now(datetime.UTC)
+        head = [f"call     {now:%Y-%m-%d %H:%M} UTC", *found.lines]
+        head += [f"software {versions}", f"code     {card.sources()}"]
+        missing = 0
+        for group in options.only:
+            missing += run_group(group, out, env, found, head, options.rehearse)
+        write_summary(out, head)
+    print((out / "README.md").read_text(), flush=True)
+    return min(missing, 100)
 
 
 if __name__ == "__main__":

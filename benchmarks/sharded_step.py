@@ -15,7 +15,8 @@ from unittest import mock
 
 import jax
 import numpy as np
-from train_step import BATCHES, Arm, our_arm, percentiles, run_rounds
+from timing import percentiles
+from train_step import BATCHES, Arm, our_arm, run_rounds
 
 from jtok_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from jtok_jax.data.loader import make_batch, open_source

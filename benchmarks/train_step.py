@@ -8,10 +8,14 @@ at the shapes of configs/quickstart.py, on the one device there is.
 1. dense and plain start from the same parameters and must give the same loss for 3 steps
 2. every round runs one step of each arm, in an order that rotates
 3. a ratio is the median over rounds of the ratio within a round (10th to 90th percentile)
+
+Everything is printed when it is known. An arm that does not fit is named; the others go on.
 """
 
 import argparse
 import dataclasses
+import functools
+import pathlib
 import runpy
 import shlex
 import sys
@@ -23,6 +27,7 @@ import jaxlib
 import numpy as np
 import optax
 from plain_step import Plain, init_state, make_step
+from timing import device_line, percentiles, record, say
 
 from jtok_jax.config import (
     Config,
@@ -50,7 +55,9 @@ class Arm:
 
     def __init__(self, step, state, ids, targets):
         self.state, self.seconds = state, []
+        start = time.perf_counter()
         self.step = step.lower(state, ids, targets).compile()
+        self.compile_seconds = time.perf_counter() - start
         self.temp_mib = self.step.memory_analysis().temp_size_in_bytes / 2**20
 
     def run(self, ids, targets):
@@ -148,18 +155,20 @@ def check_equal(config: Config, mesh, batches) -> None:
         plain = plain_arm(config, dense.state.params, batches[0])
         ours = [float(dense.run(*batch).loss) for batch in batches]
         theirs = [float(plain.run(*batch)[0]) for batch in batches]
-    print("losses   dense", *[f"{loss:.6f}" for loss in ours])
-    print("         plain", *[f"{loss:.6f}" for loss in theirs], flush=True)
+    say("losses   dense", *[f"{loss:.6f}" for loss in ours])
+    say("         plain", *[f"{loss:.6f}" for loss in theirs])
     if not np.allclose(ours, theirs, rtol=0, atol=1e-4):
         raise SystemExit("dense and plain do not compute the same step")
 
 
 def run_rounds(arms: dict[str, Arm], batches, rounds: int) -> None:
-    """One step of every arm a round, after two that are not counted."""
-    for arm in arms.values():
-        for batch in batches[:2]:
-            arm.run(*batch)
-        arm.seconds.clear()
+    """One step of every arm a round, after two that are not counted; prints each round."""
+    for name in list(arms):
+        built = built_or_named(
+            f"{name}, first steps", lambda name=name: warm_up(arms[name], batches)
+        )
+        if built is None:
+            del arms[name]
     names = list(arms)
     for index in range(rounds):
         shift = index % len(names)
@@ -167,11 +176,55 @@ def run_rounds(arms: dict[str, Arm], batches, rounds: int) -> None:
         backwards = index // len(names) % 2  # so that an arm follows each of its neighbours
         for name in reversed(order) if backwards else order:
             arms[name].run(*batches[index % len(batches)])
+        taken = "  ".join(f"{name} {1e3 * arms[name].seconds[-1]:.1f}" for name in names)
+        say(f"round {index + 1:3}, ms   {taken}")
 
 
-def percentiles(ratios: np.ndarray) -> str:
-    low, middle, high = np.percentile(ratios, [10, 50, 90])
-    return f"{middle:5.3f} ({low:5.3f}-{high:5.3f})"
+def warm_up(arm: Arm, batches) -> Arm:
+    for batch in batches[:2]:
+        arm.run(*batch)
+    arm.seconds.clear()
+    return arm
+
+
+def built_or_named(name: str, build):
+    """`build()`; None where it fails, after saying so. Too little memory is the usual reason."""
+    try:
+        return build()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        say(f"{name} failed and is left out: {reason}")
+        record(failed=name, reason=reason)
+        return None
+
+
+def build_arms(configs: dict[str, Config], mesh, batch) -> dict[str, Arm]:
+    """Compile every arm and say what it takes."""
+    arms = {}
+    for name, config in configs.items():
+        arm = built_or_named(name, functools.partial(our_arm, config, mesh, batch))
+        if arm is not None:
+            arms[name] = arm
+            state = sum(x.nbytes for x in jax.tree.leaves(arm.state)) / 2**20
+            say(f"compiled {name:8}{arm.compile_seconds:6.1f} s, state {state:9.1f} MiB, "
+                f"temporaries {arm.temp_mib:9.1f} MiB")  # fmt: skip
+    return arms
+
+
+def report(arms: dict[str, Arm], arguments) -> None:
+    """Print and record the table of all rounds."""
+    say(f"\n{arguments.rounds} rounds; ratios: median (10th-90th percentile) of rounds")
+    say(f"{'arm':8}{'median ms':>10}  {'/ plain':21}{'/ dense':21}{'temp MiB':>8}")
+    seconds = {name: np.array(arm.seconds) for name, arm in arms.items()}
+    config = pathlib.Path(arguments.config or "quickstart").stem
+    for name, arm in arms.items():
+        to_plain = percentiles(seconds[name] / seconds.get("plain", np.nan))
+        ratios = seconds[name] / seconds.get("dense", np.nan)
+        milliseconds = 1e3 * float(np.median(seconds[name]))
+        say(f"{name:8}{milliseconds:10.1f}  {to_plain:21}{percentiles(ratios):21}"
+            f"{arm.temp_mib:8.1f}")  # fmt: skip
+        record(table="steps", config=config, arm=name, ms=milliseconds,
+               ratio=float(np.median(ratios)), mib=arm.temp_mib)  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -199,13 +252,12 @@ def main() -> None:
     dense = make_config(arguments, "none", dtype)
     model = dense.model
 
-    print("command ", shlex.join(["python", *sys.argv]))
-    print("device  ", jax.devices()[0].device_kind, f"({jax.default_backend()})")
-    print(f"versions jax {jax.__version__}, jaxlib {jaxlib.__version__}, "
-          f"flax {flax.__version__}, optax {optax.__version__}")  # fmt: skip
-    print(f"shapes   batch {arguments.batch} x {arguments.seq_len}, vocab {model.vocab_size}, "
-          f"dim {model.model_dim}, layers {model.num_layers}, heads {model.num_heads}, "
-          f"ffn {model.ffn_dim}, compute {dtype}", flush=True)  # fmt: skip
+    say("command ", shlex.join(["python", *sys.argv]))
+    say("device  ", device_line())
+    say(f"versions jaxlib {jaxlib.__version__}, flax {flax.__version__}, optax {optax.__version__}")
+    say(f"shapes   batch {arguments.batch} x {arguments.seq_len}, vocab {model.vocab_size}, "
+        f"dim {model.model_dim}, layers {model.num_layers}, heads {model.num_heads}, "
+        f"ffn {model.ffn_dim}, compute {dtype}")  # fmt: skip
 
     mesh = make_mesh(dense.mesh)
     source = open_source(dense)
@@ -219,20 +271,13 @@ def main() -> None:
     if with_plain:
         check_equal(dense, mesh, batches[:3])
 
-    arms = {name: our_arm(config, mesh, batches[0]) for name, config in configs.items()}
+    arms = build_arms(configs, mesh, batches[0])
     if with_plain:
         arms = {"plain": plain_arm(dense, arms["dense"].state.params, batches[0])} | arms
     run_rounds(arms, batches, arguments.rounds)
-
-    print(f"\n{arguments.rounds} rounds; ratios: median (10th-90th percentile) of rounds")
-    print(f"{'arm':8}{'median ms':>10}  {'/ plain':21}{'/ dense':21}{'temp MiB':>8}")
-    seconds = {name: np.array(arm.seconds) for name, arm in arms.items()}
-    for name, arm in arms.items():
-        to_plain = percentiles(seconds[name] / seconds.get("plain", np.nan))
-        to_dense = percentiles(seconds[name] / seconds.get("dense", np.nan))
-        milliseconds = 1e3 * np.median(seconds[name])
-        print(f"{name:8}{milliseconds:10.1f}  {to_plain:21}{to_dense:21}{arm.temp_mib:8.1f}")
-    print(f"target: dense / plain at most {TARGET:.2f}")
+    report(arms, arguments)
+    if with_plain:
+        say(f"target: dense / plain at most {TARGET:.2f}")
 
 
 if __name__ == "__main__":

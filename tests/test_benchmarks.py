@@ -1,86 +1,258 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""benchmarks/gpu.py with commands that need no GPU."""
+"""The benchmarks without a GPU: what gpu.py does with steps, signals and bad input; baselines."""
 
-import importlib.util
+import importlib
+import os
 import pathlib
+import re
 import shlex
+import signal
+import subprocess
 import sys
+import time
 
+import jax
+import jax.numpy as jnp
+import kernel_oracle
+import numpy as np
 import pytest
+from conftest import ROOT
+from pythons import newest, oldest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
+SMI = "NVIDIA H200, 9.0, 580.159.04, 143771, 10, 345, 1980, 3201, 700.00"
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """The module as loaded, on a machine that says it has a card."""
-    module = load()
-    monkeypatch.setattr(module, "place", lambda: "a card, jax 1.2.3, commit 0123abc")
+    """The module on a machine that says it has a card."""
+    module, card = importlib.import_module("gpu"), importlib.import_module("card")
+    monkeypatch.setattr(card, "find_card", lambda: card.Card("a card", 100.0, ("card  a card",)))
+    monkeypatch.setattr(card, "check_packages", lambda *_: "jax 1.2.3")
     return module
 
 
-def python(text: str) -> str:
-    return f"-c {shlex.quote(text)}"
+def step(gpu, name: str, code: str, group="kernels", **options):
+    given = {"estimate": 1, "limit": 60} | options
+    return gpu.Step(name, group, f"-c {shlex.quote(code)}", "", **given)
 
 
-def run(gpu, monkeypatch, out, *flags) -> int:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={out}", *flags])
+def run(gpu, monkeypatch, *flags) -> int:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
     return gpu.main()
 
 
-def test_runs_end_in_a_table_whatever_becomes_of_them_and_go_on(gpu, tmp_path, monkeypatch, capsys):
-    sleep = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
-    runs = [
-        gpu.Run("slow", python(child), 3),
-        gpu.Run("wrong", python("print('reason'); raise SystemExit(7)"), 60),
-        gpu.Run("right", python("import os; print(os.environ['JAX_PLATFORMS'])"), 60),
+def is_gone(pid: str) -> bool:
+    state = pathlib.Path("/proc", pid, "stat")
+    return not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@oldest
+def test_steps_end_in_a_table_whatever_becomes_of_them_and_go_on(gpu, tmp_path, monkeypatch):
+    steps = [
+        step(gpu, "slow", PARENT, limit=2),
+        step(gpu, "wrong", "print('reason'); raise SystemExit(7)"),
+        step(gpu, "large", "", needs=101),
+        step(gpu, "long", "", estimate=541),
+        step(gpu, "right", "import os; print(os.environ['JAX_PLATFORMS'])", "steps"),
     ]
-    monkeypatch.setattr(gpu, "RUNS", runs)
-    assert run(gpu, monkeypatch, tmp_path) == 2
-    lines = {run.name: (tmp_path / f"{run.name}.txt").read_text().splitlines() for run in runs}
-    state = pathlib.Path(
-        "/proc", lines["slow"][1], "stat"
-    )  # what the command had started ended, too
-    assert not state.exists() or state.read_text().split()[2] == "Z"
-    assert lines["slow"][-1].startswith("exit code stopped after 3 s on a card, jax 1.2.3")
-    assert [lines["wrong"][1], lines["wrong"][2][:12]] == ["reason", "exit code 7 "]
-    assert lines["right"][1] == "cuda,cpu"
-    table = (tmp_path / "README.md").read_text().splitlines()
-    assert [row.split("|")[3].strip() for row in table[2:]] == ["stopped", "7", "0"]
-    assert capsys.readouterr().out.count("at most") == 3
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    assert run(gpu, monkeypatch, f"--out={tmp_path}") == 4
+    log = (tmp_path / "kernels.txt").read_text()
+    assert is_gone(re.search(r"^(\d+)$", log, re.MULTILINE)[1])  # what the step had started
+    assert "step slow: stopped at its limit of 2 s after" in log
+    assert "reason\nstep wrong: exit code 7 after" in log
+    assert "step large: skipped, it needs 101 GiB of the card and has 100" in log
+    assert "step long: skipped, it takes about 541 s" in log
+    assert "cuda,cpu\nstep right: exit code 0" in (tmp_path / "steps.txt").read_text()
+    table = (tmp_path / "README.md").read_text()
+    row = re.compile(r"^\| \[(\w+)\]\(\w+.txt\) .*\| (\w+)[^|]*\| \d+ \|$", re.MULTILINE)
+    assert row.findall(table) == [
+        ("slow", "stopped"), ("wrong", "exit"), ("large", "skipped"), ("long", "skipped"),
+        ("right", "exit"),
+    ]  # fmt: skip
+    assert len(list(tmp_path.iterdir())) <= 8
 
-    runs[1] = gpu.Run("wrong", python("print('mended')"), 60)
-    assert run(gpu, monkeypatch, tmp_path, "--only=wrong") == 0
-    monkeypatch.setattr(gpu, "RUNS", runs[1:])
-    capsys.readouterr()
-    assert run(gpu, monkeypatch, tmp_path) == 0
-    assert "at most" not in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "STEPS", [step(gpu, "wrong", "print('mended')"), steps[-1]])
+    assert run(gpu, monkeypatch, f"--out={tmp_path}") == 0
+    assert (tmp_path / "kernels.txt").read_text().startswith(log)
+    assert (tmp_path / "steps.txt").read_text().count("step right starts") == 1
 
 
-def test_without_a_gpu_or_with_an_unknown_name_nothing_starts(tmp_path, monkeypatch, capsys):
-    module = load()
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    with pytest.raises(SystemExit, match=r"no GPU that JAX can use here .*: cpu"):
-        run(module, monkeypatch, tmp_path / "new")
+@oldest
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_steps_end_with_the_command_and_start_again(gpu, tmp_path, monkeypatch, how):
+    steps = [step(gpu, "first", ""), step(gpu, "second", PARENT)]
+    code = f"""if 1:
+        import sys, card, gpu
+        card.find_card, card.check_packages = card.stand_in, lambda *_: ""
+        gpu.STEPS = [gpu.Step(*x) for x in {[tuple(one) for one in steps]!r}]
+        sys.exit(gpu.main())"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    words = [sys.executable, "-c", code, f"--out={tmp_path}"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    pid = next(line.strip() for line in process.stdout if line.strip().isdigit())
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=30)
+    assert how == signal.SIGKILL or "ended by SIGTERM; finished steps stay" in errors
+    until = time.monotonic() + 20
+    while not is_gone(pid):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    second = gpu.ended(tmp_path, "kernels")["second"][0]
+    assert second == ("cut off" if how == signal.SIGKILL else "ended by a signal")
+    monkeypatch.setattr(gpu, "STEPS", [steps[0], step(gpu, "second", "")])
+    assert run(gpu, monkeypatch, f"--out={tmp_path}") == 0
+    log = (tmp_path / "kernels.txt").read_text()
+    assert [log.count(f"step {name} starts") for name in ("first", "second")] == [1, 2]
+
+
+@oldest
+@pytest.mark.parametrize(
+    ("smi", "message"),
+    [
+        ("exit 9", "no NVIDIA card: nvidia-smi does not answer. Use a machine"),
+        (f"echo '{SMI.replace('9.0,', '8.0,')}'", "compute capability 8.0, the kernels need 9.0"),
+        (f"echo '{SMI.replace('580', '550')}'", "driver is 550.159.04, CUDA 13 needs 580"),
+        (f"echo '{SMI.replace(' 10,', ' 120000,')}'", "23 GiB of the memory of NVIDIA H200 are"),
+    ],
+)
+def test_a_card_that_does_not_fit_is_named_in_one_line(tmp_path, monkeypatch, smi, message):
+    gpu = importlib.import_module("gpu")
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(f"#!/bin/sh\n{smi}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(SystemExit, match=message) as ended:
+        run(gpu, monkeypatch, f"--out={tmp_path / 'out'}")
+    assert "\n" not in str(ended.value)
+    assert not (tmp_path / "out").exists()
+
+
+@oldest
+def test_wheels_and_disks_that_do_not_fit_are_named(gpu, tmp_path, monkeypatch):
+    card, flags = importlib.import_module("card"), [f"--out={tmp_path}", f"--wheels={tmp_path}"]
+    (tmp_path / "array_record-0.1-py3-none-any.whl").touch()
+    with pytest.raises(SystemExit, match=r"no wheel of array_record 0\.8\.6 \(array_record-0\.1"):
+        run(gpu, monkeypatch, *flags)
+    monkeypatch.setattr(card, "DISK_MIB", 1 << 40)
+    with pytest.raises(SystemExit, match=r"MiB are free .* Make room; what is finished stays"):
+        run(gpu, monkeypatch, *flags)
+    monkeypatch.setattr(card, "DISK_MIB", 0)
+    monkeypatch.setattr(gpu, "STEPS", [step(gpu, "one", "")])
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(SystemExit, match=r"is full\. Make room and start again"):
+        run(gpu, monkeypatch, flags[0])
     with pytest.raises(SystemExit):
-        run(module, monkeypatch, tmp_path / "new", "--only=testing")
-    assert "no testing; there are tests, kernels" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+        run(gpu, monkeypatch, flags[0], "--only=testing")
 
 
-def test_every_file_that_a_run_names_exists_and_limits_fit_half_an_hour(gpu):
-    for one in gpu.RUNS:
+@oldest
+def test_limits_fit_a_group_and_files_exist(gpu):
+    for group in gpu.GROUPS:
+        steps = [one for one in gpu.STEPS if one.group == group]
+        assert all(one.estimate < one.limit for one in steps)
+        assert sum(one.limit for one in steps) < gpu.GROUP_SECONDS
+    for one in gpu.STEPS:
         words = [word.removeprefix("--config=") for word in one.command.split()]
         files = [word for word in words if word.endswith(".py")]
         assert files
         assert all((ROOT / name).exists() for name in files), one.name
-    assert sum(one.limit for one in gpu.RUNS) <= 1800
+
+
+@oldest
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+def test_baselines_and_float64_agree_with_the_oracle(kind):
+    cases, check = importlib.import_module("cases"), importlib.import_module("correctness")
+    baselines = importlib.import_module("baselines")
+    shape = cases.Shape(tokens=37, dim=24, rows=11, dtype="float32")
+    (case,) = cases.make_cases(kind, shape, "permuted", seed=3, count=1)
+    f64 = lambda x: np.asarray(x, np.float64)
+    tables = f64(case.table) if kind == "jtok_m" else f64(case.table)[None]
+    weights = f64(case.weights) if kind == "jtok_m" else np.zeros((37, 1))
+    x = kernel_oracle.Inputs(
+        f64(case.h), f64(case.delta), tables, np.asarray(case.ids), case.choice, weights,
+        f64(case.scale), f64(case.g),
+    )  # fmt: skip
+    form = {"norm": "l2", "eps": 1e-6}
+    form |= {"depth_scale": cases.FORMS["jtok_m"].depth_scale} if kind == "jtok_m" else {}
+    grads = getattr(kernel_oracle, f"{kind}_grads")(x, **form)
+    first = grads.delta if kind == "jtok" else grads.weights
+    rows = grads.tables[0] if kind == "jtok" else grads.tables
+    wanted = {"out": getattr(kernel_oracle, kind)(x, **form), "first": first, "rows": rows,
+              "scale": grads.scale}  # fmt: skip
+    for name, value in check.reference(case).items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-9, atol=1e-12, err_msg=name)
+    for arm, backward in baselines.BACKWARD.items():
+        for name, value in check.results(case, baselines.plain_forward, backward).items():
+            assert check.error(value, wanted[name]) < 1e-6, (arm, name)
+            assert check.error(value + 0.01, wanted[name]) > 1e-5
+
+
+@oldest
+def test_floors_count_a_row_once():
+    cases = importlib.import_module("cases")
+    h = jnp.zeros((3, 8), jnp.bfloat16)
+    case = cases.Case(h, h, h, jnp.zeros((5, 8), jnp.bfloat16), jnp.int32([4, 1, 4]),
+                      None, None, jnp.zeros(8), None)  # fmt: skip
+    assert cases.floor_bytes(case, "forward") == 3 * 3 * 16 + 2 * 16
+    assert cases.floor_bytes(case, "backward") == 3 * 3 * 16 + 2 * (16 + 32)
+    several = case._replace(
+        table=jnp.zeros((4, 5, 8), jnp.bfloat16), choice=jnp.int32([[0, 1], [0, 2], [1, 3]])
+    )
+    assert cases.unique_rows(several) == 5  # (1, 4) twice
+    assert cases.floor_bytes(several, "backward") == 3 * 16 + 5 * (16 + 32)
+
+
+@newest
+def test_a_program_makes_every_array_of_every_call():
+    timing = importlib.import_module("timing")
+    cases = [(jnp.full((3, 1009), float(i)), jnp.ones(1009)) for i in range(3)]
+    program, cases = timing.in_turn(lambda case: (case[0] * 2, case[1] + case[0][0]), cases)
+    text = jax.jit(program).lower(jnp.int32(2), cases).compile().as_text()
+    for size in (r"3,1009", r"1009"):  # made, not only passed on
+        made = re.findall(rf"= f32\[{size}\]\S* (?:fusion|call)\(", text)
+        assert len(made) >= 3, size
+    assert float(program(2, cases)) == 2 * sum(2 * i + 1 + i for i in range(3))
+
+
+@oldest
+def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    timing, train_step = (importlib.import_module(name) for name in ("timing", "train_step"))
+    monkeypatch.setenv("FIGURES", str(tmp_path / "figures"))
+
+    def too_large(case):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 8 GiB\nand more")
+
+    functions = {"good": lambda case: case + 1.0, "bad": too_large}
+    found = timing.time_cases(functions, [jnp.ones(3), jnp.zeros(3)], rounds=2)
+    assert list(found) == ["good"]
+    assert np.all(found["good"] > 0)
+    assert train_step.built_or_named("arm", lambda: too_large(None)) is None
+    said = "failed and is left out: {}RESOURCE_EXHAUSTED: 8 GiB\n"
+    out = capsys.readouterr().out
+    assert "bad " + said.format("JaxRuntimeError: ") in out
+    assert "arm " + said.format("") in out
+    assert (tmp_path / "figures").read_text().count('"reason": "RESOURCE_EXHAUSTED') == 2
+
+
+@oldest
+def test_pieces_in_another_order_change_no_gradient():
+    cases, variants = importlib.import_module("cases"), importlib.import_module("variants")
+    shape = cases.Shape(tokens=150, dim=8, rows=11, dtype="float32")
+    (case,) = cases.make_cases("jtok", shape, "zipf", seed=0, count=1)
+    held = np.stack([getattr(case.plan.order, name) for name in variants.PIECES])
+    for order in variants.ORDERS:
+        moved = variants.with_pieces(case, order).plan.order
+        pieces = np.stack([getattr(moved, name) for name in variants.PIECES])
+        assert sorted(map(tuple, pieces.T)) == sorted(map(tuple, held.T))
+        keys = pieces[0] if order == "by row" else -pieces[2]
+        assert np.all(np.diff(keys) >= 0)

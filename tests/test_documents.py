@@ -26,7 +26,7 @@ pytestmark = oldest
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{x}.md" for x in ("choosing", "hosts", "plan", "study")),
+    *(f"docs/{x}.md" for x in ("choosing", "gpu", "hosts", "plan", "study")),
 )
 SCRIPT = re.compile(r"train\.py|benchmarks/\w+\.py")
 
