@@ -83,16 +83,15 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         source = open_source(config)
         if hosts.lead:
             claim_workdir(workdir, config)
-        kind = jax.devices()[0].device_kind
-        hosts.say(f"{jax.device_count()} x {kind}, {describe(config, mesh)}")
+        hosts.say(
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}, {describe(config, mesh)}"
+        )
         shards = num_shards(mesh, table_layout(config, mesh).columns)
         hosts.say(parameter_table(config, column_shards=shards))
 
         # ---------------------------------------------------------------- model and optimizer
         optimizer = make_optimizer(config)
         train_step = jit_train_step(config, optimizer, mesh)
-        if config.train.compiler_options:
-            hosts.say(f"compiler options of the step: {config.train.compiler_options}")
         eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
         health_step = jax.jit(make_health_step(config, mesh), out_shardings=replicated(mesh))
         validate = functools.partial(
@@ -158,7 +157,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                 batch = next(batches)
             wait = time.perf_counter() - asked
             arrays = [put_batch(mesh, array, size=size) for array in batch]
-            last = step == steps
+            last, evaluated = step == steps, False
             evaluating = last or step % config.evaluation.every == 0
             logged = evaluating or step % config.train.log_every == 0
             health = health_step(state.params, arrays[0]) if logged else {}
@@ -167,7 +166,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
                 report(*unreported)
             unreported = step, metrics, health, wait
             checkpoints.check()
-            stopped_by, evaluated = stop.reached(), False
+            stopped_by = stop.reached()
             saving = last or stopped_by or step % config.checkpoint.every == 0
             if evaluating or saving:
                 evaluated = report(*unreported, evaluating=evaluating)

@@ -225,11 +225,15 @@ NO_LAUNCH = {
 
 def launches(text: str) -> tuple[int, list[int]]:
     """(what a compiled step launches, how often it runs each of its table kernels)."""
-    total, calls = 0, collections.Counter()
-    for run in runs(parse(text)):
+    total, calls, module = 0, collections.Counter(), parse(text)
+    for run in runs(module):
         if run.instruction.opcode not in NO_LAUNCH and "-done" not in run.instruction.opcode:
             total += run.times
-        if "mosaic_gpu" in run.instruction.attributes:
+        if run.instruction.opcode == "fusion":
+            inside = module.computations[run.instruction.called[0]].instructions.values()
+        else:
+            inside = [run.instruction]
+        if any("mosaic_gpu" in one.attributes for one in inside):
             calls[run.instruction.name] += run.times
     return total, sorted(calls.values())
 

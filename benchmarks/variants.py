@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import KINDS, Case, Shape, backward_of, forward_of, make_cases
-from jtok_kernels.mosaic_gpu import MosaicGpu, Tuning
+from jtok_kernels.mosaic_gpu import MosaicGpu
+from jtok_kernels.mosaic_gpu_block import Tuning
 from timing import device_line, on_gpu, percentiles, record, say, time_cases
 
 FORWARD = {"bulk_forward": False, "auto_barriers": True}

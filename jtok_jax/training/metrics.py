@@ -149,6 +149,8 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
     lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows]
     attention = choice_of(config.model, config.train.seq_len)
     lines.append(f"{'attention':>10} {attention.kind:>18} of tokens: {attention.reason}")
+    if config.train.compiler_options:
+        lines.append(f"{'compiler':>10} {config.train.compiler_options}")
     if config.model.tables_shape:
         _, *several, _, dim = config.model.tables_shape
         rows = config.model.num_layers * math.prod(several) * config.rows_per_step
