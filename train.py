@@ -9,8 +9,7 @@ Starting rules:
   a workdir with a checkpoint         goes on after it, bit for bit
   a workdir of another configuration  is refused, with the difference
   a workdir in use                    is refused before anything is touched
-Several processes find each other under SLURM, MPI, on TPU pods and in Kubernetes jobs, else by
---coordinator_address, --num_processes and --process_id (docs/hosts.md).
+The same command started on several hosts is one run (docs/hosts.md).
 """
 
 import contextlib
@@ -83,9 +82,8 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         source = open_source(config)
         if hosts.lead:
             claim_workdir(workdir, config)
-        hosts.say(
-            f"{jax.device_count()} x {jax.devices()[0].device_kind}, {describe(config, mesh)}"
-        )
+        kind = jax.devices()[0].device_kind
+        hosts.say(f"{jax.device_count()} x {kind}, {describe(config, mesh)}")
         shards = num_shards(mesh, table_layout(config, mesh).columns)
         hosts.say(parameter_table(config, column_shards=shards))
 

@@ -77,6 +77,7 @@ def test_the_commands_are_found():
 def test_the_tools_take_the_commands(document, words, monkeypatch):
     tool, *arguments = words
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     path = ROOT / (tool if tool.endswith(".py") else tool.replace(".", "/") + ".py")
     path = path if path.exists() else path.with_suffix("") / "__main__.py"
     assert path.exists()

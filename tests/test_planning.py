@@ -114,7 +114,8 @@ def test_what_cannot_be_cut_is_refused_with_numbers(change, says):
     ("name", "topology"), [("dense_l", "v5e:2x4"), ("moe_3b2_a500m", "v6e:4x4")]
 )
 def test_changes_that_would_fit_do(name, topology):
-    config, topology = load(name), parse_topology(topology)
+    config = changed(load(name), {"model.attention": "xla"})
+    topology = parse_topology(topology)
     plan = make_plan(config, topology)
     assert not plan["memory"]["fits"]
     assert "DOES NOT FIT" in as_text(plan)
@@ -124,7 +125,8 @@ def test_changes_that_would_fit_do(name, topology):
 
 
 def test_nothing_fits_where_nothing_can():
-    plan = make_plan(load("moe_17b_a2b"), parse_topology("v5e:1x1"))
+    config = changed(load("moe_17b_a2b"), {"model.attention": "xla"})
+    plan = make_plan(config, parse_topology("v5e:1x1"))
     assert plan["changes_that_fit"] == []
     assert plan["changes_tried"] == [
         "model.attention", "train.grad_accumulation", "model.remat", "optimizer.tables.kind",

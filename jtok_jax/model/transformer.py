@@ -169,8 +169,7 @@ class Transformer(nnx.Module):
             with_health: also measure the stream, the router and the rows of every layer.
         """
         config = self.config
-        if positions_BT is None:
-            positions_BT = jnp.arange(ids_BT.shape[1])[None]
+        positions_BT = jnp.arange(ids_BT.shape[1])[None] if positions_BT is None else positions_BT
         by = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
         exchange, mesh = across or (None, None)
         attend = attend or _attend_causally(config, mesh)

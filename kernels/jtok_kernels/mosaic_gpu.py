@@ -188,11 +188,8 @@ class MosaicGpu(Blocks):
         top_k = choice_TK.shape[1]
         blocks = self.blocks(order, dim, top_k=top_k, num_tables=num_tables)
 
-        def body(
-            layer, unique, token, count, run, start, size, slot, choice, weights, g, tables, scale,
-            *outs,
-        ):  # fmt: skip
-            d_weights, rows, partial, d_scale, sums = outs
+        def body(layer, unique, token, count, run, start, size, slot, choice, weights, *refs):
+            g, tables, scale, d_weights, rows, partial, d_scale, sums = refs
             load, zeros = self.loader(g_TD, tables), self.zeros(g_TD, tables)
             scale = load(scale)
 
@@ -241,9 +238,8 @@ class MosaicGpu(Blocks):
         )
         sums = plgpu.SMEM((num_tables, dim), jnp.float32)
         run = self.kernel(body, outs, grid=blocks, axis="n", scratch=[sums])
-        plan = *where, order.token, *_pieces(order)
-        choice, weights, g, scale = whole(choice_TK, weights_TK, g_TD, scale_D)
-        return run(*plan, choice, weights, g, stack, scale)
+        *mixing, g, scale = whole(choice_TK, weights_TK, g_TD, scale_D)
+        return run(*where, order.token, *_pieces(order), *mixing, g, stack, scale)
 
     def _jtok_m_merge(self, order: Order, partial):
         def body(split_slot, partial, merged):
