@@ -2,7 +2,8 @@
 # Copyright 2026 The jtok_jax authors
 """Print what a compiler makes of the GPU kernels, before and after: python benchmarks/compiled.py
 
-Nothing is executed and no GPU is needed: pip install -e '.[aot]', ptxas on the PATH. Columns:
+Nothing is executed and no GPU is needed: pip install -e '.[aot]' nvidia-cuda-nvdisasm, and ptxas of
+CUDA 13 on the PATH. Columns:
 
   registers   of a thread, as ptxas says; a block has 128 threads
   blocks      that the registers let a multiprocessor hold at once
