@@ -148,6 +148,7 @@ def environment(site: pathlib.Path, rehearse: bool) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(site / "compiled"),  # plans and inputs of later steps
         "JAX_PLATFORMS": "cpu" if rehearse else "cuda,cpu",  # tests would take the CPU
     }
 

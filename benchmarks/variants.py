@@ -23,6 +23,7 @@ FORWARD = {"bulk_forward": False, "auto_barriers": True}
 BACKWARD = {"delta_first": False, "shared_rows": False, "auto_barriers": True}
 BLOCKS = (396, 528, 792, 1056)
 ORDERS = ("by row", "by size")
+BEFORE = Tuning(False, False, False, auto_barriers=True, blocks=1056)  # pieces by row
 PIECES = ("piece_run", "piece_start", "piece_size", "piece_slot")
 
 
@@ -41,7 +42,7 @@ def with_pieces(case: Case, order: str) -> Case:
 
 
 def forward_arms(interpret: bool) -> dict:
-    arms = {"shipped": Tuning()}
+    arms = {"shipped": Tuning(), "before": BEFORE}
     arms |= {f"{name}={value}": Tuning(**{name: value}) for name, value in FORWARD.items()}
     return {
         name: functools.partial(forward_of, MosaicGpu(interpret, tuning))
@@ -56,6 +57,7 @@ def backward_arms(interpret: bool) -> dict:
     tunings |= {f"blocks={count}": Tuning(blocks=count) for count in BLOCKS}
     call = lambda tuning, order: lambda by: backward_of(MosaicGpu(interpret, tuning), by[order])
     arms = {name: call(tuning, "shipped") for name, tuning in tunings.items()}
+    arms["before"] = call(BEFORE, "by row")
     return arms | {f"pieces {order}": call(Tuning(), order) for order in ORDERS}
 
 
