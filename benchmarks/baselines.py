@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What a good hand would write in plain JAX, for the kernels to beat.
+"""The table operations as a good hand would write them in plain JAX, for the kernels to beat.
 
 Functions of a `Case`, with the results of the kernels:
   forward              the stream [T, D]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What benchmarks/gpu.py runs on: card, driver, packages, sources. Standard library only."""
+"""Check what benchmarks/gpu.py runs on: card, driver, packages, sources. Standard library only."""
 
 import hashlib
 import os

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What the device can do at most: python benchmarks/ceilings.py
+"""Measure what the device can do at most: python benchmarks/ceilings.py
 
 Copying 8 GB of random data, and a bfloat16 matmul of two random 8192 x 8192 matrices. Random data,
 because a card is faster on zeros: they take less power.

@@ -52,7 +52,7 @@ shape = jax.ShapeDtypeStruct
 
 
 class Kernel(NamedTuple):
-    """What the compiled code of one kernel says."""
+    """Figures that the compiled code of one kernel states."""
 
     registers: int
     blocks: int
@@ -201,7 +201,7 @@ def loads_in_flight(code: list[str]) -> tuple[int, int]:
 
 
 def measured(function, arguments) -> Kernel | None:
-    """Of the first of a function's kernels: a second one merges a few rows.
+    """Return the figures of a function's first kernel; a second one merges a few rows.
 
     None: this process has compiled the very same kernel before, and the compiler says nothing.
     """

@@ -124,3 +124,16 @@ def test_unvisited_rows_receive_no_gradient_and_shared_tables_add_up():
         norms = np.square(np.moveaxis(grads["tables"], -2, 0)).reshape(model.vocab_size, -1).sum(-1)
         assert np.all(norms[~visited] == 0)
         assert np.all(norms[visited] > 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_largest_logits_are_those_of_top_k(count):
+    """With ties, infinities and NaN: every place is another one."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-2, 3, (200, 5)).astype(np.float32)
+    values[rng.random(values.shape) < 0.1] = -np.inf
+    values[rng.random(values.shape) < 0.1] = np.nan
+    found, places = jtok.largest(jnp.asarray(values), count)
+    wanted, wanted_places = jax.lax.top_k(jnp.asarray(values), count)
+    np.testing.assert_array_equal(places, wanted_places)
+    np.testing.assert_array_equal(found, wanted)

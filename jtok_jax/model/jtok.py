@@ -47,15 +47,17 @@ def largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Return the largest `count` values of the last axis and their places, as `lax.top_k` does.
 
     Of few values each one's rank is counted, which fuses into one kernel where a sort takes two.
+    NaN counts as the largest, so that places differ whatever the values are.
     """
     size = values.shape[-1]
     if size > FEW:
         return jax.lax.top_k(values, count)
     place = jnp.arange(size, dtype=jnp.int32)
-    rank = jnp.zeros(values.shape, jnp.int32)
+    rank, nan = jnp.zeros(values.shape, jnp.int32), jnp.isnan(values)
     for other in range(size):
-        value = values[..., other : other + 1]
-        rank += (value > values) | ((value == values) & (other < place))
+        value, is_nan = values[..., other : other + 1], nan[..., other : other + 1]
+        equal = (value == values) | (is_nan & nan)
+        rank += (value > values) | (is_nan & ~nan) | (equal & (other < place))
     taken = [rank == k for k in range(count)]
     chosen = [jnp.sum(jnp.where(which, values, 0), axis=-1) for which in taken]
     places = [jnp.sum(jnp.where(which, place, 0), axis=-1) for which in taken]

@@ -39,7 +39,7 @@ class Instruction(NamedTuple):
 
     @property
     def op_name(self) -> str:
-        """Where JAX made it, such as jit(step)/while/body/dot_general; "" where nothing is said."""
+        """Return where JAX made it, such as jit(step)/while/body/dot_general, or ""."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 

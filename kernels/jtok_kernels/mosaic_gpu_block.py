@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What the GPU kernels are made of: how they are launched, and how rows come to a block.
+"""Launch the GPU kernels and bring rows to their blocks.
 
 One block is one warpgroup of 128 threads. It holds a row spread over its threads, D / 128 entries
 each.
