@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jtok_kernels import num_devices
 
@@ -33,6 +34,7 @@ class Choice(NamedTuple):
 
 
 QUERIES = 512  # of a chunk, kind "chunked"
+ROTATED = "rotated heads"  # kept by remat "dots" in place of what they are made of
 SIMULATED = "splash:interpret"  # splash's kernels simulated on a CPU, for tests
 
 # (query_BTNH, key_BTKH, value_BTKH) -> Attended
@@ -204,7 +206,7 @@ class Attention(nnx.Module):
             key = rms_norm(key, self.key_norm[...], eps=config.norm_eps)
         if change_values:
             value = change_values(value)
-        query = rotate(query, by)
-        key = rotate(key, by)
+        query = checkpoint_name(rotate(query, by), ROTATED)
+        key = checkpoint_name(rotate(key, by), ROTATED)
         mixed, kept = attend(query, key, value)
         return Attended(jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(dtype)), kept)

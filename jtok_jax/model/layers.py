@@ -42,10 +42,14 @@ def rotation(positions_BT: jax.Array, *, head_dim: int, base: float) -> Rotation
 
 
 def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:
-    """Rotary embedding: the two halves of H turn by the angle of their position."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    """Rotary embedding: the two halves of H turn by the angle of their position.
+
+    Sums are float32. Halves are cut and joined in the dtype of `x`, or TPUs move float32 halves.
+    """
+    dtype = x_BTNH.dtype
+    first, second = (half.astype(jnp.float32) for half in jnp.split(x_BTNH, 2, axis=-1))
     turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate([half.astype(dtype) for half in turned], axis=-1)
 
 
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from jtok_kernels import RowPlan
 from jtok_jax.arms import Seen
 from jtok_jax.mesh import split_batch, split_columns
 from jtok_jax.model.arms import Arms
-from jtok_jax.model.attention import Attend, Attended, Attention, causal
+from jtok_jax.model.attention import ROTATED, Attend, Attended, Attention, causal
 from jtok_jax.model.exchange import KEPT, Exchange
 from jtok_jax.model.jtok import Lookup, TokenTables
 from jtok_jax.model.layers import FeedForward, Rotation, normal, rms_norm, rotation
@@ -263,7 +263,8 @@ def _remat(body: Callable, kind: str) -> Callable:
     known = jax.checkpoint_policies
     policies = {
         "dots": known.save_from_both_policies(
-            known.dots_with_no_batch_dims_saveable, known.save_only_these_names(KEPT, SAVED)
+            known.dots_with_no_batch_dims_saveable,
+            known.save_only_these_names(KEPT, ROTATED, SAVED),
         ),
         "full": known.nothing_saveable,
     }
