@@ -30,14 +30,12 @@ from jtok_jax.hosts import ALONE, Hosts, code_and_versions, joined
 from jtok_jax.launch import recognise
 from jtok_jax.mesh import (
     check_batches,
-    describe,
     make_mesh,
-    num_shards,
     put_batch,
     replicated,
     rows_here,
-    table_layout,
 )
+from jtok_jax.model.placement import describe, jtok_column_shards
 from jtok_jax.training import guards
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
@@ -84,8 +82,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
             claim_workdir(workdir, config)
         kind = jax.devices()[0].device_kind
         hosts.say(f"{jax.device_count()} x {kind}, {describe(config, mesh)}")
-        shards = num_shards(mesh, table_layout(config, mesh).columns)
-        hosts.say(parameter_table(config, column_shards=shards))
+        hosts.say(parameter_table(config, column_shards=jtok_column_shards(config, mesh)))
 
         # ---------------------------------------------------------------- model and optimizer
         optimizer = make_optimizer(config)

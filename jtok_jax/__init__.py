@@ -12,8 +12,8 @@ Axis letters, used as suffixes of array names everywhere in this package:
     X  cached positions     R  rows: tokens of a batch, flattened (B*T)
     G  stacked tables: layers that carry tables, or 1 where all share one
 
-Where the axes of tables are named to be split (`flops.parameter_axes`, `mesh.axis_rules`) they have
-letters of their own, as they are split otherwise: X for M, R for V, C for D.
+Axes of tables have letters of their own, as they are split otherwise: X for M, R for rows and C for
+columns (`mesh.table_rules`). Small letters are those of single layers.
 """
 
 __version__ = "0.1.0"

@@ -199,9 +199,19 @@ class Config:
 
     @property
     def rows_per_step(self) -> int:
-        """U: rows of a table that a step has gradients for, one for each different id."""
+        """U of the tokens: `unique_rows("token")`."""
+        return self.unique_rows("token")
+
+    def unique_rows(self, stream: str) -> int:
+        """U: rows of a table that a step has gradients for, one for each different id of a stream.
+
+        train.max_unique_ids is of tokens; of n-grams there is always room for all.
+        """
         tokens = self.train.batch_size * self.train.seq_len
-        return min(tokens, self.model.vocab_size, self.train.max_unique_ids or tokens)
+        if stream == "token":
+            return min(tokens, self.model.vocab_size, self.train.max_unique_ids or tokens)
+        found = self.model.id_streams[stream]
+        return min(tokens * found.heads, found.num_rows)
 
 
 def base_config() -> ml_collections.ConfigDict:

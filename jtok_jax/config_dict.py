@@ -29,11 +29,13 @@ def from_config_dict(values: ml_collections.ConfigDict | dict) -> Config:
 def completed(saved: dict, default: dict | None = None) -> dict:
     """What an earlier version saved, with the fields added since at their defaults.
 
-    A new field therefore starts at a value that changes nothing.
+    A new field therefore starts at a value that changes nothing. Groups of options that no longer
+    exist are dropped: what they were for is refused by the name that turned it on.
     """
     default = to_dict(Config()) if default is None else default
+    known = {k: v for k, v in saved.items() if k in default or not isinstance(v, dict)}
     groups = {k: completed(saved.get(k, {}), v) for k, v in default.items() if isinstance(v, dict)}
-    return default | saved | groups
+    return default | known | groups
 
 
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Exact parameter, FLOP and byte counts, from the configuration alone."""
+"""Exact parameter, FLOP and byte counts, read off what the parameters of a model declare."""
 
 import dataclasses
 import math
 
-from jtok_jax.arms import Parameter, Sizes
+from jtok_jax.model.params import Declared, declared
+from jtok_jax.model.variables import Vector, Weight
 from jtok_jax.model_config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
-VECTORS = ("norm", "scale", "bias")  # endings of names that no matmul uses and no decay touches
-TABLES = ("tables", "table")  # endings of names of vectors by token: JTok's, and those of arms
 
 # Dense bfloat16 matmul FLOP/s of one chip, from the vendors' data sheets (without sparsity).
 PEAK_FLOPS = {
@@ -33,82 +32,6 @@ def peak_flops(device_kind: str) -> float | None:
     """Peak of one device by the longest known prefix of its kind, or None if unknown (CPU)."""
     known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
-
-
-def arm_parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """Parameters of the arms that are on (jtok_jax/arms), by name; those of layers without L."""
-    sizes = Sizes(config.padded_vocab, config.model_dim, config.num_kv_heads, config.head_size)
-    places = {"arms": config.arms.parameters, "blocks/arms": config.arms.layer_parameters}
-    return {
-        f"{place}/{arm}/{name}": parameter
-        for place, parameters in places.items()
-        for arm, of_arm in parameters(sizes).items()
-        for name, parameter in of_arm.items()
-    }
-
-
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """Size of every axis letter of a parameter; arms share one set of letters.
-
-    Raises:
-        ValueError: two parameters have one letter with two sizes.
-    """
-    shape = config.tables_shape or (0, 0, 0)
-    sizes = {
-        "L": config.num_layers, "D": config.model_dim, "V": config.padded_vocab,
-        "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_size,
-        "F": config.moe.expert_dim if config.moe.num_experts else config.ffn_dim,
-        "E": config.moe.num_experts, "S": config.moe.shared_dim, "M": shape[-3],
-        "G": shape[0], "X": shape[-3], "R": config.padded_vocab, "C": config.model_dim,
-    }  # fmt: skip
-    for name, parameter in arm_parameters(config).items():
-        for letter, size in zip(parameter.axes, parameter.shape, strict=True):
-            if sizes.setdefault(letter, size) != size:
-                raise ValueError(
-                    f"Axis {letter!r} of {name} is {size}, elsewhere {sizes[letter]}: name it by a "
-                    "letter of its own."
-                )
-    return sizes
-
-
-def parameter_axes(config: ModelConfig) -> dict[str, str]:
-    """Axis letters of every parameter by name; the tables come last."""
-    axes = {"embed": "VD", "final_norm": "D"}
-    if config.head == "untied":
-        axes["head"] = "DV"
-    attention = {"norm": "LD", "query": "LDNH", "key": "LDKH", "value": "LDKH", "out": "LNHD"}
-    if config.qk_norm == "rms":
-        attention |= {"query_norm": "LH", "key_norm": "LH"}
-    axes |= {f"blocks/attention/{name}": letters for name, letters in attention.items()}
-    if config.moe.num_experts:
-        moe = {"norm": "LD", "router": "LDE", "gate": "LEDF", "up": "LEDF", "down": "LEFD"}
-        if config.moe.shared_dim:
-            moe |= {"shared_gate": "LDS", "shared_up": "LDS", "shared_down": "LSD"}
-        axes |= {f"blocks/moe/{name}": letters for name, letters in moe.items()}
-    else:
-        ffn = {"norm": "LD", "gate": "LDF", "up": "LDF", "down": "LFD"}
-        axes |= {f"blocks/ffn/{name}": letters for name, letters in ffn.items()}
-    jtok = {} if config.jtok.kind == "none" else {"scale": "LD"}
-    if config.jtok.kind == "jtok_m":
-        jtok["router"] = "LDM"
-        if config.jtok.router_bias:
-            jtok["router_bias"] = "LM"
-        if config.jtok.router_norm == "own":
-            jtok["router_norm"] = "LD"
-    axes |= {f"blocks/jtok/{name}": letters for name, letters in jtok.items()}
-    for name, parameter in arm_parameters(config).items():
-        axes[name] = "L" * name.startswith("blocks/") + parameter.axes
-    tables = {"none": {}, "jtok": {"tables": "GRC"}, "jtok_m": {"tables": "GXRC"}}
-    return axes | tables[config.jtok.kind]
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by name."""
-    sizes = axis_sizes(config)
-    return {
-        name: tuple(sizes[letter] for letter in letters)
-        for name, letters in parameter_axes(config).items()
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,39 +60,37 @@ class Counts:
 
 def count(config: ModelConfig, *, seq_len: int) -> Counts:
     """Counts of `config`; see `Counts` for what they include."""
-    shapes = parameter_shapes(config)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    tables = sizes.pop("tables", 0)
-    looked_up = {name for name, of_arm in arm_parameters(config).items() if of_arm.looked_up}
-    looked_up |= {name for name in sizes if name.endswith(TABLES)}
-    of_arms = sum(sizes.pop(name) for name in looked_up)
-    backbone = sum(sizes.values())
-    idle = 0
-    if config.moe.num_experts:
-        routed = sum(sizes[f"blocks/moe/{name}"] for name in ("gate", "up", "down"))
-        idle = routed // config.moe.num_experts * (config.moe.num_experts - config.moe.top_k)
-    forward = _forward_flops(config, sizes, idle, seq_len)
+    told = declared(config).values()
+    tables = [one for one in told if one.is_table]
+    dense = [one for one in told if not one.is_table]
+    backbone = sum(map(_size, dense))
+    idle = sum(_size(one) - _share(one) for one in dense if issubclass(one.kind, Weight))
+    forward = 2 * sum(_share(one) for one in dense if not issubclass(one.kind, Vector))
+    forward += _other_flops(config, seq_len)
     return Counts(
         backbone=backbone,
-        tables=tables + of_arms,
+        tables=sum(map(_size, tables)),
         active=backbone - idle,
-        active_without_embedding=backbone - idle - sizes["embed"] - sizes.get("head", 0),
-        table_bytes=tables * BYTES[config.jtok.table_dtype] + of_arms * BYTES["float32"],
+        active_without_embedding=backbone - idle - sum(_size(x) for x in dense if "V" in x.axes),
+        table_bytes=sum(_size(one) * one.dtype.itemsize for one in tables),
         forward_flops=forward,
         train_flops=3 * forward,
     )
 
 
-def _forward_flops(config: ModelConfig, sizes: dict[str, int], idle: int, seq_len: int) -> int:
-    jtok = config.jtok
-    carrying = len(jtok.table_layers(config.num_layers))
-    used = sum(size for name, size in sizes.items() if not name.endswith(VECTORS)) - idle
-    used -= sizes["embed"]
-    if config.head == "tied":
-        used += sizes["embed"]
-    router = sizes.get("blocks/jtok/router", 0)
-    used -= router - router // config.num_layers * carrying
+def _size(one: Declared) -> int:
+    return math.prod(one.shape)
+
+
+def _share(one: Declared) -> int:
+    """Entries that a token is multiplied by."""
+    part, whole = one.share
+    return _size(one) * part // whole
+
+
+def _other_flops(config: ModelConfig, seq_len: int) -> int:
+    """FLOPs of attention and of what JTok does to rows."""
+    carrying = len(config.jtok.table_layers(config.num_layers))
     # Scores and mixing over (seq_len + 1) / 2 keys on average: 2 x 2 x keys x N x H.
     attention = 2 * (seq_len + 1) * config.num_heads * config.head_size * config.num_layers
-    modulation = 2 * (jtok.rows_per_token + 1) * config.model_dim * carrying
-    return 2 * used + attention + modulation
+    return attention + 2 * (config.jtok.rows_per_token + 1) * config.model_dim * carrying

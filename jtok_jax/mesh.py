@@ -5,7 +5,7 @@
 import bisect
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
-from jtok_jax.flops import parameter_axes
 from jtok_jax.model_config import ModelConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -101,46 +100,41 @@ def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=AUTO)
 
 
-def table_layout(config: Config, mesh: Mesh) -> TableLayout:
-    """How the tables lie on `mesh`, as `mesh.table_columns`, `_experts` and `_rows` say.
+def table_layout(options: MeshConfig, mesh: Mesh, name: str, shape: tuple[int, ...]) -> TableLayout:
+    """How a stack of tables lies on `mesh`, as `mesh.table_columns`, `_experts` and `_rows` say.
+
+    Args:
+        shape: [G, R, D], or [G, M, R, D]; only the second is split along M.
 
     Raises:
         ConfigError: an axis is unknown, named twice, or does not divide what it splits.
     """
-    model, options = config.model, config.mesh
     experts, rows = _names(options.table_experts), _names(options.table_rows)
+    experts = experts if len(shape) == 4 else ()
     if options.table_columns == "auto":
-        columns = _columns_that_fit(model.model_dim, mesh, taken=experts + rows)
+        columns = _columns_that_fit(shape[-1], mesh, taken=experts + rows)
     else:
         columns = _names(options.table_columns)
     layout = TableLayout(columns, experts, rows)
-    for name in layout.axes:
-        if name not in AXES:
-            raise ConfigError(f"mesh.table_*: there is no axis {name!r}; axes: {', '.join(AXES)}.")
-        if layout.axes.count(name) > 1:
-            raise ConfigError(f"mesh.table_*: axis {name!r} is named twice; it splits one thing.")
-    if model.tables_shape is None:
-        return TableLayout((), (), ())
-    sizes = {
-        "columns": model.model_dim,
-        "experts": model.jtok.tables_per_layer,
-        "rows": model.padded_vocab,
-    }
-    for what, size in sizes.items():
+    for axis in layout.axes:
+        if axis not in AXES:
+            raise ConfigError(f"mesh.table_*: there is no axis {axis!r}; axes: {', '.join(AXES)}.")
+        if layout.axes.count(axis) > 1:
+            raise ConfigError(f"mesh.table_*: axis {axis!r} is named twice; it splits one thing.")
+    for what, size in {"columns": shape[-1], "experts": shape[-3], "rows": shape[-2]}.items():
         count = num_shards(mesh, getattr(layout, what))
         if size % count:
             axes = ",".join(getattr(layout, what))
             raise ConfigError(
                 f"mesh.table_{what} is {axes!r}, {count} devices, which do not divide the {size} "
-                f"{what} of the tables; name axes whose sizes do{_PAD if what == 'rows' else ''}."
+                f"{what} of {name}; name axes whose sizes do{_PAD if what == 'rows' else ''}."
             )
     return layout
 
 
-def axis_rules(config: Config, mesh: Mesh) -> Rules:
-    """Mesh axes of every axis letter of a parameter."""
-    layout = table_layout(config, mesh)
-    return {**RULES, "C": layout.columns, "X": layout.experts, "R": layout.rows}
+def table_rules(layout: TableLayout) -> Rules:
+    """Mesh axes of every axis letter of a table."""
+    return {"C": layout.columns, "X": layout.experts, "R": layout.rows}
 
 
 def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -164,14 +158,6 @@ def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> 
     return NamedSharding(mesh, PartitionSpec(*(names or None for names in axes)))
 
 
-def parameter_sharding(
-    config: Config, mesh: Mesh
-) -> Callable[[str, tuple[int, ...]], NamedSharding]:
-    """(name, shape) -> sharding of that parameter, or of an array of its first axes."""
-    axes, rules = parameter_axes(config.model), axis_rules(config, mesh)
-    return lambda name, shape: sharding(mesh, rules, axes[name][: len(shape)], shape)
-
-
 def num_shards(mesh: Mesh, names: tuple[str, ...]) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
@@ -187,7 +173,7 @@ def check_batches(config: Config, mesh: Mesh, *, training: bool = True) -> None:
             raise ConfigError(
                 f"{name} is {size}; expected a multiple of the {count} devices that share it."
             )
-    split = config.model.tables_shape is not None or config.model.moe.num_experts
+    split = config.model.streams_read or config.model.moe.num_experts
     if split and train.seq_len % mesh.shape["tensor"]:
         raise ConfigError(
             f"train.seq_len is {train.seq_len}; expected a multiple of mesh.tensor "
@@ -245,18 +231,3 @@ def _columns_that_fit(dim: int, mesh: Mesh, *, taken: tuple[str, ...]) -> tuple[
         if name not in taken and size > 1 and left % (size * COLUMNS) == 0:
             chosen, left = (*chosen, name), left // size
     return chosen
-
-
-def describe(config: Config, mesh: Mesh) -> str:
-    """A line for the start of a run: the mesh, and how the tables lie on it."""
-    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    if config.model.tables_shape is None or mesh.size == 1:
-        return f"mesh: {sizes}"
-    layout = table_layout(config, mesh)
-    parts = [
-        f"{what} over {' x '.join(axes)} ({num_shards(mesh, axes)})"
-        for what, axes in layout._asdict().items()
-        if axes
-    ]
-    copies = mesh.size // num_shards(mesh, layout.axes)
-    return f"mesh: {sizes}; tables: {', '.join(parts) or 'whole'}, {copies} of each"

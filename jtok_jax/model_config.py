@@ -7,11 +7,10 @@ Fields that the paper (arXiv 2602.00800) leaves open are marked "open".
 
 import dataclasses
 
-from jtok_kernels import NORMS
-
-from jtok_jax.arms import ArmsConfig
+from jtok_jax.arms_config import NORMS, ArmsConfig
 from jtok_jax.checks import at_least, one_of
 from jtok_jax.errors import ConfigError
+from jtok_jax.streams import IdStream, parse_streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +48,7 @@ class JtokConfig:
     mixture_scale_init: float = 0.1  # open: s of JTok-M; 0 starts as the backbone exactly
     table_init_std: float = 0.02  # open: standard deviation of a table entry
     table_dtype: str = "float32"  # open: float32 | bfloat16
+    stream: str = "token"  # what a row is looked up by: token, or one of model.streams
     layers: str = "all"  # open: all | odd | even | indices such as "0,2,5"
     sharing: str = "per_layer"  # open: per_layer | shared (one set of tables for all layers)
     num_tables: int = 5  # n_e of JTok-M; JTok has one
@@ -150,7 +150,10 @@ class ModelConfig:
     loss_chunk: int = 0  # tokens of a device whose logits exist at once; 0: all of a microbatch
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
     jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
-    arms: ArmsConfig = dataclasses.field(default_factory=ArmsConfig)  # compared with tables
+    arms: ArmsConfig = dataclasses.field(
+        default_factory=ArmsConfig
+    )  # other layers
+    streams: str = ""  # hashed n-grams that tables are looked up by, see jtok_jax/streams.py
 
     def __post_init__(self):
         at_least(
@@ -179,6 +182,48 @@ class ModelConfig:
         if self.head_size % 2:
             raise ConfigError(f"The head width is {self.head_size}; the rotation needs it even.")
         self.jtok.table_layers(self.num_layers)
+        self._check_streams()
+
+    def _check_streams(self) -> None:
+        streams, read = self.id_streams, self.streams_read
+        for where, names in read.items():
+            for name in names:
+                if name not in streams:
+                    raise ConfigError(
+                        f"{where} is {name!r}, which no id stream has; there are "
+                        f"{', '.join(streams)}. Declare it: model.streams={name}=2:65536"
+                    )
+        if self.jtok.kind != "none" and streams[self.jtok.stream].heads > 1:
+            raise ConfigError(
+                f"model.jtok.stream is {self.jtok.stream!r}, which has several hash heads; JTok "
+                "reads one row of a table. Leave out the heads."
+            )
+        unread = set(streams) - {"token"}.union(*read.values())
+        if unread:
+            raise ConfigError(
+                f"model.streams declares {', '.join(sorted(unread))}, which no table reads; name "
+                "it in model.jtok.stream or in an arm's options, or leave it out."
+            )
+
+    @property
+    def id_streams(self) -> dict[str, IdStream]:
+        """Every id stream by name, read or not."""
+        return parse_streams(self.streams, self.padded_vocab)
+
+    @property
+    def streams_read(self) -> dict[str, tuple[str, ...]]:
+        """Names of the streams that tables read, by the option that says so; {} without tables."""
+        arms = {f"model.arms.{arm}": names for arm, names in self.arms.table_streams.items()}
+        jtok = {} if self.jtok.kind == "none" else {"model.jtok.stream": (self.jtok.stream,)}
+        return jtok | arms
+
+    @property
+    def context(self) -> int:
+        """How many ids before a token its rows depend on."""
+        streams = self.id_streams
+        return max(
+            (streams[n].order - 1 for ns in self.streams_read.values() for n in ns), default=0
+        )
 
     @property
     def head_size(self) -> int:
@@ -191,9 +236,9 @@ class ModelConfig:
 
     @property
     def tables_shape(self) -> tuple[int, ...] | None:
-        """Stacked tables: JTok [G, V, D], JTok-M [G, M, V, D]; None without tables."""
+        """Stacked tables of JTok [G, V, D] or JTok-M [G, M, V, D]; None without them."""
         stack = max(self.jtok.table_of_layer(self.num_layers), default=-1) + 1
         if stack == 0:
             return None
         several = (self.jtok.num_tables,) if self.jtok.kind == "jtok_m" else ()
-        return stack, *several, self.padded_vocab, self.model_dim
+        return stack, *several, self.id_streams[self.jtok.stream].num_rows, self.model_dim

@@ -7,6 +7,7 @@ from jtok_jax.config import base_config
 
 def get_config():
     config = base_config()
-    config.model.arms.names = "bigram"
-    config.optimizer.tables.kind = "adamw"  # as the tables of all arms
+    config.model.arms.names = "ngram"
+    config.model.streams = "bigram=2:4V"
+    config.optimizer.tables.kind = "adamw"  # as in the published comparison
     return config

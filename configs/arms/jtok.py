@@ -8,5 +8,5 @@ from jtok_jax.config import base_config
 def get_config():
     config = base_config()
     config.model.jtok.kind = "jtok"
-    config.optimizer.tables.kind = "adamw"  # as the tables of all arms
+    config.optimizer.tables.kind = "adamw"  # as in the published comparison
     return config

@@ -8,6 +8,7 @@ from jtok_jax.config import base_config
 def get_config():
     config = base_config()
     config.model.jtok.kind = "jtok"
-    config.optimizer.tables.kind = "adamw"  # as the tables of all arms
-    config.model.arms.names = "bigram"
+    config.optimizer.tables.kind = "adamw"  # as in the published comparison
+    config.model.arms.names = "ngram"
+    config.model.streams = "bigram=2:4V"
     return config

@@ -5,12 +5,10 @@
     python -m jtok_jax.study run --study=configs/studies/ablations.py --data=FOLDER --results=OTHER
 
 One H100, one seed: a difference below the spread over seeds that arms.py:h100 shows says nothing.
-Each arm changes one thing in JTok-M as arms.py:h100 starts it, with these exceptions: `mixture` is
-JTok-M in plain autodiff and without balance loss, so its arms belong beside balance_off;
+Each arm changes one thing in JTok-M as arms.py:h100 starts it, with these exceptions:
 even_layers_of_ten belongs beside even_layers; and jtok_with_bigram and jtok_by_bigram beside jtok,
-which starts and learns as there. router_random fixes K of n_e tables for an id, the others are
-never read. Where tables are not normalised (with_bigram, jtok_with_bigram, norm_off), tables take
-no weight decay and choose one learning rate for all of them by short runs.
+which starts and learns as there. Where tables are not normalised (with_bigram, jtok_with_bigram),
+tables take no weight decay and choose one learning rate for all of them by short runs.
 """
 
 import dataclasses
@@ -19,7 +17,7 @@ import pathlib
 from jtok_jax.study import Arm, Stage, Study
 from jtok_jax.study.spec import load_study
 
-NOT_NORMED = ("with_bigram", "jtok_with_bigram", "norm_off")
+NOT_NORMED = ("with_bigram", "jtok_with_bigram")
 TABLES = "optimizer.tables"
 
 
@@ -44,52 +42,32 @@ def get_study():
 def make_arms(whole):
     """Of a study that has JTok and JTok-M."""
     fields = {arm.name: arm.fields for arm in whole.arms}
-    dim, layers = whole.common["model.model_dim"], whole.common["model.num_layers"]
-    jtok = fields["jtok"]
-    trained, gate = (
-        {key: value for key, value in fields[name].items() if not key.startswith("model.jtok.")}
-        for name in ("jtok_m", "jtok")
-    )
-    # Gates of arms start as JTok's do, tables by bigram have as many rows as in arms.py.
-    as_gate = {"norm": "l2", "scale_init": dim**0.5}
-    by_bigram = _under("model.arms.bigram", {"rows_per_id": layers})
+    layers, jtok = whole.common["model.num_layers"], fields["jtok"]
+    trained = {
+        key: value for key, value in fields["jtok_m"].items() if not key.startswith("model.jtok.")
+    }
+    bigrams = lambda rows: {"model.streams": f"bigram=2:{rows}V"}
 
     def jtok_m(name, file="jtok_m", beside=(), **changed):
         fields = {"norm": "l2", "mixture_scale_init": 1.0} | changed
         fields = _under("model.jtok", fields) | dict(beside)
         return Arm(name, f"configs/arms/{file}.py", trained | fields)
 
-    def mixture(name, **changed):
-        same = {"norm": "l2", "scale_init": 1.0, "depth_scale": (2 * layers) ** -0.5}
-        return Arm(
-            name, "configs/arms/mixture.py", trained | _under("model.arms.mixture", same | changed)
-        )
-
-    # Two rows of standard deviation 0.02, with weights near 1/2, have this norm.
-    unnormed = 0.02 * (dim / 2) ** 0.5
     return (
         jtok_m("jtok_m"),
         jtok_m("balance_off", balance_weight=0.0),
         jtok_m("balance_100_times", balance_weight=1e-2),
         jtok_m("router_after_attention", router_input="post_attention"),
-        mixture("depth_scale_off", depth_scale=1.0),
-        mixture("norm_off", norm="none", scale_init=1 / unnormed),
-        mixture("softmax", weights="softmax"),
-        mixture("router_token", router="token"),
-        mixture("router_random", router="random"),
-        mixture("router_before", router="before"),
         jtok_m("one_of_five", top_k=1),
         jtok_m("five_of_five", top_k=5),
         jtok_m("even_layers_of_ten", layers="even", num_tables=10),
         jtok_m("even_layers", layers="even"),
         jtok_m("shared", sharing="shared"),
-        jtok_m("with_jtok", "jtok_m_token_gate", _under("model.arms.token_gate", as_gate)),
-        jtok_m("with_bigram", "jtok_m_bigram", by_bigram),
+        jtok_m("with_bigram", "jtok_m_bigram", bigrams(layers)),
         Arm("jtok", "configs/arms/jtok.py", jtok),
-        Arm("jtok_with_bigram", "configs/arms/jtok_bigram.py", jtok | by_bigram),
-        Arm("jtok_by_bigram", "configs/arms/bigram_gate.py",
-            gate | _under("model.arms.bigram_gate", as_gate)),
-    )  # fmt: skip
+        Arm("jtok_with_bigram", "configs/arms/jtok_bigram.py", jtok | bigrams(layers)),
+        Arm("jtok_by_bigram", "configs/arms/bigram_gate.py", jtok | bigrams(1)),
+    )
 
 
 def _without_decay(arm):

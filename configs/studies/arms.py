@@ -87,18 +87,19 @@ def make_arms(device, common):
     experts = round((2 * expert + 5 * common["model.vocab_size"] * dim) / expert)
     moe = {"num_experts": experts, "top_k": 2, "expert_dim": ffn // 2}
     moe = rate | {f"model.moe.{key}": value for key, value in moe.items()}
-    bigram, rows = tables | rate, "model.arms.bigram.rows_per_id"
+    bigram = tables | rate
+    rows = lambda count: {"model.streams": f"bigram=2:{count}V"}  # as many rows as ids times that
     low_rank = {"norm": "l2", "scale_init": dim**0.5}
     low_rank = normed | rate | {f"model.arms.low_rank.{key}": v for key, v in low_rank.items()}
     fields = {
         "dense": dense, "wider_dense": wider, "jtok": jtok, "jtok_m": jtok_m,
-        "bigram": bigram | {rows: layers}, "moe": moe,
+        "bigram": bigram | rows(layers), "moe": moe,
     }  # fmt: skip
     if device == "cpu":
         fields = {name: fields[name] for name in ON_CPU}
     else:
         fields |= {
-            "bigram_large": bigram | {rows: 5 * layers}, "value_embedding": tables | rate,
+            "bigram_large": bigram | rows(5 * layers), "value_embedding": tables | rate,
             "deep_embed": tables | rate, "film": rate, "adapter": rate, "low_rank": low_rank,
         }  # fmt: skip
     file = lambda name: f"configs/arms/{name.removeprefix('wider_').removesuffix('_large')}.py"

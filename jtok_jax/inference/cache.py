@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 
 from jtok_jax.model.attention import Attended, causal
+from jtok_jax.model.tables import following
 from jtok_jax.model.transformer import Transformer
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, and how many places of each sequence are filled."""
+    """Keys and values of all layers, how many places are filled, and the ids that n-grams need."""
 
     key_LBXKH: jax.Array
     value_LBXKH: jax.Array
     lengths_B: jax.Array  # int32
+    before_BC: jax.Array  # int32, the last ids of each sequence, see tables.stream_ids
 
 
 class Step(NamedTuple):
@@ -45,7 +47,8 @@ def prefill(model: Transformer, ids_BT: jax.Array, lengths_B: jax.Array, *, capa
     room = ((0, 0), (0, 0), (0, capacity - ids_BT.shape[1]), (0, 0), (0, 0))
     key, value = [jnp.pad(kept, room) for kept in output.kept]
     last_BD = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-    return Step(_logits(model, last_BD), Cache(key, value, lengths_B))
+    before_BC = following(ids_BT, lengths_B, model.config.context)
+    return Step(_logits(model, last_BD), Cache(key, value, lengths_B, before_BC))
 
 
 def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
@@ -63,15 +66,22 @@ def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
         )
         return Attended(mixed, (key, value))
 
+    ids_B1 = ids_B[:, None]
     output = model(
-        ids_B[:, None], positions_BT=positions_B1, attend=attend, cache=(cache[0], cache[1])
+        ids_B1,
+        positions_BT=positions_B1,
+        attend=attend,
+        cache=(cache.key_LBXKH, cache.value_LBXKH),
+        before_BC=cache.before_BC,
     )
     rows = jnp.arange(ids_B.shape[0])
     key, value = [
         old.at[:, rows, cache.lengths_B].set(new[:, :, 0])
         for old, new in zip(cache[:2], output.kept, strict=True)
     ]
-    return Step(_logits(model, output.hidden_BTD[:, 0]), Cache(key, value, cache.lengths_B + 1))
+    before_BC = jnp.concatenate([cache.before_BC, ids_B1 + 1], axis=1)[:, 1:]
+    cache = Cache(key, value, cache.lengths_B + 1, before_BC)
+    return Step(_logits(model, output.hidden_BTD[:, 0]), cache)
 
 
 def _logits(model: Transformer, hidden_BD: jax.Array) -> jax.Array:

@@ -17,11 +17,11 @@ from jax.sharding import Mesh
 
 from jtok_jax.data.loader import check_ids
 from jtok_jax.errors import ConfigError
-from jtok_jax.flops import parameter_axes
 from jtok_jax.inference.cache import decode, prefill
 from jtok_jax.inference.sampling import Sampling, sample
 from jtok_jax.mesh import replicated
-from jtok_jax.model.params import Params, bind
+from jtok_jax.model.params import Params, bind, declared
+from jtok_jax.model.variables import Embedding, Weight
 from jtok_jax.model_config import ModelConfig
 
 ENDED_EVERY = 16  # to look at ids waits for the device
@@ -32,10 +32,10 @@ def for_inference(config: ModelConfig, params: Params) -> Params:
     """`params` with matrices in the compute dtype, as training rounds them in every step: decoding
     reads a half of the bytes, or less. `params` is emptied, each array is freed when it is copied.
     """
-    dtype, axes = jnp.dtype(config.compute_dtype), parameter_axes(config)
+    dtype, told = jnp.dtype(config.compute_dtype), declared(config)
 
     def narrowed(name: str, value: jax.Array) -> jax.Array:
-        kept = name == "tables" or "router" in name or len(axes[name].removeprefix("L")) == 1
+        kept = not issubclass(told[name].kind, Weight | Embedding) or told[name].full_precision
         return value if kept or value.dtype.itemsize <= dtype.itemsize else value.astype(dtype)
 
     return {name: narrowed(name, params.pop(name)) for name in list(params)}
@@ -59,14 +59,9 @@ def generate(
             where all texts have one, no more are made. -1: there is none.
 
     Raises:
-        ConfigError: an empty prompt, or a model with arms.
+        ConfigError: an empty prompt.
         DataError: an id outside [0, vocab_size).
     """
-    if config.arms.names:
-        raise ConfigError(
-            f"The model has arms ({config.arms.names}), which are for comparing losses: some look "
-            "at the token before, which decoding does not hand them."
-        )
     if not all(prompts):
         raise ConfigError("A prompt is empty; begin with the end token to start a document.")
     longest = max(len(prompt) for prompt in prompts)

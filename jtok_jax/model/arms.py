@@ -1,50 +1,161 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Parameters of the arms that are on, bound to the pure functions of jtok_jax/arms."""
+"""Layers that JTok is compared with and goes together with. An arm changes what it overrides.
+
+A table of an arm lies at the top of the model, a stack for all layers, see `arm_tables`. Its rows
+arrive as [B, T, D], float32 on one device. Parameters here are those of one layer.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jtok_kernels import reference
 
-from jtok_jax.arms import Parameter, Seen
-from jtok_jax.flops import arm_parameters
+from jtok_jax.model.variables import Table, Vector, Weight, normal
 from jtok_jax.model_config import ModelConfig
 
 
-class ArmParameters(nnx.Module):
-    """Of one arm, by name."""
+class Arm(nnx.Module):
+    """A layer's part that leaves everything as it is."""
 
-    def __init__(self, parameters: dict[str, Parameter], *, rngs: nnx.Rngs):
-        for name, (_, shape, std, start, _) in parameters.items():
-            noise = std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape)
-            setattr(self, name, nnx.Param(start + noise))
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        pass
+
+    def values(self, value_BTKH: jax.Array, rows_BTC: jax.Array | None) -> jax.Array:
+        """Return the values of attention."""
+        return value_BTKH
+
+    def increment(
+        self, dm_BTD: jax.Array, normed_BTD: jax.Array, rows_BTD: jax.Array | None
+    ) -> jax.Array:
+        """Return the increment of the feed-forward, which read `normed`."""
+        return dm_BTD
+
+
+class Adapter(Arm):
+    """A parallel adapter: dm + gelu(x down) up, where up starts at zero."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dim, options = config.model_dim, config.arms.adapter
+        self.down = normal(rngs, dim, options.width, axes="Da", std=options.init_std)
+        self.up = Weight(jnp.zeros((options.width, dim)), "aD")
+
+    def increment(self, dm_BTD, normed_BTD, rows_BTD):
+        dtype = dm_BTD.dtype
+        hidden_BTa = jax.nn.gelu(normed_BTD @ self.down[...].astype(dtype))
+        return dm_BTD + hidden_BTa @ self.up[...].astype(dtype)
+
+
+class Film(Arm):
+    """FiLM: dm (1 + c gain) + c shift with c = x down, where gain and shift start at zero."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dim, options = config.model_dim, config.arms.film
+        self.down = normal(rngs, dim, options.rank, axes="Df", std=options.init_std)
+        self.gain = Weight(jnp.zeros((options.rank, dim)), "fD")
+        self.shift = Weight(jnp.zeros((options.rank, dim)), "fD")
+
+    def increment(self, dm_BTD, normed_BTD, rows_BTD):
+        dtype = dm_BTD.dtype
+        c_BTf = normed_BTD @ self.down[...].astype(dtype)
+        gain_BTD, shift_BTD = (c_BTf @ w[...].astype(dtype) for w in (self.gain, self.shift))
+        return dm_BTD * (1 + gain_BTD) + shift_BTD
+
+
+class DeepEmbed(Arm):
+    """DeepEmbed: dm (1 + E[x]), which is JTok without norm and scale.
+
+    It differs from RWKV-8: there the ones are part of E, which weight decay would turn off.
+    """
+
+    def increment(self, dm_BTD, normed_BTD, rows_BTD):
+        return dm_BTD * (1 + rows_BTD.astype(dm_BTD.dtype))
+
+
+class LowRank(Arm):
+    """JTok (Eq. 7 to 9 of arXiv 2602.00800) with the row A[x] out: a table of few columns."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        dim, options = config.model_dim, config.arms.low_rank
+        self.out = normal(rngs, options.rank, dim, axes="rD", std=options.rank**-0.5)
+        self.scale = Vector(jnp.full(dim, options.scale_init, jnp.float32), "D")
+        self.form = options.norm, options.eps
+
+    def increment(self, dm_BTD, normed_BTD, rows_BTD):
+        norm, eps = self.form
+        e_BTD = rows_BTD.astype(jnp.float32) @ self.out[...]
+        gate_BTD = reference.gate(e_BTD, self.scale[...], norm=norm, eps=eps)
+        return (dm_BTD.astype(jnp.float32) * gate_BTD).astype(dm_BTD.dtype)
+
+
+class ValueEmbedding(Arm):
+    """Value embeddings: v + E[x] in the attention of every layer.
+
+    Zhou et al. 2024 (arXiv 2410.17897) take the first layer's values. A table for each layer is
+    what the speed runs of nanoGPT made of it, with learned weights that are left out here.
+    """
+
+    def values(self, value_BTKH, rows_BTC):
+        return value_BTKH + rows_BTC.reshape(value_BTKH.shape).astype(value_BTKH.dtype)
+
+
+LAYERS: dict[str, type[Arm]] = {
+    "adapter": Adapter,
+    "deep_embed": DeepEmbed,
+    "film": Film,
+    "low_rank": LowRank,
+    "ngram": Arm,  # at the input alone, see `arm_tables`
+    "value_embedding": ValueEmbedding,
+}
 
 
 class Arms(nnx.Module):
-    """Those of a model ("arms") or of one of its layers ("blocks/arms")."""
+    """The arms of one layer, or, made by `arm_tables`, the tables of all."""
 
-    def __init__(self, config: ModelConfig, place: str, *, rngs: nnx.Rngs):
-        self.config = config.arms
-        of_arm: dict[str, dict[str, Parameter]] = {}
-        for path, parameter in arm_parameters(config).items():
-            where, arm, name = path.rsplit("/", 2)
-            if where == place:
-                of_arm.setdefault(arm, {})[name] = parameter
-        for arm, parameters in of_arm.items():
-            setattr(self, arm, ArmParameters(parameters, rngs=rngs))
+    def __init__(self, members: dict[str, nnx.Module]):
+        for name, member in members.items():
+            setattr(self, name, member)
 
-    def embed(self, h_BTD: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        return self._run("embed", h_BTD, ids_BT)
 
-    def values(self, value_BTKH: jax.Array, ids_BT: jax.Array) -> jax.Array:
-        return self._run("values", value_BTKH, ids_BT)
+class ArmTables(nnx.Module):
+    """The tables of one arm, by name."""
 
-    def increment(self, dm_BTD: jax.Array, seen: Seen) -> jax.Array:
-        return self._run("increment", dm_BTD, seen)
+    def __init__(self, tables: dict[str, Table]):
+        for name, table in tables.items():
+            setattr(self, name, table)
 
-    def _run(self, method: str, value: jax.Array, seen: jax.Array | Seen) -> jax.Array:
-        for name, arm in self.config.chosen().items():
-            if hasattr(arm, method):
-                held = nnx.to_pure_dict(nnx.state(getattr(self, name)))
-                value = getattr(arm, method)(held, value, seen)
-        return value
+
+def arms_of_layer(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
+    """Return one layer's part of the arms that are on."""
+    return Arms({name: LAYERS[name](config, rngs=rngs) for name in config.arms.chosen()})
+
+
+def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
+    """Return the tables of the arms that are on: one a stream at the input, or one a layer."""
+    dim, options = config.model_dim, config.arms
+    in_layers = {  # columns, standard deviation
+        "deep_embed": (dim, 0.0),
+        "low_rank": (options.low_rank.rank, options.low_rank.init_std),
+        "value_embedding": (
+            config.num_kv_heads * config.head_size, options.value_embedding.init_std
+        ),
+    }  # fmt: skip
+
+    def table(stream: str, layers: tuple[int, ...], columns: int, std: float) -> Table:
+        shape = max(len(layers), 1), config.id_streams[stream].num_rows, columns
+        noise = std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape)
+        return Table(noise.astype(options.table_dtype), "GRC", stream=stream, layers=layers)
+
+    found = {}
+    for arm, streams in options.table_streams.items():
+        if arm in in_layers:
+            layers = tuple(range(config.num_layers))
+            found[arm] = {"table": table(*streams, layers, *in_layers[arm])}
+        else:
+            found[arm] = {name: table(name, (), dim, 0.0) for name in streams}
+    return Arms({arm: ArmTables(tables) for arm, tables in found.items()})
+
+
+def table_name(arm: str, table: str = "table") -> str:
+    """Return the path of an arm's table in the model."""
+    return f"arms/{arm}/{table}"

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from jtok_kernels import num_devices
 
 from jtok_jax.errors import ConfigError
-from jtok_jax.model.layers import Rotation, normal, residual_std, rms_norm, rotate
+from jtok_jax.model.layers import Rotation, residual_std, rms_norm, rotate
 from jtok_jax.model.splash import obstacle, splash
+from jtok_jax.model.variables import normal, ones
 from jtok_jax.model_config import ModelConfig
 
 
@@ -178,14 +179,15 @@ class Attention(nnx.Module):
             config.model_dim, config.num_heads, config.num_kv_heads, config.head_size
         )  # fmt: skip
         std, dtype = config.init_std, config.param_dtype
-        self.norm = nnx.Param(jnp.ones(dim))
-        self.query = normal(rngs, dim, heads, size, std=std, dtype=dtype)
-        self.key = normal(rngs, dim, kv_heads, size, std=std, dtype=dtype)
-        self.value = normal(rngs, dim, kv_heads, size, std=std, dtype=dtype)
-        self.out = normal(rngs, heads, size, dim, std=residual_std(config), dtype=dtype)
+        self.norm = ones(dim, "D")
+        self.query = normal(rngs, dim, heads, size, axes="DNH", std=std, dtype=dtype)
+        self.key = normal(rngs, dim, kv_heads, size, axes="DKH", std=std, dtype=dtype)
+        self.value = normal(rngs, dim, kv_heads, size, axes="DKH", std=std, dtype=dtype)
+        std = residual_std(config)
+        self.out = normal(rngs, heads, size, dim, axes="NHD", std=std, dtype=dtype)
         if config.qk_norm == "rms":
-            self.query_norm = nnx.Param(jnp.ones(size))
-            self.key_norm = nnx.Param(jnp.ones(size))
+            self.query_norm = ones(size, "H")
+            self.key_norm = ones(size, "H")
         self.config = config
 
     def __call__(
@@ -204,8 +206,7 @@ class Attention(nnx.Module):
         if config.qk_norm == "rms":
             query = rms_norm(query, self.query_norm[...], eps=config.norm_eps)
             key = rms_norm(key, self.key_norm[...], eps=config.norm_eps)
-        if change_values:
-            value = change_values(value)
+        value = change_values(value) if change_values else value
         query = checkpoint_name(rotate(query, by), ROTATED)
         key = checkpoint_name(rotate(key, by), ROTATED)
         mixed, kept = attend(query, key, value)

@@ -27,17 +27,17 @@ from jax.sharding import PartitionSpec as P
 from jtok_kernels import RowPlan, Shard, row_plan
 
 from jtok_jax.mesh import AXES, TOKENS, TableLayout, num_shards
-from jtok_jax.model_config import ModelConfig
 
 KEPT = "fetched rows"  # kept by remat "dots": to fetch again costs more than D entries a token
 
 
 class Exchange(NamedTuple):
-    """Tables of `model` on `mesh`, laid out as `layout` says."""
+    """One stack of tables on `mesh`, laid out as `layout` says."""
 
-    model: ModelConfig
     mesh: Mesh
     layout: TableLayout
+    shape: tuple[int, ...]  # [G, R, D] or [G, M, R, D], of all devices
+    dtype: str  # of rows that cross the wire
     implementation: str
 
     # ------------------------------------------------------------------ once a step
@@ -71,12 +71,10 @@ class Exchange(NamedTuple):
         specs = specs._replace(order=P(None, *specs.order))
         return self._map(local, P(None, *TOKENS), specs)(ids_NBT)
 
-    def zero_row_grads(self, plan: RowPlan) -> jax.Array:
-        """float32 [L, (M,) row shards x U, D]; see jtok_kernels.jtok."""
-        _, *several, _, dim = self.model.tables_shape
-        shape = (self.model.num_layers, *several, plan.unique_U.size, dim)
-        spec = NamedSharding(self.mesh, P(None, *self._tables_spec()))  # rows lie where tables do
-        return jax.lax.with_sharding_constraint(jnp.zeros(shape, jnp.float32), spec)
+    def place_row_grads(self, row_grads: jax.Array) -> jax.Array:
+        """Return row gradients [L, (M,) row shards x U, D] where the rows lie."""
+        spec = NamedSharding(self.mesh, P(None, *self._tables_spec()))
+        return jax.lax.with_sharding_constraint(row_grads, spec)
 
     def update(self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, **scalars):
         """`update_rows` on every device's part."""
@@ -144,12 +142,12 @@ class Exchange(NamedTuple):
 
     @property
     def _rows_here(self) -> int:
-        return self.model.padded_vocab // num_shards(self.mesh, self.layout.rows)
+        return self.shape[-2] // num_shards(self.mesh, self.layout.rows)
 
     def _tables_spec(self) -> P:
         """Of one layer's tables, [(M,) V, D], and of gradients of their unique rows."""
         layout = self.layout
-        experts = [layout.experts or None] if self.model.jtok.kind == "jtok_m" else []
+        experts = [layout.experts or None] if len(self.shape) == 4 else []
         return P(*experts, layout.rows or None, layout.columns or None)
 
     def _plan_specs(self) -> RowPlan:
@@ -206,8 +204,8 @@ def _fetch(exchange: Exchange, tables, layer, ids_BT, ids, plan, row_grads, choi
             choice = choice - jax.lax.axis_index(layout.experts) * count
         own = inside[:, None] & (choice >= 0) & (choice < count)
         e = mix(tables, ids, choice, jnp.where(own, flat(weights), 0.0))
-    e = _to_owners_of_tokens(e.astype(exchange.model.compute_dtype), layout, mesh)
-    return e.reshape(*ids_BT.shape, -1)
+    e = _to_owners_of_tokens(e.astype(exchange.dtype), layout, mesh)
+    return e.reshape(*ids_BT.shape, -1)  # with hash heads if ids have them
 
 
 def _to_owners_of_tokens(e: jax.Array, layout: TableLayout, mesh: Mesh) -> jax.Array:

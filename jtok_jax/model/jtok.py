@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import jtok_kernels
 from flax import nnx
-from jtok_kernels import RowPlan, reference
+from jtok_kernels import reference
 
 from jtok_jax.errors import ConfigError
-from jtok_jax.model.exchange import Exchange
-from jtok_jax.model.layers import normal, rms_norm
+from jtok_jax.model.layers import rms_norm
+from jtok_jax.model.tables import Lookup
+from jtok_jax.model.variables import Vector, normal, ones
 from jtok_jax.model_config import ModelConfig
 
 FEW = 16  # tables whose largest logits are found by counting
@@ -84,18 +85,6 @@ def load(choice: jax.Array, count: int) -> jax.Array:
     return jnp.mean(jax.nn.one_hot(choice.reshape(-1), count, dtype=jnp.float32), axis=0)
 
 
-class Lookup(NamedTuple):
-    """What a layer needs to read its rows: the whole stack, never sliced, and its index."""
-
-    tables: jax.Array  # JTok [G, V, D], JTok-M [G, M, V, D], or words (Operations.packed)
-    layer: jax.Array  # int32 scalar, index into the stack
-    ids_BT: jax.Array
-    plan: RowPlan | None  # of the flattened ids; for training
-    row_grads: jax.Array | None  # JTok [U, D], JTok-M [M, U, D]
-    exchange: Exchange | None = None  # where the tables lie on several devices
-    ids_of_group: jax.Array | None = None  # of Exchange.gather_ids
-
-
 class Ahead(NamedTuple):
     """What is known of a layer's rows before its feed-forward is done."""
 
@@ -117,28 +106,32 @@ def operations(config: ModelConfig, *, column_shards: int = 1) -> Operations:
     Raises:
         ConfigError: the one asked for cannot run here.
     """
-    jtok, name = config.jtok, config.jtok.implementation
+    jtok = config.jtok
     tables = {"dim": config.model_dim // column_shards, "dtype": jnp.dtype(jtok.table_dtype)}
     if jtok.kind == "jtok_m":
         tables |= {"num_tables": jtok.num_tables, "top_k": jtok.top_k}
-    asked = None if name == "auto" else name
     try:
-        if tables["dtype"] == jnp.bfloat16 and name in ("auto", "mosaic_tpu") and _alone():
-            words = jtok_kernels.choose(asked, **tables | {"dtype": jnp.dtype("uint32")})
-            if words.name.startswith("mosaic_tpu"):
-                return Operations(words.name, f"{words.reason}; tables held as words", packed=True)
-        return Operations(*jtok_kernels.choose(asked, **tables, local=True), packed=False)
+        return choose_operations(jtok.implementation, **tables)
     except ValueError as error:
         raise ConfigError(f"model.jtok.implementation: {error}") from error
 
 
-def held_as_words(config: ModelConfig) -> bool:
-    """Whether a run here holds its tables as words: `Operations.packed`."""
-    return _alone() and operations(config).packed
+def choose_operations(name: str, *, dtype: jnp.dtype, **tables) -> Operations:
+    """Return which implementation a table gets on a device; `tables` as jtok_kernels.choose wants.
+
+    Raises:
+        ValueError: the one asked for cannot run here.
+    """
+    asked = None if name == "auto" else name
+    if dtype == jnp.bfloat16 and name in ("auto", "mosaic_tpu") and held_alone():
+        words = jtok_kernels.choose(asked, dtype=jnp.dtype("uint32"), **tables)
+        if words.name.startswith("mosaic_tpu"):
+            return Operations(words.name, f"{words.reason}; tables held as words", packed=True)
+    return Operations(*jtok_kernels.choose(asked, dtype=dtype, **tables, local=True), packed=False)
 
 
-def _alone() -> bool:
-    """Words split by column would be no whole entries."""
+def held_alone() -> bool:
+    """Whether tables are on one device; words split by column would be no whole entries."""
     return jtok_kernels.num_devices() == 1
 
 
@@ -149,15 +142,17 @@ class TokenTables(nnx.Module):
         dim, jtok = config.model_dim, config.jtok
         gated = jtok.kind == "jtok"
         start = jtok.gate_scale_init if gated else jtok.mixture_scale_init
-        self.scale = nnx.Param(jnp.full(dim, start, jnp.float32))
+        self.scale = Vector(jnp.full(dim, start, jnp.float32), "D")
         if not gated:
-            self.router = normal(rngs, dim, jtok.num_tables, std=jtok.router_init_std)
+            count, layers = jtok.num_tables, config.num_layers
+            carrying = {"share": (len(jtok.table_layers(layers)), layers), "full_precision": True}
+            std = jtok.router_init_std
+            self.router = normal(rngs, dim, count, axes="DM", std=std, **carrying)
             if jtok.router_bias:
-                self.router_bias = nnx.Param(
-                    jnp.full(jtok.num_tables, jtok.router_bias_init, jnp.float32)
-                )
+                bias = jnp.full(count, jtok.router_bias_init, jnp.float32)
+                self.router_bias = Vector(bias, "M")
             if jtok.router_norm == "own":
-                self.router_norm = nnx.Param(jnp.ones(dim, jnp.float32))
+                self.router_norm = ones(dim, "D")
         self.config = config
 
     @property
@@ -173,9 +168,8 @@ class TokenTables(nnx.Module):
         routed = None if self.config.jtok.kind == "jtok" else self.route(stream_BTD, normed_BTD)
         if lookup.exchange is None:
             return Ahead(routed, None)
-        rows = lookup.tables, lookup.layer, lookup.ids_BT, lookup.ids_of_group
         by = (routed.choice, routed.weights) if routed else (None, None)
-        return Ahead(routed, lookup.exchange.fetch(*rows, lookup.plan, lookup.row_grads, *by))
+        return Ahead(routed, lookup.rows(*by))
 
     def __call__(
         self, tilde_BTD: jax.Array, dm_BTD: jax.Array, ahead: Ahead, lookup: Lookup
@@ -213,7 +207,7 @@ class TokenTables(nnx.Module):
 
     def _modulate(self, tilde_BTD, dm_BTD, routed: Route | None, lookup: Lookup, form):
         """All of it on one device."""
-        stream = _flat(tilde_BTD), _flat(dm_BTD), lookup.tables, lookup.ids_BT.reshape(-1)
+        stream = _flat(tilde_BTD), _flat(dm_BTD), lookup.tables, lookup.ids.reshape(-1)
         options = {name: getattr(lookup, name) for name in ("layer", "plan", "row_grads")}
         options |= {"implementation": operations(self.config).name, **form}
         if routed is None:
@@ -238,7 +232,7 @@ def _some_rows(ahead: Ahead, lookup: Lookup) -> jax.Array:
     """Rows, or mixtures of them, of some tokens; float32 [N, D]."""
     if ahead.e_BTD is not None:
         return _some(_flat(ahead.e_BTD)).astype(jnp.float32)
-    ids, routed = _some(lookup.ids_BT.reshape(-1)), ahead.routed
+    ids, routed = _some(lookup.ids.reshape(-1)), ahead.routed
     if routed is None:
         return jtok_kernels.as_float(lookup.tables[lookup.layer, ids])
     rows = lookup.tables[lookup.layer, _some(_flat(routed.choice)), ids[:, None]]

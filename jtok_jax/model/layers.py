@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jtok_jax.model.variables import normal, ones
 from jtok_jax.model_config import ModelConfig
 
 
@@ -83,21 +84,6 @@ def _widened_backward(kept, grad_BTF):
 _widened.defvjp(_widened_forward, _widened_backward)
 
 
-def normal(
-    rngs: nnx.Rngs,
-    *shape: int,
-    std: float,
-    dtype: str = "float32",
-    pad: tuple[int, int] = (0, 0),
-) -> nnx.Param[jax.Array]:
-    """A parameter drawn from normal(0, std), with `pad` zeros after the last two axes."""
-    value = (std * jax.random.normal(rngs.params(), shape)).astype(dtype)
-    if any(pad):
-        widths = [(0, 0)] * (len(shape) - 2) + [(0, extra) for extra in pad]
-        value = jnp.pad(value, widths)
-    return nnx.Param(value)
-
-
 def residual_std(config: ModelConfig) -> float:
     """Standard deviation of a projection that writes to the residual stream."""
     return config.init_std / (2 * config.num_layers) ** 0.5
@@ -108,10 +94,10 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, width, dtype = config.model_dim, config.ffn_dim, config.param_dtype
-        self.norm = nnx.Param(jnp.ones(dim))
-        self.gate = normal(rngs, dim, width, std=config.init_std, dtype=dtype)
-        self.up = normal(rngs, dim, width, std=config.init_std, dtype=dtype)
-        self.down = normal(rngs, width, dim, std=residual_std(config), dtype=dtype)
+        self.norm = ones(dim, "D")
+        self.gate = normal(rngs, dim, width, axes="DF", std=config.init_std, dtype=dtype)
+        self.up = normal(rngs, dim, width, axes="DF", std=config.init_std, dtype=dtype)
+        self.down = normal(rngs, width, dim, axes="FD", std=residual_std(config), dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return swiglu(x_BTD, self.gate[...], self.up[...], self.down[...])

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jtok_jax.mesh import TOKENS
 from jtok_jax.model.grouped_matmul import grouped_matmul
-from jtok_jax.model.layers import normal, residual_std, swiglu
+from jtok_jax.model.layers import residual_std, swiglu
+from jtok_jax.model.variables import normal, ones
 from jtok_jax.model_config import ModelConfig
 
 
@@ -113,16 +114,19 @@ class Moe(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe, dim, dtype = config.moe, config.model_dim, config.param_dtype
         count, width, shared = moe.num_experts, moe.expert_dim, moe.shared_dim
-        std, out_std = config.init_std, residual_std(config)
-        self.norm = nnx.Param(jnp.ones(dim))
-        self.router = normal(rngs, dim, count, std=moe.router_init_std)
-        self.gate = normal(rngs, count, dim, width, std=std, dtype=dtype)
-        self.up = normal(rngs, count, dim, width, std=std, dtype=dtype)
-        self.down = normal(rngs, count, width, dim, std=out_std, dtype=dtype)
+        into = {"std": config.init_std, "dtype": dtype}
+        back = {"std": residual_std(config), "dtype": dtype}
+        used = {"share": (moe.top_k, count)}
+        self.norm = ones(dim, "D")
+        std = moe.router_init_std
+        self.router = normal(rngs, dim, count, axes="DE", std=std, full_precision=True)
+        self.gate = normal(rngs, count, dim, width, axes="EDF", **into, **used)
+        self.up = normal(rngs, count, dim, width, axes="EDF", **into, **used)
+        self.down = normal(rngs, count, width, dim, axes="EFD", **back, **used)
         if shared:
-            self.shared_gate = normal(rngs, dim, shared, std=std, dtype=dtype)
-            self.shared_up = normal(rngs, dim, shared, std=std, dtype=dtype)
-            self.shared_down = normal(rngs, shared, dim, std=out_std, dtype=dtype)
+            self.shared_gate = normal(rngs, dim, shared, axes="DS", **into)
+            self.shared_up = normal(rngs, dim, shared, axes="DS", **into)
+            self.shared_down = normal(rngs, shared, dim, axes="SD", **back)
         self.config = moe
 
     def __call__(self, x_BTD: jax.Array, mesh: Mesh | None = None) -> MoeResult:

@@ -3,17 +3,56 @@
 """Parameters as a flat dict by name ("blocks/attention/query"), and a model bound to them."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jtok_kernels import pack_rows, unpack_rows
 
-from jtok_jax.model.jtok import held_as_words
-from jtok_jax.model.transformer import Transformer
+from jtok_jax.model.jtok import choose_operations, held_alone, operations
+from jtok_jax.model.transformer import TABLES, Transformer
+from jtok_jax.model.variables import Parameter, Table
 from jtok_jax.model_config import ModelConfig
 
 Params = dict[str, jax.Array]
+
+
+class Declared(NamedTuple):
+    """What a parameter says of itself, see jtok_jax.model.variables."""
+
+    kind: type[Parameter]
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: str  # with the leading L of blocks
+    share: tuple[int, int]
+    full_precision: bool
+    stream: str  # of a table, else ""
+    layers: tuple[int, ...]  # of a table, else ()
+
+    @property
+    def is_table(self) -> bool:
+        return issubclass(self.kind, Table)
+
+
+@functools.cache
+def declared(config: ModelConfig) -> dict[str, Declared]:
+    """Return what every parameter of a model says of itself, by name."""
+    _, state = _structure(config)
+    found = {}
+    for path, variable in nnx.to_flat_state(state):
+        value, told = variable.get_value(), variable.get_metadata()
+        axes = "L" * (path[0] == "blocks") + told["axes"]
+        found["/".join(path)] = Declared(
+            type(variable), value.shape, value.dtype, axes, told["share"], told["full_precision"],
+            told.get("stream", ""), told.get("layers", ()),
+        )  # fmt: skip
+    return found
+
+
+def declared_tables(config: ModelConfig) -> dict[str, Declared]:
+    """Return the tables among `declared`."""
+    return {name: one for name, one in declared(config).items() if one.is_table}
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -24,7 +63,8 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of `init_params`."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    told = declared(config).items()
+    return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in told}
 
 
 def bind(config: ModelConfig, params: Params) -> Transformer:
@@ -37,22 +77,34 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def held_as_words(config: ModelConfig, name: str) -> bool:
+    """Whether a run here holds a table as words: `Operations.packed`."""
+    if not held_alone():
+        return False
+    if name == TABLES:
+        return operations(config).packed
+    table = declared(config)[name]
+    return choose_operations("auto", dim=table.shape[-1], dtype=table.dtype).packed
+
+
 def to_stored(config: ModelConfig, params: Params) -> Params:
     """Logical parameters as a run here holds them: tables as words where the operations want it."""
-    if "tables" not in params or not held_as_words(config):
-        return params
-    return params | {"tables": _pack(params["tables"])}
+    tables = {name for name in declared_tables(config) if name in params}
+    words = {name for name in tables if held_as_words(config, name)}
+    return params | {name: _pack(params[name]) for name in words}
 
 
 def to_logical(params: Params) -> Params:
     """The inverse of `to_stored`; also of shapes (`jax.ShapeDtypeStruct`)."""
-    tables = params.get("tables")
-    if tables is None or tables.dtype != jnp.uint32:
-        return params
-    if isinstance(tables, jax.ShapeDtypeStruct):
-        logical = jax.eval_shape(unpack_rows, tables)
-        return params | {"tables": logical.update(sharding=tables.sharding)}
-    return params | {"tables": _unpack(tables)}
+    return params | {
+        name: _logical(value) for name, value in params.items() if value.dtype == jnp.uint32
+    }
+
+
+def _logical(words):
+    if isinstance(words, jax.ShapeDtypeStruct):
+        return jax.eval_shape(unpack_rows, words).update(sharding=words.sharding)
+    return _unpack(words)
 
 
 _pack, _unpack = jax.jit(pack_rows), jax.jit(unpack_rows)

@@ -10,7 +10,7 @@ h ------------+--> norm -> attention --+--> h~ --+--> norm -> feed-forward -> dm
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,18 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jtok_kernels import RowPlan
 
-from jtok_jax.arms import Seen
 from jtok_jax.mesh import split_batch, split_columns
-from jtok_jax.model.arms import Arms
+from jtok_jax.model.arms import arm_tables, arms_of_layer, table_name
 from jtok_jax.model.attention import ROTATED, Attend, Attended, Attention, causal
 from jtok_jax.model.exchange import KEPT, Exchange
-from jtok_jax.model.jtok import Lookup, TokenTables
-from jtok_jax.model.layers import FeedForward, Rotation, normal, rms_norm, rotation
+from jtok_jax.model.jtok import TokenTables
+from jtok_jax.model.layers import FeedForward, Rotation, rms_norm, rotation
 from jtok_jax.model.moe import Moe
 from jtok_jax.model.splash import SAVED
+from jtok_jax.model.tables import Lookup, Rows, make_reader
+from jtok_jax.model.variables import Embedding, Table, normal, ones
 from jtok_jax.model_config import ModelConfig
+
+TABLES = "tables"  # where a model holds JTok's, which every other table has its path for
 
 
 class BlockAux(NamedTuple):
@@ -54,9 +56,9 @@ class Output(NamedTuple):
 
 
 class Across(NamedTuple):
-    """Several devices, and how tables on them are read (None: there are none)."""
+    """Several devices, and how each table on them is read."""
 
-    exchange: Exchange | None
+    exchanges: dict[str, Exchange]
     mesh: Mesh
 
 
@@ -72,32 +74,37 @@ class Block(nnx.Module):
         if config.jtok.kind != "none":
             self.jtok = TokenTables(config, rngs=rngs)
         if config.arms.names:
-            self.arms = Arms(config, "blocks/arms", rngs=rngs)
+            self.arms = arms_of_layer(config, rngs=rngs)
         self.config = config
 
     def __call__(
         self,
         h_BTD: jax.Array,
-        ids_BT: jax.Array,
         *,
         by: Rotation,
         attend: Attend,
-        lookup: Lookup | None,
+        lookups: Mapping[str, Lookup],
         mesh: Mesh | None,
-        before_BTD: jax.Array | None,
         with_health: bool = False,
     ) -> tuple[jax.Array, object, BlockAux]:
-        """(h', kept by attend, aux). `lookup` None means that this layer carries no tables;
-        `before` is the input of the layer before, where an arm may want it.
-        """
-        eps = self.config.norm_eps
+        """Return (h', what `attend` keeps, aux); `lookups` has the tables that this layer reads."""
+        eps, lookup = self.config.norm_eps, lookups.get(TABLES)
+        arms = [
+            (getattr(self.arms, name), lookups[table].rows() if table in lookups else None)
+            for name in self.config.arms.chosen()
+            for table in [table_name(name)]
+        ]
         pre_BTD = rms_norm(h_BTD, self.attention.norm[...], eps=eps)
         ahead = None
         if lookup and self.jtok.before_attention:
             ahead = self.jtok.ahead(h_BTD, pre_BTD, lookup)
-        arms = self.arms if self.config.arms.names else None
-        values = (lambda value: arms.values(value, ids_BT)) if arms else None
-        out_BTD, kept = self.attention(pre_BTD, by=by, attend=attend, change_values=values)
+
+        def change_values(value_BTKH):
+            for arm, rows in arms:
+                value_BTKH = arm.values(value_BTKH, rows)
+            return value_BTKH
+
+        out_BTD, kept = self.attention(pre_BTD, by=by, attend=attend, change_values=change_values)
         tilde_BTD = h_BTD + out_BTD
         feed = self.moe if self.config.moe.num_experts else self.ffn
         post_BTD = rms_norm(tilde_BTD, feed.norm[...], eps=eps)
@@ -108,9 +115,8 @@ class Block(nnx.Module):
             dm_BTD, moe_balance = self.moe(post_BTD, mesh)
         else:
             dm_BTD = self.ffn(post_BTD)
-        if arms:
-            before_BTD = rms_norm(before_BTD, self.attention.norm[...], eps=eps)
-            dm_BTD = arms.increment(dm_BTD, Seen(ids_BT, pre_BTD, post_BTD, before_BTD))
+        for arm, rows in arms:
+            dm_BTD = arm.increment(dm_BTD, post_BTD, rows)
         health = {"hidden_std": _moments(h_BTD)} if with_health else {}
         if lookup is None:
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
@@ -127,18 +133,24 @@ class Transformer(nnx.Module):
         dim, vocab, dtype = config.model_dim, config.vocab_size, config.param_dtype
         pad = config.padded_vocab - vocab
         std = config.embed_init_std or config.init_std
-        self.embed = normal(rngs, vocab, dim, std=std, dtype=dtype, pad=(pad, 0))
+        tied = {"kind": Embedding, "share": (int(config.head == "tied"), 1)}
+        self.embed = normal(rngs, vocab, dim, axes="VD", std=std, dtype=dtype, pad=(pad, 0), **tied)
         self.blocks = _stacked_blocks(config, rngs)
-        self.final_norm = nnx.Param(jnp.ones(dim))
+        self.final_norm = ones(dim, "D")
         if config.head == "untied":
-            self.head = normal(rngs, dim, vocab, std=config.init_std, dtype=dtype, pad=(0, pad))
+            std = config.init_std
+            self.head = normal(rngs, dim, vocab, axes="DV", std=std, dtype=dtype, pad=(0, pad))
         if config.tables_shape:
-            *stack, _, _ = config.tables_shape
-            jtok = {"std": config.jtok.table_init_std, "dtype": config.jtok.table_dtype}
-            self.tables = normal(rngs, *stack, vocab, dim, **jtok, pad=(pad, 0))
-        if config.arms.names:
-            self.arms = Arms(config, "arms", rngs=rngs)
+            self.tables = _jtok_tables(config, rngs)
+        if config.arms.table_streams:
+            self.arms = arm_tables(config, rngs=rngs)
         self.config = config
+
+    @property
+    def named_tables(self) -> dict[str, Table]:
+        """Every table by its path, the order of which does not change."""
+        found = nnx.to_flat_state(nnx.state(self, Table))
+        return {"/".join(path): table for path, table in found}
 
     @property
     def head_DV(self) -> jax.Array:
@@ -148,8 +160,8 @@ class Transformer(nnx.Module):
         self,
         ids_BT: jax.Array,
         *,
-        plan: RowPlan | None = None,
-        row_grads: jax.Array | None = None,
+        training: Rows | None = None,
+        before_BC: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         attend: Callable[..., Attended] | None = None,
         cache: object = None,
@@ -160,47 +172,49 @@ class Transformer(nnx.Module):
 
         Args:
             ids_BT: int32 in [0, V); not checked here.
-            plan, row_grads: for training, see jtok_kernels.jtok; the plan is of the flattened ids,
-                `row_grads` has a leading layer axis.
+            training: for gradients of tables by unique row. None: tables get dense gradients.
+            before_BC: ids before the first, for tables by n-gram; see `tables.stream_ids`.
             positions_BT: int32; default 0, 1, ... in every sequence.
             attend: (query, key, value, cache of the layer) -> Attended; default causal.
             cache: pytree with a leading layer axis, handed to `attend` layer by layer.
-            across: several devices; plan and `row_grads` are those of its exchange.
+            across: several devices; `training` is that of its exchanges.
             with_health: also measure the stream, the router and the rows of every layer.
         """
         config = self.config
         positions_BT = jnp.arange(ids_BT.shape[1])[None] if positions_BT is None else positions_BT
         by = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
-        exchange, mesh = across or (None, None)
+        exchanges, mesh = across or ({}, None)
         attend = attend or _attend_causally(config, mesh)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
-        ids_of_group = exchange.gather_ids(ids_BT) if exchange else None
-        stacks = config.jtok.table_of_layer(config.num_layers)
+        tables = self.named_tables
+        reader = make_reader(tables, config.id_streams, ids_BT, before_BC, training, exchanges)
+        in_layers = reader.in_layers
         graph, params = nnx.split(self.blocks)
 
-        def body(streams, layer):
-            h_BTD, before_BTD = streams
-            params, stack, row_grads_layer, cache = layer
+        def body(h_BTD, layer):
+            params, stacks, row_grads, cache = layer
             block = nnx.merge(graph, params)
-            rows = None
-            if max(stacks) >= 0:
-                tables = self.tables[...]
-                rows = Lookup(tables, stack, ids_BT, plan, row_grads_layer, exchange, ids_of_group)
             mine = {"by": by, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
-            mine |= {"before_BTD": before_BTD, "with_health": with_health}
-            run = lambda lookup: block(h_BTD, ids_BT, lookup=lookup, **mine)
-            if rows is None or min(stacks) >= 0:
-                out_BTD, kept, aux = run(rows)
+            lookups = {
+                name: reader.lookup(name, stacks[name], row_grads.get(name)) for name in in_layers
+            }
+            others = {name: one for name, one in lookups.items() if name != TABLES}
+            run = lambda lookups: block(h_BTD, lookups=lookups, with_health=with_health, **mine)
+            if TABLES not in lookups or min(in_layers[TABLES].layers) >= 0:
+                out_BTD, kept, aux = run(lookups)
             else:  # some layers carry tables and some do not
-                out_BTD, kept, aux = _either(stack >= 0, lambda: run(rows), lambda: run(None))
-            return (split(out_BTD, split_batch), before(h_BTD)), (kept, aux)
+                carries = stacks[TABLES] >= 0
+                out_BTD, kept, aux = _either(carries, lambda: run(lookups), lambda: run(others))
+            return split(out_BTD, split_batch), (kept, aux)
 
         h_BTD = split(self.embed[ids_BT].astype(config.compute_dtype), split_columns)
-        h_BTD = split(self.arms.embed(h_BTD, ids_BT) if config.arms.names else h_BTD, split_batch)
-        layers = params, np.array(stacks, np.int32), row_grads, cache
-        before = lambda h_BTD: h_BTD if config.arms.names else None
-        streams = h_BTD, before(h_BTD)
-        (h_BTD, _), (kept, aux) = jax.lax.scan(_remat(body, config.remat), streams, layers)
+        for name in sorted(tables.keys() - in_layers.keys()):
+            h_BTD = h_BTD + reader.at_input(name).rows().astype(h_BTD.dtype)
+        h_BTD = split(h_BTD, split_batch)
+        stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
+        row_grads = {name: training.grads[name] for name in in_layers} if training else {}
+        layers = params, stacks, row_grads, cache
+        h_BTD, (kept, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
         return Output(hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
@@ -213,6 +227,17 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         return Block(config, rngs=rngs)
 
     return build(rngs)
+
+
+def _jtok_tables(config: ModelConfig, rngs: nnx.Rngs) -> Table:
+    jtok, rows = config.jtok, config.id_streams[config.jtok.stream].num_rows
+    pad = config.padded_vocab - config.vocab_size if jtok.stream == "token" else 0
+    *stack, _, dim = config.tables_shape
+    return normal(
+        rngs, *stack, rows - pad, dim, axes="GXRC" if len(stack) == 2 else "GRC", pad=(pad, 0),
+        std=jtok.table_init_std, dtype=jtok.table_dtype, kind=Table, stream=jtok.stream,
+        layers=jtok.table_of_layer(config.num_layers),
+    )  # fmt: skip
 
 
 def _attend_causally(config: ModelConfig, mesh: Mesh | None) -> Callable[..., Attended]:

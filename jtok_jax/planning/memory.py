@@ -17,9 +17,13 @@ from jax.sharding import AbstractMesh
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.mesh import BATCH, axis_rules, num_shards, table_layout
+from jtok_jax.mesh import BATCH, num_shards
 from jtok_jax.model.attention import QUERIES
+from jtok_jax.model.params import declared, declared_tables
+from jtok_jax.model.placement import entries_here, table_layouts
+from jtok_jax.model.variables import Weight
 from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.rows import row_gradient_bytes
 from jtok_jax.training.state import abstract_state
 
 
@@ -81,17 +85,12 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     return Memory(tuple(part for part in parts if part.size))
 
 
-def row_gradient_bytes(config: Config, mesh: AbstractMesh) -> int:
-    """Of one microbatch on one device: float32 [L, M, U, columns]."""
-    return _row_grads(_Shapes(config, mesh))
-
-
 def update_bytes(config: Config, mesh: AbstractMesh) -> int:
     """Read and written by the update on one device: value, gradient and two moments, float32."""
     shapes = _Shapes(config, mesh)
     entries = shapes.backbone_entries
-    if config.optimizer.tables.kind == "adamw" and "tables" in shapes.axes:
-        return 28 * (entries + shapes.entries("tables"))
+    if config.optimizer.tables.kind == "adamw":
+        return 28 * (entries + sum(map(shapes.entries, shapes.tables)))
     return 28 * entries + 7 * _row_grads(shapes)
 
 
@@ -100,9 +99,8 @@ class _Shapes:
 
     def __init__(self, config: Config, mesh: AbstractMesh):
         self.config, self.mesh = config, mesh
-        self.model, self.layout = config.model, table_layout(config, mesh)
-        self.rules = axis_rules(config, mesh)
-        self.axes, self.sizes = flops.parameter_axes(self.model), flops.axis_sizes(self.model)
+        self.model, self.layouts = config.model, table_layouts(config, mesh)
+        self.declared, self.tables = declared(config.model), declared_tables(config.model)
         self.compute = flops.BYTES[self.model.compute_dtype]
         batch = config.train.batch_size // config.train.grad_accumulation
         self.sequences = batch / num_shards(mesh, BATCH)
@@ -113,37 +111,23 @@ class _Shapes:
 
     def entries(self, name: str, *, gathered: bool = False, layer: bool = False) -> int:
         """Entries of a parameter here; whole along D, or of one layer."""
-        letters = self.axes[name][1:] if layer else self.axes[name]
-        split = lambda letter: not (gathered and letter == "D")
-        return math.prod(
-            self.sizes[x] // (num_shards(self.mesh, self.rules.get(x, ())) if split(x) else 1)
-            for x in letters
-        )
+        whole = "D" if gathered else ""
+        entries = entries_here(self.config, self.mesh, name, whole=whole)
+        return entries // self.model.num_layers if layer else entries
 
     @property
     def backbone_entries(self) -> int:
-        return sum(self.entries(name) for name in self.axes if name != "tables")
+        return sum(self.entries(name) for name in self.declared if name not in self.tables)
 
     @property
     def matrices(self) -> list[str]:
         """Of the layers, those that matmuls read."""
-        vectors = (*flops.VECTORS, "router")
-        return [name for name in self.axes if "blocks/" in name and not name.endswith(vectors)]
-
-    @property
-    def columns(self) -> int:
-        """Entries of a row here."""
-        return self.model.model_dim // num_shards(self.mesh, self.layout.columns)
-
-    @property
-    def num_tables(self) -> int:
-        return self.model.jtok.tables_per_layer // num_shards(self.mesh, self.layout.experts)
-
-    @property
-    def unique_rows(self) -> int:
-        """U of one device: rows of other devices count as the first or the last one here."""
-        here = self.model.padded_vocab // num_shards(self.mesh, self.layout.rows)
-        return min(self.config.rows_per_step + 2 * bool(self.layout.rows), here)
+        in_layers = {name: one for name, one in self.declared.items() if one.axes[0] == "L"}
+        return [
+            name
+            for name, one in in_layers.items()
+            if issubclass(one.kind, Weight) and not one.full_precision
+        ]
 
 
 def _what_state_depends_on(config: Config) -> Config:
@@ -157,11 +141,12 @@ def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
     """Exact, but for what a TPU pads of narrow arrays."""
     state = abstract_state(config, make_optimizer(config), mesh)
     sizes = dict.fromkeys(("backbone", "AdamW moments", "tables", "row optimizer"), 0)
+    tables = declared_tables(config.model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path)
-        of_tables = "tables" in name
+        keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
+        of_tables = any(key in tables for key in keys)
         local = leaf.sharding.shard_shape(leaf.shape)
-        moment = "opt_state" in name
+        moment = "opt_state" in jax.tree_util.keystr(path)
         kind = ("row optimizer" if moment else "tables") if of_tables else "backbone"
         kind = "AdamW moments" if moment and not of_tables else kind
         sizes[kind] += math.prod(local) * leaf.dtype.itemsize
@@ -170,16 +155,14 @@ def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
 
 def _plan(shapes: _Shapes) -> int:
     """Ids of all devices, sorted with their places: 4 arrays of int32."""
-    train = shapes.config.train
-    return 16 * train.batch_size * train.seq_len if shapes.model.tables_shape else 0
+    train, streams = shapes.config.train, {table.stream for table in shapes.tables.values()}
+    ids = sum(shapes.model.id_streams[name].heads for name in streams)
+    return 16 * train.batch_size * train.seq_len * ids
 
 
 def _row_grads(shapes: _Shapes) -> int:
-    """float32 [L, M, U, columns]."""
-    if shapes.model.tables_shape is None:
-        return 0
-    rows = shapes.model.num_layers * shapes.num_tables * shapes.unique_rows
-    return rows * shapes.columns * 4
+    """Return bytes of the row gradients of all tables."""
+    return sum(row_gradient_bytes(shapes.config, shapes.mesh, name) for name in shapes.tables)
 
 
 def _cast_weights(shapes: _Shapes) -> int:
@@ -245,10 +228,14 @@ def _feed_forward(shapes: _Shapes) -> float:
 
 def _mixture(shapes: _Shapes) -> float:
     """Rows of the tokens of a group, the columns here: read, mixed, and their gradients."""
-    if shapes.model.tables_shape is None:
-        return 0
-    tokens = shapes.tokens / shapes.tensor * num_shards(shapes.mesh, shapes.layout.axes)
-    return tokens * shapes.columns * (8 * shapes.model.jtok.rows_per_token + 10)
+    made, used = 0.0, shapes.model.jtok.rows_per_token
+    for name, table in shapes.tables.items():
+        layout, stream = shapes.layouts[name], shapes.model.id_streams[table.stream]
+        tokens = shapes.tokens / shapes.tensor * num_shards(shapes.mesh, layout.axes)
+        columns = table.shape[-1] // num_shards(shapes.mesh, layout.columns)
+        each = used if len(table.shape) == 4 else stream.heads
+        made += tokens * columns * (8 * each + 10) * bool(table.layers)
+    return made
 
 
 def _head(shapes: _Shapes) -> int:
@@ -260,9 +247,11 @@ def _head(shapes: _Shapes) -> int:
 
 
 def _row_update(shapes: _Shapes) -> int:
-    """Rows of one layer with two moments, before and after, float32."""
-    if shapes.model.tables_shape is None:
-        return 0
-    if shapes.config.optimizer.tables.kind == "adamw":
-        return shapes.entries("tables") * 4  # a dense gradient of all tables
-    return shapes.num_tables * shapes.unique_rows * shapes.columns * 4 * 6
+    """Rows of one layer with two moments, before and after, float32; of the largest table."""
+    if shapes.config.optimizer.tables.kind == "adamw":  # a dense gradient of the whole table
+        return max((4 * shapes.entries(name) for name in shapes.tables), default=0)
+    of_layers = {
+        row_gradient_bytes(shapes.config, shapes.mesh, name) // (len(table.layers) or 1)
+        for name, table in shapes.tables.items()
+    }
+    return 6 * max(of_layers, default=0)

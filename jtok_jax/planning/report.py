@@ -8,8 +8,9 @@ import pathlib
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
-from jtok_jax.mesh import abstract_mesh, check_batches, describe
+from jtok_jax.mesh import abstract_mesh, check_batches
 from jtok_jax.model.attention import fits_cudnn
+from jtok_jax.model.placement import describe
 from jtok_jax.model.splash import obstacle
 from jtok_jax.planning import advice, compiled, traffic
 from jtok_jax.planning.cycles import count

@@ -9,9 +9,12 @@ from jax.sharding import AbstractMesh
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.mesh import BATCH, axis_rules, num_shards, table_layout
-from jtok_jax.planning.memory import row_gradient_bytes, update_bytes
+from jtok_jax.mesh import BATCH, num_shards
+from jtok_jax.model.params import declared, declared_tables
+from jtok_jax.model.placement import entries_here, table_layouts
+from jtok_jax.planning.memory import update_bytes
 from jtok_jax.planning.topology import Topology
+from jtok_jax.training.rows import row_gradient_bytes
 
 MATMUL_SHARE = 0.6  # of a chip's peak that matmuls of this size reach; assumed
 MEMORY_SHARE = 0.75  # of its memory rate that row operations reach; assumed
@@ -47,10 +50,9 @@ class Time(NamedTuple):
 
 def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
     """Of one step, those that send most first."""
-    model, jtok, shape = config.model, config.model.jtok, mesh.shape
+    model, shape = config.model, mesh.shape
     wire, dim, layers = flops.BYTES[model.compute_dtype], model.model_dim, model.num_layers
     tokens = config.train.batch_size * config.train.seq_len // num_shards(mesh, BATCH)
-    rules, sizes = axis_rules(config, mesh), flops.axis_sizes(model)
     passes = config.train.grad_accumulation
     found = []
 
@@ -66,17 +68,15 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
 
     of_fsdp, gathered = 0, 0  # entries along D; and how many of them a pass gathers
     experts, others = 0, 0  # entries here
-    for name, letters in flops.parameter_axes(model).items():
-        if name == "tables":
+    for name, one in declared(model).items():
+        if one.is_table:
             continue
-        local = 1
-        for letter in letters:
-            local *= sizes[letter] // num_shards(mesh, rules.get(letter, ()))
-        along = local * shape["fsdp"] * ("D" in letters)
+        local = entries_here(config, mesh, name)
+        along = local * shape["fsdp"] * ("D" in one.axes)
         of_fsdp += along
-        gathered += along * (1 if name == "head" else 2)  # the loss comes with its gradients
-        experts += local * ("E" in letters)
-        others += local * ("E" not in letters)
+        gathered += along * (1 if one.axes == "DV" else 2)  # the loss comes with its gradients
+        experts += local * ("E" in one.axes)
+        others += local * ("E" not in one.axes)
     add("weights", "all-gather", ("fsdp",), gathered * wire, times=passes)
     add("gradients", "reduce-scatter", ("fsdp",), of_fsdp * wire, times=passes)
     add("gradients", "all-reduce", ("data", "expert"), others * wire, times=passes)
@@ -87,22 +87,25 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
         gathered = activations * shape["expert"]
         add("tokens to experts", "all-gather", ("expert",), gathered, times=2)
         add("tokens from experts", "reduce-scatter", ("expert",), gathered, times=2)
-    if model.tables_shape:
-        layout = table_layout(config, mesh)
-        carrying = len(jtok.table_layers(layers))
-        group = num_shards(mesh, layout.axes)
-        every = tuple(shape)
-        rows = tokens / shape["tensor"] * dim * wire * carrying
-        add("ids", "all-gather", every, 4 * config.train.batch_size * config.train.seq_len)
-        if jtok.kind == "jtok_m":
-            routed = 8 * jtok.top_k * tokens / shape["tensor"] * carrying
+    for name, table in declared_tables(model).items():
+        layout, stream = table_layouts(config, mesh)[name], model.id_streams[table.stream]
+        carrying = sum(index >= 0 for index in table.layers) or 1
+        group, every = num_shards(mesh, layout.axes), tuple(shape)
+        here = tokens / shape["tensor"] * stream.heads
+        rows = here * table.shape[-1] * wire * carrying
+        ids = config.train.batch_size * config.train.seq_len * stream.heads
+        of_table = f" of {name}" if len(declared_tables(model)) > 1 else ""
+        add(f"ids{of_table}", "all-gather", every, 4 * ids)
+        if len(table.shape) == 4:
+            routed = 8 * model.jtok.top_k * here * carrying
             add("router weights", "all-gather", layout.axes, routed * group, times=1.5)
-        add("rows, columns of them", "all-to-all", layout.columns, rows, times=2)
-        copies = tuple(name for name in shape if name not in layout.axes)
-        add("gradients of rows", "all-reduce", copies, row_gradient_bytes(config, mesh), passes)
+        add(f"rows{of_table}, columns of them", "all-to-all", layout.columns, rows, times=2)
+        copies = tuple(axis for axis in shape if axis not in layout.axes)
+        size = row_gradient_bytes(config, mesh, name)
+        add(f"gradients of rows{of_table}", "all-reduce", copies, size, passes)
         summed = layout.experts + layout.rows
         partial = rows * num_shards(mesh, summed)
-        add("rows, sums of them", "reduce-scatter", summed, partial, times=2)
+        add(f"rows{of_table}, sums of them", "reduce-scatter", summed, partial, times=2)
     return sorted(found, key=lambda one: -one.size)
 
 
@@ -133,13 +136,15 @@ def mfu(config: Config, topology: Topology, seconds: float) -> float:
 
 def _row_bytes(config: Config, tokens: float) -> float:
     """Read and written by the row operations: rows, increments, outputs, there and back."""
-    jtok, model = config.model.jtok, config.model
-    if jtok.kind == "none":
-        return 0
-    used = jtok.rows_per_token
-    row, wide = flops.BYTES[jtok.table_dtype], flops.BYTES[model.compute_dtype]
-    entry = 2 * used * row + 6 * wide + 4 * used
-    return tokens * model.model_dim * entry * len(jtok.table_layers(model.num_layers))
+    model, moved = config.model, 0.0
+    wide = flops.BYTES[model.compute_dtype]
+    for table in declared_tables(model).values():
+        heads = model.id_streams[table.stream].heads
+        used = model.jtok.rows_per_token if len(table.shape) == 4 else heads
+        entry = 2 * used * table.dtype.itemsize + 6 * wide + 4 * used
+        carrying = sum(index >= 0 for index in table.layers) or 1
+        moved += tokens * table.shape[-1] * entry * carrying
+    return moved
 
 
 def _loss_bytes(config: Config, mesh: AbstractMesh) -> float:

@@ -281,7 +281,7 @@ def identity(config: Config) -> dict[str, object]:
     ]
     idle += tuple(f"model.arms.{field.name}." for field in dataclasses.fields(config.model.arms)
                   if field.name not in arms)  # fmt: skip
-    if jtok == "none" and not arms:
+    if not config.model.streams_read:
         idle += ("optimizer.tables.",)
     kept = {key: value for key, value in flat.items() if not key.startswith(PLACE + idle)}
     return kept | {

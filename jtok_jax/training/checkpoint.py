@@ -22,10 +22,11 @@ import jtok_jax
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from jtok_jax.mesh import make_mesh, num_shards, parameter_sharding, table_layout
+from jtok_jax.mesh import make_mesh
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.jtok import operations
 from jtok_jax.model.params import abstract_params, to_logical, to_stored
+from jtok_jax.model.placement import jtok_column_shards, parameter_sharding
 from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
 from jtok_jax.training.state import TrainState, non_finite
 
@@ -240,7 +241,7 @@ def _placing(config: Config, *, alone: bool) -> tuple[Callable, int]:
     mesh = make_mesh(config.mesh)
     of_parameter = parameter_sharding(config, mesh)
     place = lambda name, leaf: _placed(leaf, of_parameter(name, leaf.shape))
-    return place, num_shards(mesh, table_layout(config, mesh).columns)
+    return place, jtok_column_shards(config, mesh)
 
 
 def _placed(leaf, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -16,6 +16,7 @@ from jtok_jax.config import Config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.jtok import operations
+from jtok_jax.model.params import declared_tables
 from jtok_jax.training.optimizer import Optimizer, make_optimizer
 from jtok_jax.training.step import StepMetrics
 
@@ -135,14 +136,13 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
     column_shards: parts of a table's row, each on a device.
     """
     counts = flops.count(config.model, seq_len=config.train.seq_len)
-    optimizer, own = make_optimizer(config), math.prod(config.model.tables_shape or [0])
-    dense = "backbone" + " and of arms" * bool(config.model.arms.names)
+    optimizer, tables = make_optimizer(config), declared_tables(config.model)
     rows = [
         ("backbone", counts.backbone, "parameters"),
         ("tables", counts.tables, f"parameters, {_mebibytes(counts.table_bytes)} MiB"),
         ("total", counts.total, "parameters"),
         ("active", counts.active, "parameters a token, tables left out"),
-        ("optimizer", 8 * (counts.total - own), f"bytes of AdamW moments of the {dense}"),
+        ("optimizer", 8 * counts.backbone, "bytes of AdamW moments of the backbone"),
         *_table_state(config, optimizer),
         ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
     ]
@@ -151,27 +151,32 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
     lines.append(f"{'attention':>10} {attention.kind:>18} of tokens: {attention.reason}")
     if config.train.compiler_options:
         lines.append(f"{'compiler':>10} {config.train.compiler_options}")
-    if config.model.tables_shape:
-        _, *several, _, dim = config.model.tables_shape
-        rows = config.model.num_layers * math.prod(several) * config.rows_per_step
-        size = _mebibytes(rows * dim * 4)
+    for stream in sorted({table.stream for table in tables.values()}):
+        mine = [table for table in tables.values() if table.stream == stream]
+        entries = sum((len(x.layers) or 1) * math.prod(x.shape[1:-2]) * x.shape[-1] for x in mine)
+        rows = config.unique_rows(stream)
+        limit = " (train.max_unique_ids)" if stream == "token" else ""
         lines.append(
-            f"{'rows':>10} {config.rows_per_step:>18,} of each table at most in a step "
-            f"(train.max_unique_ids), gradients {size} MiB"
+            f"{'rows':>10} {rows:>18,} by {stream} at most of each table in a step{limit}, "
+            f"gradients {_mebibytes(4 * rows * entries)} MiB"
         )
+    if config.model.tables_shape:
         choice = operations(config.model, column_shards=column_shards)
         lines.append(f"{'operations':>10} {choice.name:>18} on tables: {choice.reason}")
     return "\n".join(lines)
 
 
 def _table_state(config: Config, optimizer: Optimizer) -> list[tuple]:
-    if optimizer.tables is None:
+    tables = [
+        jax.ShapeDtypeStruct(table.shape, table.dtype)
+        for table in declared_tables(config.model).values()
+    ]
+    if not tables:
         return []
-    table = jax.ShapeDtypeStruct(config.model.tables_shape, config.model.jtok.table_dtype)
-    leaves = jax.tree.leaves(jax.eval_shape(optimizer.tables.init, table))
+    leaves = jax.tree.leaves([jax.eval_shape(optimizer.rows.init, table) for table in tables])
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    kind = config.optimizer.tables.kind
-    return [("", size, f"bytes of {kind} state, {size / table.size:.2f} a table parameter")]
+    share, kind = size / sum(table.size for table in tables), config.optimizer.tables.kind
+    return [("", size, f"bytes of {kind} state, {share:.2f} a table parameter")]
 
 
 def _mebibytes(size: int) -> str:

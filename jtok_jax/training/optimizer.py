@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Learning-rate schedules, and groups of parameters: matrices, vectors, tables by token id."""
+"""Learning-rate schedules, and groups of parameters: matrices, vectors, tables."""
 
 from typing import NamedTuple
 
-import jax
 import jtok_kernels
 import optax
 from jtok_kernels import RowOptimizer
 
-from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.errors import ConfigError
-from jtok_jax.flops import TABLES, VECTORS
+from jtok_jax.model.params import Params, declared, declared_tables
+from jtok_jax.model.variables import Vector
+from jtok_jax.model_config import ModelConfig
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -36,61 +35,43 @@ def schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules([rise, rest[options.kind]()], [warmup])
 
 
-def group(name: str) -> str:
-    """The AdamW group of a backbone parameter by name: decay acts on matrices alone.
-
-    Tables of arms (jtok_jax/arms) are one, with the options of the token tables.
-    """
-    if name.endswith(TABLES):
-        return "tables"
-    return "vectors" if name.endswith(VECTORS) else "matrices"
-
-
 class Optimizer(NamedTuple):
     """Clipping by the global norm of all gradients comes first and is the step's own business."""
 
     backbone: optax.GradientTransformation
-    tables: RowOptimizer | None  # None: a model without tables
+    rows: RowOptimizer
+    tables: tuple[str, ...]  # names of the tables, whose rows `rows` updates
 
-    def init(self, params: dict[str, jax.Array]) -> dict[str, object]:
-        backbone, tables = split_tables(params)
-        state = {"backbone": self.backbone.init(backbone)}
-        return state | ({} if tables is None else {"tables": self.tables.init(tables)})
+    def init(self, params: Params) -> dict[str, object]:
+        """Return the state: under "backbone", and under the name of every table."""
+        backbone, tables = self.split(params)
+        of_tables = {name: self.rows.init(table) for name, table in tables.items()}
+        return {"backbone": self.backbone.init(backbone)} | of_tables
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Return (backbone, tables)."""
+        backbone = {name: value for name, value in params.items() if name not in self.tables}
+        return backbone, {name: params[name] for name in self.tables}
 
 
-def split_tables(params: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None]:
-    """(backbone, tables) of a flat dict of parameters."""
-    backbone = {name: value for name, value in params.items() if name != "tables"}
-    return backbone, params.get("tables")
+def groups(model: ModelConfig) -> dict[str, str]:
+    """Return the AdamW group of every parameter of the backbone: decay acts on matrices alone."""
+    return {
+        name: "vectors" if issubclass(one.kind, Vector) else "matrices"
+        for name, one in declared(model).items()
+        if not one.is_table
+    }
 
 
 def make_optimizer(config: Config) -> Optimizer:
-    """AdamW of the backbone, and what `optimizer.tables.kind` names for the tables.
-
-    Raises:
-        ConfigError: that is not adamw, and arms have tables.
-    """
+    """Return AdamW of the backbone, and what `optimizer.tables.kind` names for the tables."""
     options, tables = config.optimizer, config.optimizer.tables
-    rate = schedule(config)
-    adamw = {"learning_rate": rate, "b1": options.b1, "b2": options.b2, "eps": options.eps}
-    groups = {
-        "matrices": optax.adamw(**adamw, weight_decay=options.weight_decay),
-        "vectors": optax.adamw(**adamw, weight_decay=0.0),
-        "tables": optax.adamw(
-            lambda step: rate(step) * tables.learning_rate_multiplier,
-            b1=tables.b1, b2=tables.b2, eps=options.eps, weight_decay=tables.weight_decay,
-        ),
-    }  # fmt: skip
-    labels = {name: group(name) for name in flops.parameter_axes(config.model) if name != "tables"}
-    if "tables" in labels.values() and tables.kind != "adamw":
-        raise ConfigError(
-            f"optimizer.tables.kind is {tables.kind!r}, but tables of arms "
-            f"({config.model.arms.names}) take dense gradients; set adamw."
-        )
-    used = {name: groups[name] for name in groups if name in labels.values()}
-    backbone = optax.partition(used, labels)
-    if config.model.tables_shape is None:
-        return Optimizer(backbone, None)
+    adamw = {"b1": options.b1, "b2": options.b2, "eps": options.eps}
+    adamw["learning_rate"] = schedule(config)
+    decays = {"matrices": options.weight_decay, "vectors": 0.0}
+    by_group = {name: optax.adamw(**adamw, weight_decay=decay) for name, decay in decays.items()}
+    backbone = optax.partition(by_group, groups(config.model))
     betas = {} if tables.kind == "rowwise_adagrad" else {"b1": tables.b1, "b2": tables.b2}
     make = getattr(jtok_kernels, tables.kind)
-    return Optimizer(backbone, make(**betas, eps=options.eps, weight_decay=tables.weight_decay))
+    rows = make(**betas, eps=options.eps, weight_decay=tables.weight_decay)
+    return Optimizer(backbone, rows, tuple(declared_tables(config.model)))

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.mesh import parameter_sharding, replicated
-from jtok_jax.model.params import Params, init_params, to_stored
+from jtok_jax.mesh import replicated
+from jtok_jax.model.params import Params, declared, init_params, to_stored
+from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.training.optimizer import Optimizer
 
 
@@ -50,11 +50,11 @@ def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSt
 
     The optimizer of the tables has leaves of their shape, of one number a row, and scalars.
     """
-    axes, place = flops.parameter_axes(config.model), parameter_sharding(config, mesh)
+    names, place = declared(config.model), parameter_sharding(config, mesh)
 
     def leaf_sharding(path, leaf):
         keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-        name = next((key for key in reversed(keys) if key in axes), None)  # groups have names too
+        name = next((key for key in reversed(keys) if key in names), None)  # groups have names too
         if name is None or leaf.ndim == 0:
             return replicated(mesh)
         return place(name, leaf.shape)

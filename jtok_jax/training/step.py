@@ -2,28 +2,26 @@
 # Copyright 2026 The jtok_jax authors
 """One training step and one evaluation step, as pure functions."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
-from jtok_kernels import RowPlan, mixed, row_plan, update_rows
+from jtok_kernels import RowPlan, mixed
 from jtok_kernels.rounding import round_at_random, row_seeds
 
 from jtok_jax.config import Config
-from jtok_jax.mesh import BATCH, num_shards, split_batch, table_layout
-from jtok_jax.model.exchange import Exchange
-from jtok_jax.model.jtok import operations
+from jtok_jax.mesh import BATCH, num_shards, split_batch
 from jtok_jax.model.loss import LossSums, cross_entropy
-from jtok_jax.model.params import Params, bind
+from jtok_jax.model.params import Params, bind, declared_tables
+from jtok_jax.model.tables import Rows
 from jtok_jax.model.transformer import Across
-from jtok_jax.model_config import ModelConfig
+from jtok_jax.training import rows
 from jtok_jax.training.compiler import compiler_options
-from jtok_jax.training.optimizer import Optimizer, schedule, split_tables
+from jtok_jax.training.optimizer import Optimizer, schedule
+from jtok_jax.training.rows import across_devices
 from jtok_jax.training.state import TrainState, state_shardings
 
 
@@ -38,7 +36,7 @@ class StepMetrics(NamedTuple):
     bad_steps: jax.Array
     bad_in_row: jax.Array
     batch_hash: jax.Array  # uint32 [2], the same on any mesh
-    unique_ids: jax.Array | None  # int32, different ids of the batch; None without tables
+    unique_ids: jax.Array | None  # int32, different tokens of the batch; None if no table has them
 
 
 class _Losses(NamedTuple):
@@ -60,14 +58,15 @@ def make_train_step(
 
     def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array):
         microbatches = _split(config, ids_BT), _split(config, targets_BT)
-        plan = _plan(config, microbatches[0], across)
-        losses, *grads = _gradients(config, state.params, *microbatches, plan, across)
+        plans = rows.make_plans(config, microbatches[0], across)
+        split = optimizer.split(state.params)
+        losses, *grads = _gradients(config, *split, *microbatches, plans, across)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
         accepted = state.step - state.bad_steps
         scale = _clip_scale(norm, config.optimizer.clip_norm)
         params, opt_state = _update(
-            config, optimizer, state, grads, scale, plan, accepted, finite, across
+            config, optimizer, state, grads, scale, plans, accepted, finite, across
         )
         new = TrainState(
             step=state.step + 1,
@@ -83,7 +82,7 @@ def make_train_step(
             bad_steps=new.bad_steps,
             bad_in_row=new.bad_in_row,
             batch_hash=batch_hash(ids_BT, targets_BT),
-            unique_ids=None if plan is None else plan.found.sum(),
+            unique_ids=rows.unique_tokens(plans),
         )
 
     return step
@@ -128,15 +127,15 @@ def _update(
     config: Config,
     optimizer: Optimizer,
     state: TrainState,
-    grads: tuple[Params, jax.Array | None],
+    grads: tuple[Params, Params],
     scale: jax.Array,
-    plan: RowPlan | None,
+    plans: dict[str, RowPlan],
     accepted: jax.Array,
     finite: jax.Array,
     across: Across | None,
 ) -> tuple[Params, dict[str, object]]:
     """Parameters and optimizer state after one more accepted step, or as they were."""
-    backbone, tables = split_tables(state.params)
+    backbone, tables = optimizer.split(state.params)
     backbone_grads, row_grads = grads
     backbone_grads = jax.tree.map(lambda leaf: leaf * scale, backbone_grads)
     old = state.opt_state["backbone"]
@@ -145,26 +144,15 @@ def _update(
     updates, new = optimizer.backbone.update(backbone_grads, old, masters)
     new_backbone = _stored(optax.apply_updates(masters, updates), backbone, key)
     params, new = _where(finite, (new_backbone, new), (backbone, old))
-    opt_state = {"backbone": new}
-    if tables is not None:
-        options = config.optimizer.tables
-        if across and across.exchange:
-            update = across.exchange.update
-        else:
-            update = functools.partial(update_rows, implementation=operations(config.model).name)
-        params["tables"], opt_state["tables"] = update(
-            optimizer.tables,
-            tables,
-            state.opt_state["tables"],
-            plan.unique_U,
-            row_grads,
-            step=accepted + 1,
-            learning_rate=schedule(config)(accepted) * options.learning_rate_multiplier,
-            grad_scale=scale,
-            apply=finite,
-            rounding_key=key if options.stochastic_rounding else None,
-        )
-    return params, opt_state
+    new_tables, states = rows.update_tables(
+        config, optimizer.rows, tables, state.opt_state, row_grads, plans, across,
+        rounding_key=key,
+        step=accepted + 1,
+        learning_rate=schedule(config)(accepted) * config.optimizer.tables.learning_rate_multiplier,
+        grad_scale=scale,
+        apply=finite,
+    )  # fmt: skip
+    return params | new_tables, {"backbone": new} | states
 
 
 def _stored(params: Params, like: Params, key: jax.Array) -> Params:
@@ -223,51 +211,29 @@ def _split(config: Config, array_BT: jax.Array) -> jax.Array:
     return array_BT.reshape(-1, count, array_BT.shape[1]).swapaxes(0, 1)
 
 
-def across_devices(config: Config, mesh: Mesh) -> Across | None:
-    """What the step needs to know of several devices; None on one."""
-    if mesh.size == 1:
-        return None
-    if config.model.tables_shape is None:
-        return Across(None, mesh)
-    layout = table_layout(config, mesh)
-    columns = num_shards(mesh, layout.columns)
-    name = operations(config.model, column_shards=columns).name
-    return Across(Exchange(config.model, mesh, layout, name), mesh)
-
-
-def _plan(config: Config, ids_NBT: jax.Array, across: Across | None) -> RowPlan | None:
-    """One plan for all microbatches of a step; None without tables."""
-    if config.model.tables_shape is None:
-        return None
-    if across and across.exchange:
-        return across.exchange.plan(ids_NBT, max_unique=config.rows_per_step)
-    ids = ids_NBT.reshape(ids_NBT.shape[0], -1)
-    return row_plan(ids, num_rows=config.model.padded_vocab, max_unique=config.rows_per_step)
-
-
 def _gradients(
     config: Config,
-    params: Params,
+    backbone: Params,
+    tables: Params,
     ids_NBT: jax.Array,
     targets_NBT: jax.Array,
-    plan: RowPlan | None,
+    plans: dict[str, RowPlan],
     across: Across | None,
-) -> tuple[_Losses, Params, jax.Array | None]:
-    """Losses, gradients of the backbone, and row gradients of the stacked tables.
+) -> tuple[_Losses, Params, Params]:
+    """Losses, gradients of the backbone, and row gradients [G, (M,) U, D] by table.
 
-    Averaged over the microbatches, float32. Row gradients: [G, (M,) U, D].
+    Averaged over the microbatches, float32.
     """
-    backbone, tables = split_tables(params)
-    zero_rows = _zero_row_grads(config.model, plan, across)
+    zeros_of_rows = rows.zero_row_grads(config, plans, across)
     value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
 
-    def microbatch(ids, targets, order):
-        of_microbatch = None if plan is None else plan._replace(order=order)
-        arguments = config, tables, ids, targets, of_microbatch, across
-        (_, losses), grads = value_and_grad(backbone, zero_rows, *arguments)
+    def microbatch(ids, targets, orders):
+        mine = {key: plan._replace(order=orders[key]) for key, plan in plans.items()}
+        arguments = config, tables, ids, targets, mine, across
+        (_, losses), grads = value_and_grad(backbone, zeros_of_rows, *arguments)
         return losses, grads
 
-    arrays = ids_NBT, targets_NBT, None if plan is None else plan.order
+    arrays = ids_NBT, targets_NBT, {key: plan.order for key, plan in plans.items()}
     count = config.train.grad_accumulation
     first = jax.tree.map(lambda x: x[0], arrays)
     if count == 1:
@@ -279,35 +245,14 @@ def _gradients(
         total, _ = jax.lax.scan(add, zeros, arrays)
         losses, grads = jax.tree.map(lambda leaf: leaf / count, total)
     backbone_grads, row_grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
-    return losses, backbone_grads, _of_stack(config.model, row_grads)
+    told = declared_tables(config.model)
+    stacked = {name: rows.of_stack(told[name], grad) for name, grad in row_grads.items()}
+    return losses, backbone_grads, stacked
 
 
-def _zero_row_grads(
-    config: ModelConfig, plan: RowPlan | None, across: Across | None
-) -> jax.Array | None:
-    """[L, (M,) U, D]: one for every layer, with tables or without."""
-    if plan is None:
-        return None
-    if across and across.exchange:
-        return across.exchange.zero_row_grads(plan)
-    _, *several, _, dim = config.tables_shape
-    return jnp.zeros((config.num_layers, *several, plan.unique_U.size, dim), jnp.float32)
-
-
-def _of_stack(config: ModelConfig, row_grads: jax.Array | None) -> jax.Array | None:
-    """Row gradients of the stacked tables from those of the layers."""
-    if row_grads is None:
-        return None
-    if config.jtok.sharing == "shared":
-        return row_grads.sum(axis=0, keepdims=True)  # layers without tables hold zeros
-    carrying = config.jtok.table_layers(config.num_layers)
-    return row_grads if len(carrying) == config.num_layers else row_grads[np.array(carrying)]
-
-
-def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plan, across):
-    params = backbone if tables is None else backbone | {"tables": tables}
-    model = bind(config.model, params)
-    output = model(ids_BT, plan=plan, row_grads=row_grads, across=across)
+def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plans, across):
+    model = bind(config.model, backbone | tables)
+    output = model(ids_BT, training=Rows(plans, row_grads), across=across)
     ones = jnp.ones(targets_BT.shape, jnp.float32)
     mean, sums = _loss_of(config, output.hidden_BTD, model.head_DV, targets_BT, ones, across)
     total = (

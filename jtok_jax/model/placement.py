@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Where every parameter lies on a mesh, read off what it declares."""
+
+import functools
+import math
+from collections.abc import Callable
+
+from jax.sharding import Mesh, NamedSharding
+
+from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
+from jtok_jax.mesh import RULES, Rules, TableLayout, num_shards, sharding, table_layout, table_rules
+from jtok_jax.model.params import declared, declared_tables
+from jtok_jax.model.transformer import TABLES
+
+
+@functools.cache
+def table_layouts(config: Config, mesh: Mesh) -> dict[str, TableLayout]:
+    """Return the layout of every table by name.
+
+    Raises:
+        ConfigError: see `table_layout`; or mesh.table_experts is set and no layer has several.
+    """
+    tables = declared_tables(config.model)
+    if config.mesh.table_experts and tables and all(len(t.shape) == 3 for t in tables.values()):
+        raise ConfigError(
+            f"mesh.table_experts is {config.mesh.table_experts!r}, but no layer has several "
+            "tables to choose from; that is for JTok-M."
+        )
+    return {
+        name: table_layout(config.mesh, mesh, name, table.shape) for name, table in tables.items()
+    }
+
+
+def rules_of(config: Config, mesh: Mesh, name: str) -> Rules:
+    """Return the mesh axes of every axis letter of a parameter."""
+    layouts = table_layouts(config, mesh)
+    return table_rules(layouts[name]) if name in layouts else RULES
+
+
+def parameter_sharding(
+    config: Config, mesh: Mesh
+) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """Return (name, shape) -> sharding of that parameter, or of an array of its first axes."""
+    told = declared(config.model)
+
+    def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        letters = told[name].axes[: len(shape)]
+        return sharding(mesh, rules_of(config, mesh, name), letters, shape)
+
+    return place
+
+
+def entries_here(config: Config, mesh: Mesh, name: str, *, whole: str = "") -> int:
+    """Return how many entries of a parameter a device has, if the axes `whole` are not split."""
+    one, rules = declared(config.model)[name], rules_of(config, mesh, name)
+    return math.prod(
+        size // (1 if letter in whole else num_shards(mesh, rules.get(letter, ())))
+        for letter, size in zip(one.axes, one.shape, strict=True)
+    )
+
+
+def jtok_column_shards(config: Config, mesh: Mesh) -> int:
+    """Return how many devices split the columns of JTok's tables; 1 without them."""
+    layout = table_layouts(config, mesh).get(TABLES)
+    return num_shards(mesh, layout.columns) if layout else 1
+
+
+def describe(config: Config, mesh: Mesh) -> str:
+    """Return a line for the start of a run: the mesh, and how the tables lie on it."""
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    layouts = table_layouts(config, mesh)
+    if not layouts or mesh.size == 1:
+        return f"mesh: {sizes}"
+    by_layout: dict[TableLayout, list[str]] = {}
+    for name, layout in layouts.items():
+        by_layout.setdefault(layout, []).append(name)
+    lines = [f"{', '.join(names)}: {_place(mesh, layout)}" for layout, names in by_layout.items()]
+    return f"mesh: {sizes}; {'; '.join(lines)}"
+
+
+def _place(mesh: Mesh, layout: TableLayout) -> str:
+    parts = [
+        f"{what} over {' x '.join(axes)} ({num_shards(mesh, axes)})"
+        for what, axes in layout._asdict().items()
+        if axes
+    ]
+    copies = mesh.size // num_shards(mesh, layout.axes)
+    return f"{', '.join(parts) or 'whole'}, {copies} of each"

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Reading tables: ids of a stream, the rows of a layer, and what a training step hands along.
+
+    ids of the batch --stream_ids--> ids of a stream --row_plan--> plan, one a stream and step
+    table, layer, ids, plan --Lookup.rows--> rows [B, T, D]; gradients arrive by unique row
+
+Layers use rows as they like. Nothing here knows what a table is for.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jtok_kernels
+from jtok_kernels import RowPlan, mixed
+
+from jtok_jax.model.exchange import Exchange
+from jtok_jax.model.variables import Table
+from jtok_jax.streams import IdStream
+
+GOLDEN = 0x9E3779B9  # sets the hash functions of a stream apart
+
+
+class Rows(NamedTuple):
+    """What a training step hands a model, so that gradients of tables are those of unique rows."""
+
+    plans: dict[str, RowPlan]  # by `plan_key`
+    grads: dict[str, jax.Array]  # zeros by table, see `zero_row_grads`; their cotangents count
+
+
+class Lookup(NamedTuple):
+    """Reads the rows of one layer's table for the tokens of a batch."""
+
+    tables: jax.Array  # the whole stack, [G, R, D] or [G, M, R, D], or words (jtok_kernels.packing)
+    layer: jax.Array | int  # index into the stack
+    ids: jax.Array  # int32 [B, T], or [B, T, heads]
+    plan: RowPlan | None = None  # of the flattened ids; for training
+    row_grads: jax.Array | None = None  # [U, D] or [M, U, D]
+    exchange: Exchange | None = None  # where the table lies on several devices
+    ids_of_group: jax.Array | None = None  # of Exchange.gather_ids
+
+    def rows(
+        self, choice_BTK: jax.Array | None = None, weights_BTK: jax.Array | None = None
+    ) -> jax.Array:
+        """Return rows, or weighted sums of the chosen tables' rows, [B, T, D].
+
+        The rows of several hash heads are added. On one device the result is float32, else it has
+        the compute dtype.
+        """
+        if self.exchange:
+            found = self.exchange.fetch(
+                self.tables, self.layer, self.ids, self.ids_of_group, self.plan, self.row_grads,
+                choice_BTK, weights_BTK,
+            )  # fmt: skip
+        else:
+            flat = lambda x: None if x is None else x.reshape(-1, x.shape[-1])
+            found = jtok_kernels.mix_rows(
+                self.tables, self.ids.reshape(-1), flat(choice_BTK), flat(weights_BTK),
+                layer=self.layer, plan=self.plan, row_grads=self.row_grads,
+            ).reshape(*self.ids.shape, -1)  # fmt: skip
+        return found.sum(axis=2) if self.ids.ndim == 3 else found
+
+
+class Reader(NamedTuple):
+    """Makes the lookups of one forward pass."""
+
+    tables: dict[str, Table]
+    ids: dict[str, jax.Array]  # by stream
+    training: Rows | None
+    exchanges: dict[str, Exchange]  # by table; {} on one device
+    ids_of_group: dict[str, jax.Array]  # by `plan_key`
+
+    def lookup(self, name: str, layer: jax.Array | int, row_grads: jax.Array | None) -> Lookup:
+        """Return the lookup of one table; `row_grads` are those of the layer."""
+        table, exchange = self.tables[name], self.exchanges.get(name)
+        key = plan_key(table.stream, exchange)
+        plan = self.training.plans[key] if self.training else None
+        of_group = self.ids_of_group.get(key)
+        return Lookup(
+            table[...], layer, self.ids[table.stream], plan, row_grads, exchange, of_group
+        )
+
+    def at_input(self, name: str) -> Lookup:
+        """Return the lookup of a table that no layer has."""
+        grads = self.training.grads[name][0] if self.training else None
+        return self.lookup(name, 0, grads)
+
+    @property
+    def in_layers(self) -> dict[str, Table]:
+        return {name: table for name, table in self.tables.items() if table.layers}
+
+
+def make_reader(
+    tables: dict[str, Table],
+    streams: dict[str, IdStream],
+    ids_BT: jax.Array,
+    before_BC: jax.Array | None,
+    training: Rows | None,
+    exchanges: dict[str, Exchange],
+) -> Reader:
+    """Return the reader of a batch; ids of every stream that a table reads are made once."""
+    ids, of_group = {}, {}
+    for name, table in tables.items():
+        if table.stream not in ids:
+            ids[table.stream] = stream_ids(streams[table.stream], ids_BT, before_BC)
+        exchange = exchanges.get(name)
+        key = plan_key(table.stream, exchange)
+        if exchange and key not in of_group:
+            of_group[key] = exchange.gather_ids(ids[table.stream])
+    return Reader(tables, ids, training, exchanges, of_group)
+
+
+def stream_ids(
+    stream: IdStream, ids_BT: jax.Array, before_BC: jax.Array | None = None
+) -> jax.Array:
+    """Return int32 ids [B, T], or [B, T, heads], in [0, stream.num_rows).
+
+    An n-gram's id is a hash of the last n token ids; before a sequence's first token there is none.
+
+    Args:
+        before_BC: int32, as many ids before the first as the longest n-gram reads, each plus 1,
+            and 0 where there is none. None: nothing comes before.
+    """
+    if stream.order == 1:
+        return ids_BT
+    length, reach = ids_BT.shape[1], stream.order - 1
+    ids = ids_BT.astype(jnp.uint32) + 1
+    if before_BC is None:
+        ids = jnp.pad(ids, ((0, 0), (reach, 0)))
+    else:
+        ids = jnp.concatenate([before_BC[:, -reach:].astype(jnp.uint32), ids], axis=1)
+    hashed = jnp.zeros_like(ids_BT, jnp.uint32)
+    for first in range(stream.order):
+        hashed = mixed(ids[:, first : first + length] ^ hashed)
+    rows = jnp.uint32(stream.rows)
+    if stream.heads == 1:
+        return (hashed % rows).astype(jnp.int32)
+    heads = jnp.arange(stream.heads, dtype=jnp.uint32)
+    by_head = mixed(hashed[..., None] ^ (heads * jnp.uint32(GOLDEN))) % rows
+    return (by_head + heads * rows).astype(jnp.int32)
+
+
+def following(ids_BT: jax.Array, lengths_B: jax.Array, context: int) -> jax.Array:
+    """Return `before_BC` of the token that follows each right-padded sequence."""
+    places = lengths_B[:, None] - context + jnp.arange(context)
+    ids = jnp.take_along_axis(ids_BT, jnp.maximum(places, 0), axis=1) + 1
+    return jnp.where(places >= 0, ids, 0).astype(jnp.int32)
+
+
+def plan_key(stream: str, exchange: Exchange | None) -> str:
+    """Return the key of a plan: tables of one stream share it where they are split alike."""
+    if exchange is None:
+        return stream
+    return f"{stream}: {exchange.layout.columns} {exchange.layout.experts} {exchange.layout.rows}"

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Id streams: what tables are looked up by. "token" always exists, n-grams are declared.
+
+`model.streams` declares hashed n-grams as "NAME=ORDER:ROWS[:HEADS]", with commas between them:
+"bigram=2:65536, trigram=3:4V:2" has pairs of ids in 65,536 rows, and triples under two hash
+functions with 4 rows for each row of the vocabulary per function.
+"""
+
+import re
+from typing import NamedTuple
+
+from jtok_jax.errors import ConfigError
+
+_DECLARED = re.compile(r"([a-z][a-z0-9_]*)=(\d+):(\d+)(V?)(?::(\d+))?")
+
+
+class IdStream(NamedTuple):
+    """An id in [0, rows x heads) for every token and head, a function of the last `order` ids."""
+
+    name: str
+    order: int  # 1: the token itself
+    rows: int  # of one head
+    heads: int = 1  # hash functions, each with rows of its own
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a table that this stream looks up."""
+        return self.rows * self.heads
+
+
+def parse_streams(text: str, vocab_rows: int) -> dict[str, IdStream]:
+    """Return the streams that `model.streams` declares, by name, "token" among them.
+
+    Args:
+        vocab_rows: rows of the embedding, padding included: those of "token", and the unit "V".
+
+    Raises:
+        ConfigError: a declaration is no such, a name comes twice, a number is below its minimum.
+    """
+    streams = {"token": IdStream("token", 1, vocab_rows)}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = _DECLARED.fullmatch(part)
+        if not match:
+            raise ConfigError(
+                f"model.streams has {part!r}; expected NAME=ORDER:ROWS or NAME=ORDER:ROWS:HEADS, "
+                "such as bigram=2:65536 (4V rows: 4 for each of the vocabulary)."
+            )
+        name, order, rows, unit, heads = match.groups()
+        if name in streams:
+            raise ConfigError(f"model.streams declares {name!r} twice, or it is the token's own.")
+        rows = int(rows) * (vocab_rows if unit else 1)
+        found = IdStream(name, int(order), rows, int(heads or 1))
+        for what, value, least in (("order", found.order, 2), ("rows", rows, 1),
+                                   ("heads", found.heads, 1)):  # fmt: skip
+            if value < least:
+                raise ConfigError(
+                    f"model.streams: {what} of {name} is {value}; expected at least {least}."
+                )
+        if found.num_rows >= 1 << 31:
+            raise ConfigError(f"model.streams: {name} has {found.num_rows} rows; ids are int32.")
+        streams[name] = found
+    return streams

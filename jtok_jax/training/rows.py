@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The tables' part of a training step: plans, row gradients, updates; the same for every table."""
+
+import functools
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jtok_kernels import RowOptimizer, RowPlan, row_plan, update_rows
+
+from jtok_jax.config import Config
+from jtok_jax.mesh import num_shards
+from jtok_jax.model.exchange import Exchange
+from jtok_jax.model.jtok import choose_operations, operations
+from jtok_jax.model.params import Declared, Params, declared_tables
+from jtok_jax.model.placement import table_layouts
+from jtok_jax.model.tables import plan_key, stream_ids
+from jtok_jax.model.transformer import TABLES, Across
+from jtok_jax.model_config import ModelConfig
+
+
+def across_devices(config: Config, mesh: Mesh) -> Across | None:
+    """What the step needs to know of several devices; None on one."""
+    if mesh.size == 1:
+        return None
+    tables, layouts = declared_tables(config.model), table_layouts(config, mesh)
+
+    def exchange(name: str) -> Exchange:
+        columns = num_shards(mesh, layouts[name].columns)
+        chosen = implementation(config.model, name, column_shards=columns)
+        dtype = config.model.compute_dtype
+        return Exchange(mesh, layouts[name], tables[name].shape, dtype, chosen)
+
+    return Across({name: exchange(name) for name in tables}, mesh)
+
+
+def implementation(model: ModelConfig, name: str, *, column_shards: int = 1) -> str:
+    """Return which implementation of the operations a table has on a device."""
+    if name == TABLES:
+        return operations(model, column_shards=column_shards).name
+    table = declared_tables(model)[name]
+    return choose_operations("auto", dim=table.shape[-1] // column_shards, dtype=table.dtype).name
+
+
+def make_plans(config: Config, ids_NBT: jax.Array, across: Across | None) -> dict[str, RowPlan]:
+    """Return one plan for all microbatches of a step, for each stream, see `plan_key`."""
+    plans, count = {}, ids_NBT.shape[0]
+    for name, table in declared_tables(config.model).items():
+        exchange = across and across.exchanges[name]
+        key = plan_key(table.stream, exchange)
+        if key in plans:
+            continue
+        stream = config.model.id_streams[table.stream]
+        ids = stream_ids(stream, ids_NBT.reshape(-1, ids_NBT.shape[-1]))
+        room = config.unique_rows(table.stream)
+        if exchange:
+            ids = ids.reshape(*ids_NBT.shape, *ids.shape[2:])
+            plans[key] = exchange.plan(ids, max_unique=room)
+        else:
+            plans[key] = row_plan(ids.reshape(count, -1), num_rows=table.shape[-2], max_unique=room)
+    return plans
+
+
+def unique_tokens(plans: dict[str, RowPlan]) -> jax.Array | None:
+    """Return how many different tokens a step has; None if no table is looked up by token."""
+    found = [plan.found.sum() for key, plan in plans.items() if key.partition(":")[0] == "token"]
+    return found[0] if found else None
+
+
+def zero_row_grads(
+    config: Config, plans: dict[str, RowPlan], across: Across | None
+) -> dict[str, jax.Array]:
+    """Return float32 zeros by table, [L, (M,) U, D]: one for every layer, or [1, U, D]."""
+    found = {}
+    for name, table in declared_tables(config.model).items():
+        exchange = across and across.exchanges[name]
+        plan = plans[plan_key(table.stream, exchange)]
+        _, *several, _, dim = table.shape
+        zeros = jnp.zeros((len(table.layers) or 1, *several, plan.unique_U.size, dim), jnp.float32)
+        found[name] = exchange.place_row_grads(zeros) if exchange else zeros
+    return found
+
+
+def of_stack(table: Declared, row_grads: jax.Array) -> jax.Array:
+    """Return row gradients of a stack, [G, ...], from those of the layers, [L, ...]."""
+    stacked = table.shape[0]
+    if len(table.layers) > 1 and stacked == 1:  # all layers share one; those without hold zeros
+        return row_grads.sum(axis=0, keepdims=True)
+    carrying = [layer for layer, index in enumerate(table.layers) if index >= 0]
+    return row_grads if len(carrying) == len(table.layers) else row_grads[np.array(carrying)]
+
+
+def update_tables(
+    config: Config,
+    optimizer: RowOptimizer,
+    params: Params,
+    states: dict[str, object],
+    row_grads: dict[str, jax.Array],
+    plans: dict[str, RowPlan],
+    across: Across | None,
+    *,
+    rounding_key: jax.Array,
+    **scalars,
+) -> tuple[Params, dict[str, object]]:
+    """Return tables and states of their optimizer after a step, both by table.
+
+    Args:
+        scalars: step, learning_rate, grad_scale and apply of `update_rows`.
+    """
+    new_params, new_states = {}, {}
+    for name, grads in row_grads.items():
+        table = declared_tables(config.model)[name]
+        exchange = across and across.exchanges[name]
+        if exchange:
+            update = exchange.update
+        else:
+            chosen = implementation(config.model, name)
+            update = functools.partial(update_rows, implementation=chosen)
+        key = None
+        if config.optimizer.tables.stochastic_rounding:  # tables must not round alike
+            number = 0 if name == TABLES else zlib.crc32(name.encode())
+            key = jax.random.fold_in(rounding_key, number) if number else rounding_key
+        unique_U = plans[plan_key(table.stream, exchange)].unique_U
+        new_params[name], new_states[name] = update(
+            optimizer, params[name], states[name], unique_U, grads, rounding_key=key, **scalars
+        )
+    return new_params, new_states
+
+
+def row_gradient_bytes(config: Config, mesh: Mesh, name: str) -> int:
+    """Return bytes of a table's row gradients on one device: float32 [L, M, U, columns]."""
+    table, layout = declared_tables(config.model)[name], table_layouts(config, mesh)[name]
+    _, *several, rows, dim = table.shape
+    here = rows // num_shards(mesh, layout.rows)
+    # Rows of other devices count as the first or the last one here.
+    unique = min(config.unique_rows(table.stream) + 2 * bool(layout.rows), here)
+    tables = (len(table.layers) or 1) * math.prod(several) // num_shards(mesh, layout.experts)
+    return 4 * tables * unique * dim // num_shards(mesh, layout.columns)
