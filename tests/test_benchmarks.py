@@ -31,6 +31,13 @@ def benchmarks(monkeypatch):
 
 
 @pytest.fixture
+def timing(monkeypatch):
+    module = importlib.import_module("timing")
+    monkeypatch.setattr(module, "_LOST", [])
+    return module
+
+
+@pytest.fixture
 def gpu(monkeypatch):
     """The module on a machine that says it has a card."""
     module, card = importlib.import_module("gpu"), importlib.import_module("card")
@@ -212,9 +219,41 @@ def test_floors_count_a_row_once():
     assert cases.floor_bytes(several, "backward") == 3 * 16 + 5 * (16 + 32)
 
 
+@oldest
+def test_inputs_of_a_shape_are_compiled_once(caplog):
+    cases = importlib.import_module("cases")
+    shape = cases.Shape(tokens=21, dim=8, rows=17, dtype="float32")
+    made = lambda: cases.make_cases("jtok_m", shape, "zipf", seed=0)
+    with jax.log_compiles():
+        made()
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        made()
+    assert "Compiling" not in caplog.text
+
+
 @newest
-def test_a_program_makes_every_array_of_every_call():
-    timing = importlib.import_module("timing")
+def test_updates_copy_no_table(timing):
+    cases, kernels = (importlib.import_module(name) for name in ("cases", "kernels"))
+    shape = cases.Shape(tokens=8, dim=8, rows=1009, dtype="float32")
+    (case,) = cases.make_cases("jtok_m", shape, "zipf", seed=0, count=1)
+    programs = kernels.updaters(case, ["xla"])
+    functions = timing.compiled(programs, in_place=True)
+    assert list(functions) == ["lazy_adam xla", "rowwise_adagrad xla"]
+    at = lambda arrays: [x.unsafe_buffer_pointer() for x in jax.tree.leaves(arrays)]
+    for name, (program, arrays) in programs.items():
+        alone = jax.jit(program, donate_argnums=(1,)).lower(jnp.int32(1), arrays).compile()
+        assert alone.memory_analysis().temp_size_in_bytes < case.table.nbytes
+        before, table = at(arrays), jnp.copy(arrays[0])
+        for _ in range(2):  # the second call starts where the first one ended
+            found = functions[name](3)
+            assert at(found) == before
+            assert jnp.any(found[0] != table)
+            table = jnp.copy(found[0])
+
+
+@newest
+def test_a_program_makes_every_array_of_every_call(timing):
     cases = [(jnp.full((3, 1009), float(i)), jnp.ones(1009)) for i in range(3)]
     program, cases = timing.in_turn(lambda case: (case[0] * 2, case[1] + case[0][0]), cases)
     text = jax.jit(program).lower(jnp.int32(2), cases).compile().as_text()
@@ -225,8 +264,8 @@ def test_a_program_makes_every_array_of_every_call():
 
 
 @oldest
-def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    timing, train_step = (importlib.import_module(name) for name in ("timing", "train_step"))
+def test_an_arm_that_fails_is_named_and_the_others_go_on(timing, tmp_path, monkeypatch, capsys):
+    train_step = importlib.import_module("train_step")
     monkeypatch.setenv("FIGURES", str(tmp_path / "figures"))
 
     def too_large(case):
@@ -237,11 +276,64 @@ def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, 
     assert list(found) == ["good"]
     assert np.all(found["good"] > 0)
     assert train_step.built_or_named("arm", lambda: too_large(None)) is None
-    said = "failed and is left out: {}RESOURCE_EXHAUSTED: 8 GiB\n"
+    said = " failed and is left out: JaxRuntimeError: RESOURCE_EXHAUSTED: 8 GiB\n"
     out = capsys.readouterr().out
-    assert "bad " + said.format("JaxRuntimeError: ") in out
-    assert "arm " + said.format("") in out
+    assert f"bad{said}" in out
+    assert f"arm{said}" in out
     assert (tmp_path / "figures").read_text().count('"reason": "RESOURCE_EXHAUSTED') == 2
+
+
+class Faulty:
+    """An arm that fails in its call of a number."""
+
+    def __init__(self, fails_at: int):
+        self.left = fails_at
+
+    def __call__(self, turns: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise jax.errors.JaxRuntimeError("INTERNAL: illegal address")
+
+
+@oldest
+def test_an_arm_that_fails_in_a_round_is_left_out(timing, capsys):
+    assert timing.exit_code() == 0
+    functions = {"good": Faulty(99), "bad": Faulty(4), "other": Faulty(99)}
+    found = timing.paired(functions, calls=1, rounds=5)
+    assert {name: values.size for name, values in found.items()} == {"good": 5, "other": 5}
+    assert timing.exit_code() == 1
+    assert "\nleft out: bad\n" in capsys.readouterr().out
+
+
+@oldest
+def test_a_kernel_that_breaks_the_device_ends_the_process_after_the_others(timing, monkeypatch):
+    kernel = Faulty(1)
+    functions = {"mosaic_gpu": kernel, "plain": Faulty(99), "xla": Faulty(99)}
+    found = timing.baselines_first(functions, calls=1, rounds=2)
+    assert [next(found)[0], next(found)[0]] == ["plain", "xla"]
+    assert kernel.left == 1  # not called yet
+    monkeypatch.setattr(timing, "_answers", lambda: False)
+    with pytest.raises(SystemExit, match="does not answer since mosaic_gpu failed"):
+        next(found)
+    functions["mosaic_gpu"] = Faulty(99)
+    *_, (name, values, ratios, best) = timing.baselines_first(functions, calls=1, rounds=2)
+    assert (name, values.size, ratios.size) == ("mosaic_gpu", 2, 2)
+    assert best in ("plain", "xla")
+
+
+@oldest
+def test_a_process_that_left_out_an_arm_ends_with_1(timing, monkeypatch):
+    kernels, variants = (importlib.import_module(name) for name in ("kernels", "variants"))
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(kernels, "overhead", lambda: 1.0)
+    monkeypatch.setattr(kernels, "report_parts", lambda *_: None)
+    for module, flags in ((kernels, ["--tokens=8"]), (variants, ["--interpret"])):
+        monkeypatch.setattr(sys, "argv", ["", "--dims=8", *flags])
+        monkeypatch.setattr(timing, "_LOST", [])
+        monkeypatch.setattr(module, "report", lambda *_: None)
+        assert module.main() == 0
+        monkeypatch.setattr(module, "report", lambda *_: timing.left_out("arm", ValueError("no")))
+        assert module.main() == 1
 
 
 @oldest
