@@ -2,7 +2,10 @@
 # Copyright 2026 The jtok_jax authors
 """Check what benchmarks/gpu.py runs on: card, driver, packages, sources. Standard library only."""
 
+import contextlib
 import hashlib
+import importlib.metadata
+import math
 import os
 import pathlib
 import shutil
@@ -13,11 +16,14 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WHEELS = ROOT / "benchmarks" / "wheels.txt"
 PYTHON, JAX = (3, 12), "0.11.2"
-CAPABILITY, DRIVER, CARD_GIB = 9.0, 580, 40
+CAPABILITY, CARD_GIB = 9.0, 40
+DRIVERS = {13: 580, 12: 525}  # the oldest by version of CUDA
 DISK_MIB = 64
+PIP_SECONDS = 120
+COMMIT = "commit.txt"  # beside the wheels
 FETCH = "python benchmarks/gpu.py --fetch --wheels=FOLDER"
 QUERY = (
-    "name", "compute_cap", "driver_version", "memory.total", "memory.used", "clocks.sm",
+    "name", "count", "compute_cap", "driver_version", "memory.total", "memory.used", "clocks.sm",
     "clocks.max.sm", "clocks.mem", "power.limit",
 )  # fmt: skip
 TAGS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
@@ -49,11 +55,12 @@ print(", ".join(f"{name} {metadata.version(name)}" for name in names))
 
 
 class Card(NamedTuple):
-    """The first GPU, as nvidia-smi tells."""
+    """The GPU that is used, as nvidia-smi tells."""
 
     name: str
-    free_gib: float
+    free_gib: float  # NaN: unknown
     lines: tuple[str, ...]  # for the head of a log
+    number: str = "0"  # as CUDA_VISIBLE_DEVICES takes it
 
 
 def fail(what: str):
@@ -62,36 +69,57 @@ def fail(what: str):
 
 
 def find_card() -> Card:
-    """Return the card of this machine; end where the kernels cannot run on it."""
-    words = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader,nounits"]
+    """Return the first card, or first of CUDA_VISIBLE_DEVICES; end where the kernels cannot run."""
+    number = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    words = ["nvidia-smi", "-i", number, f"--query-gpu={','.join(QUERY)}"]
+    words += ["--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         found = None
     if not found or found.returncode or not found.stdout.strip():
-        fail("no NVIDIA card: nvidia-smi does not answer. Use a machine with one, or --rehearse.")
-    rows = found.stdout.strip().splitlines()
-    values = [value.strip() for value in rows[0].split(",")]
+        fail(f"no NVIDIA card: nvidia-smi -i {number} does not answer. Use a machine with one, or "
+             "--rehearse.")  # fmt: skip
+    values = [value.strip() for value in found.stdout.strip().splitlines()[0].split(",")]
     told = dict(zip(QUERY, values, strict=True))
-    name = told["name"]
-    if float(told["compute_cap"]) < CAPABILITY:
+    name, (cuda, driver) = told["name"], needed_driver()
+    # What nvidia-smi does not know is NaN: no comparison with it is true.
+    if _number(told["compute_cap"]) < CAPABILITY:
         fail(f"{name} has compute capability {told['compute_cap']}, the kernels need {CAPABILITY}. "
              "Use an H100, H200 or newer.")  # fmt: skip
-    if int(told["driver_version"].split(".")[0]) < DRIVER:
-        fail(f"the driver is {told['driver_version']}, CUDA 13 needs {DRIVER}. Use a machine with "
-             "a newer driver.")  # fmt: skip
-    free = (float(told["memory.total"]) - float(told["memory.used"])) / 1024
+    if _number(told["driver_version"].split(".")[0]) < driver:
+        fail(f"the driver is {told['driver_version']}, CUDA {cuda} needs {driver}. Use a machine "
+             "with a newer driver.")  # fmt: skip
+    free = (_number(told["memory.total"]) - _number(told["memory.used"])) / 1024
     if free < CARD_GIB:
         fail(f"{free:.0f} GiB of the memory of {name} are free, {CARD_GIB} are needed. End what "
              "else runs on it, or use a larger card.")  # fmt: skip
     lines = (
-        f"card     {name}, compute capability {told['compute_cap']}, {len(rows)} in this machine",
-        f"driver   {told['driver_version']}, memory {float(told['memory.total']) / 1024:.0f} GiB, "
-        f"{free:.0f} free",
+        f"card     {name}, compute capability {told['compute_cap']}; number {number}, "
+        f"{told['count']} in this machine",
+        f"driver   {told['driver_version']}, memory {told['memory.total']} MiB, "
+        f"{told['memory.used']} used",
         f"clocks   processors {told['clocks.sm']} of {told['clocks.max.sm']} MHz, memory "
         f"{told['clocks.mem']} MHz, power limit {told['power.limit']} W",
     )
-    return Card(name, free, lines)
+    return Card(name, free, lines, number)
+
+
+def needed_driver() -> tuple[int, int]:
+    """Return (version of CUDA, oldest driver) of the plugin of JAX here; the newest if none is."""
+    for cuda, driver in DRIVERS.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(f"jax-cuda{cuda}-plugin")
+            return cuda, driver
+    return max(DRIVERS.items())
+
+
+def _number(told: str) -> float:
+    """Return a number that nvidia-smi tells; NaN for "[N/A]" and the like."""
+    try:
+        return float(told)
+    except ValueError:
+        return math.nan
 
 
 def stand_in() -> Card:
@@ -106,6 +134,7 @@ def fetch(folder: pathlib.Path) -> None:
     words += [f"--platform={tag}_x86_64" for tag in TAGS] + ["-d", str(folder), "-r", str(WHEELS)]
     folder.mkdir(parents=True, exist_ok=True)
     _pip(words, "pip could not fetch the wheels")
+    (folder / COMMIT).write_text(" ".join(sources()) + "\n")
     sizes = sorted((file.name, file.stat().st_size) for file in folder.glob("*.whl"))
     for name, size in sizes:
         print(f"{size / 1e6:6.1f} MB  {name}")
@@ -133,18 +162,23 @@ def wanted() -> list[tuple[str, str]]:
 
 
 def _pip(words: list[str], what: str) -> None:
-    found = subprocess.run(words, capture_output=True, text=True)
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=PIP_SECONDS)
+    except subprocess.TimeoutExpired:
+        fail(f"{what}: pip took more than {PIP_SECONDS} s")
     errors = [line for line in found.stderr.splitlines() if line.startswith("ERROR")]
     if found.returncode:
         fail(f"{what}: {(errors or found.stderr.strip().splitlines() or ['?'])[-1]}")
 
 
-def environment(site: pathlib.Path, rehearse: bool) -> dict[str, str]:
+def environment(site: pathlib.Path, found: Card, rehearse: bool) -> dict[str, str]:
     """Return the environment of every step; `site` holds the wheels and comes first."""
     (site / "sitecustomize.py").write_text(DIE_WITH_PARENT)
     paths = [site, ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(str(path) for path in paths if str(path)),
+        "CUDA_VISIBLE_DEVICES": found.number,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers as nvidia-smi has them
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
@@ -187,8 +221,11 @@ def check_disk(folder: pathlib.Path) -> None:
              "stays.")  # fmt: skip
 
 
-def sources() -> str:
-    """Return the commit, if there is one here, and a digest of the code that runs."""
+def sources(wheels: pathlib.Path | None = None) -> tuple[str, str]:
+    """Return (commit, digest) of the code that runs.
+
+    Where git knows no commit, that of --fetch counts if it was of the same code.
+    """
     words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -198,4 +235,8 @@ def sources() -> str:
     for folder in ("benchmarks", "configs", "jtok_jax", "kernels", "tests"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(file.read_bytes())
-    return f"commit {commit or 'unknown'}, sources {digest.hexdigest()[:12]}"
+    digest = digest.hexdigest()[:12]
+    if not commit and wheels and (wheels / COMMIT).exists():
+        fetched, of = (wheels / COMMIT).read_text().split()
+        commit = fetched if of == digest else ""
+    return commit or "unknown", digest

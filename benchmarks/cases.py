@@ -88,18 +88,22 @@ def num_cases(shape: Shape) -> int:
     return int(np.clip(-(-ROTATE // streams), 2, MOST_CASES))
 
 
+_plan = jax.jit(row_plan, static_argnames=("num_rows", "max_unique"))  # compiled once a shape
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: jax.Array, sizes: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.random.normal(key, sizes, jnp.dtype(dtype))
+
+
 def make_cases(kind: str, shape: Shape, ids_kind: str, seed: int, count: int = 0) -> list[Case]:
     """Return input sets of equal shapes; they take two tables in turn."""
     count = count or num_cases(shape)
     drawn = [make_ids(ids_kind, shape.tokens, shape.rows, seed + i) for i in range(count)]
     # Room for a tenth more different ids than there are, as one would pass max_unique_ids.
     room = int(1.1 * max(np.unique(ids).size for ids in drawn)) + 1
-    plan = jax.jit(functools.partial(row_plan, num_rows=shape.rows, max_unique=room))
     several = (shape.tables,) if kind == "jtok_m" else ()
-    draw = jax.jit(
-        lambda key, *sizes: jax.random.normal(key, sizes, jnp.dtype(shape.dtype)),
-        static_argnums=range(1, 5),
-    )
+    draw = lambda key, *sizes: _draw(key, sizes, shape.dtype)
     key = jax.random.key(seed)
     tables = [draw(jax.random.fold_in(key, i), *several, shape.rows, shape.dim) for i in (0, 1)]
     cases = []
@@ -113,9 +117,8 @@ def make_cases(kind: str, shape: Shape, ids_kind: str, seed: int, count: int = 0
             weights = jax.random.uniform(keys[4], choice.shape, minval=0.1)
         scale = jax.random.normal(keys[5], (shape.dim,))
         ids = jnp.asarray(ids)
-        cases.append(
-            Case(h, delta, g, tables[index % 2], ids, choice, weights, scale, plan(ids))
-        )  # fmt: skip
+        plan = _plan(ids, num_rows=shape.rows, max_unique=room)
+        cases.append(Case(h, delta, g, tables[index % 2], ids, choice, weights, scale, plan))
     return cases
 
 

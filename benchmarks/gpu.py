@@ -2,9 +2,10 @@
 # Copyright 2026 The jtok_jax authors
 """All that only a GPU can show: python benchmarks/gpu.py --wheels=FOLDER --out=FOLDER
 
-Three groups, each at most nine minutes: kernels, steps, tests. Each step of a group is a process
-with a time limit. A group has one log in OUT, figures.jsonl has every figure, README.md the table.
-Each line is on disk when it is printed. Started again, it does what has not succeeded yet.
+Three groups, each below ten minutes: kernels, steps, tests. Each step of a group is a process with
+a time limit. A group has one log in OUT, figures.jsonl has every figure, README.md the table.
+Each line is on disk when it is printed. Started again, it does what has not succeeded yet with the
+same sources.
 docs/gpu.md has the steps with their estimates and what each message means.
 """
 
@@ -29,8 +30,11 @@ import summary
 from card import ROOT
 
 GROUPS = ("kernels", "steps", "tests")
-GROUP_SECONDS = 540
-ENDED = re.compile(r"step (?P<name>\S+): (?P<how>.+) after (?P<seconds>\d+) s")
+GROUP_SECONDS = 570  # of the first one in a call from the start of the call
+SET_UP_SECONDS = 30  # left of those by the limits of a group's steps
+ENDED = re.compile(
+    r"step (?P<name>\S+): (?P<how>.+) after (?P<seconds>\d+) s, sources (?P<sources>\S+)"
+)
 GOOD = "exit code 0"
 
 
@@ -42,7 +46,7 @@ class Step(NamedTuple):
     command: str
     rehearsal: str  # the arguments that differ on a CPU; they come last, so they win
     estimate: int  # seconds on an H200; it starts if so much is left of its group
-    limit: int  # seconds; those of a group add up to less than GROUP_SECONDS
+    limit: int  # seconds
     needs: int = 40  # GiB of the card
     memory: float = 0.9  # fraction of the card that each of its processes may take
 
@@ -99,14 +103,19 @@ class Log:
         os.fsync(self.file.fileno())
 
 
-def ended(out: pathlib.Path, group: str) -> dict[str, tuple[str, int]]:
-    """Return {step: (how it ended last, seconds)}; "cut off" if it only started."""
+def ended(out: pathlib.Path, group: str, sources: str) -> dict[str, tuple[str, int]]:
+    """Return {step: (how it ended last, seconds)}; "cut off" if it only started.
+
+    Args:
+        sources: digest of the code; of a step that ran with other code, that is said too.
+    """
     path, found = out / f"{group}.txt", {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         if line.startswith("step ") and line.endswith(" starts"):
             found[line.split()[1]] = ("cut off", 0)
         elif (match := ENDED.fullmatch(line)) is not None:
-            found[match["name"]] = (match["how"], int(match["seconds"]))
+            other = "" if match["sources"] == sources else ", with other sources"
+            found[match["name"]] = (match["how"] + other, int(match["seconds"]))
     return found
 
 
@@ -136,7 +145,8 @@ def execute(step: Step, words: list[str], log: Log, env: dict, limit: float) -> 
         _kill(process)
         process.wait()
         process.stdout.close()
-        log.write(f"step {step.name}: {how} after {time.monotonic() - start:.0f} s")
+        taken = time.monotonic() - start
+        log.write(f"step {step.name}: {how} after {taken:.0f} s, sources {env['SOURCES']}")
     return how == GOOD
 
 
@@ -145,10 +155,15 @@ def _kill(process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_group(group: str, out: pathlib.Path, env: dict, found: card.Card, head, rehearse) -> int:
-    """Run the steps of one group that have not succeeded; return how many have not then."""
-    deadline = time.monotonic() + GROUP_SECONDS
-    before = ended(out, group)
+def run_group(
+    group: str, out: pathlib.Path, env: dict, found: card.Card, head, rehearse, begun: float
+) -> int:
+    """Run the steps of one group that have not succeeded; return how many have not then.
+
+    Args:
+        begun: when its time began, by time.monotonic().
+    """
+    before = ended(out, group, env["SOURCES"])
     for name, (how, seconds) in before.items():
         print(f"step {name} before: {how} after {seconds} s", flush=True)
     missing = [
@@ -162,9 +177,10 @@ def run_group(group: str, out: pathlib.Path, env: dict, found: card.Card, head, 
         for line in head if missing else ():
             log.write(line)
         for step in missing:
-            left = GROUP_SECONDS if rehearse else deadline - time.monotonic()
+            left = GROUP_SECONDS - (0 if rehearse else time.monotonic() - begun)
             if reason := obstacle(step, found, left):
-                log.write(f"step {step.name}: skipped, {reason}, after 0 s")
+                log.write(f"step {step.name}: skipped, {reason}, after 0 s, "
+                          f"sources {env['SOURCES']}")  # fmt: skip
                 failed += 1
                 continue
             words = shlex.split(f"{step.command} {step.rehearsal if rehearse else ''}")
@@ -174,7 +190,7 @@ def run_group(group: str, out: pathlib.Path, env: dict, found: card.Card, head, 
             try:
                 failed += not execute(step, words, log, env | more, limit)
             finally:
-                write_summary(out, head)
+                write_summary(out, head, env["SOURCES"])
     return failed
 
 
@@ -188,14 +204,15 @@ def obstacle(step: Step, found: card.Card, left: float) -> str | None:
     return None
 
 
-def write_summary(out: pathlib.Path, head: list[str]) -> None:
+def write_summary(out: pathlib.Path, head: list[str], sources: str) -> None:
     """Write README.md anew, whole or not at all."""
     steps = {step.name: f"python {step.command}" for step in STEPS}
     state = {}
     for group in GROUPS:
-        state |= {name: (group, *how) for name, how in ended(out, group).items()}
+        state |= {name: (group, *how) for name, how in ended(out, group, sources).items()}
     part = out / ".README.md.part"
-    part.write_text(summary.markdown(out / "figures.jsonl", head, steps, state))
+    figures = summary.read(out / "figures.jsonl", sources)
+    part.write_text(summary.markdown(figures, head, steps, state))
     part.replace(out / "README.md")
 
 
@@ -216,6 +233,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
+    begun = time.monotonic()
     options = parse()
     if options.fetch:
         card.fetch(options.wheels)
@@ -223,7 +241,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        return run(options)
+        return run(options, begun)
     except Interrupted as error:
         card.fail(f"{error}; finished steps stay. Start again with the same --out for the others.")
     except OSError as error:
@@ -237,7 +255,7 @@ def _interrupt(number, frame):
     raise Interrupted(f"ended by {signal.Signals(number).name}")
 
 
-def run(options) -> int:
+def run(options, begun: float) -> int:
     """Check the machine, then run the groups; return how many steps have not succeeded."""
     found = card.stand_in() if options.rehearse else card.find_card()
     out = options.out.resolve()
@@ -247,15 +265,17 @@ def run(options) -> int:
         site = pathlib.Path(site)
         if options.wheels:
             card.install(options.wheels.resolve(), site)
-        env = card.environment(site, options.rehearse)
+        commit, digest = card.sources(options.wheels)
+        env = card.environment(site, found, options.rehearse) | {"SOURCES": digest}
         versions = card.check_packages(env, options.rehearse)
         now = datetime.datetime.now(datetime.UTC)
         head = [f"call     {now:%Y-%m-%d %H:%M} UTC", *found.lines]
-        head += [f"software {versions}", f"code     {card.sources()}"]
+        head += [f"software {versions}", f"code     commit {commit}, sources {digest}"]
         missing = 0
         for group in options.only:
-            missing += run_group(group, out, env, found, head, options.rehearse)
-        write_summary(out, head)
+            missing += run_group(group, out, env, found, head, options.rehearse, begun)
+            begun = time.monotonic()
+        write_summary(out, head, digest)
     print((out / "README.md").read_text(), flush=True)
     return min(missing, 100)
 

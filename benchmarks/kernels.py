@@ -9,11 +9,11 @@ Arms, forward and backward apart, in rounds whose order rotates:
   xla        jtok_kernels, implementation "xla"; its backward on a GPU is left out, because it takes
              half a minute to compile
   mosaic_gpu jtok_kernels on GPUs of compute capability 9.0 and newer
-Then the plan of a step, and the update of the rows of one layer.
+Then the plan of a step, and the update of the rows of one layer in place.
 
 `GB/s` is the least traffic of the operation (`cases.floor_bytes`) by the time. `of copy` is that
 over the bandwidth of copying random data, measured first. Calls run inside one program over several
-input sets (`timing.in_turn`): Python is not measured.
+input sets (`timing.in_turn`): Python is not measured. Kernels come last (`baselines_first`).
 """
 
 import argparse
@@ -39,14 +39,15 @@ from cases import (
 from jtok_kernels import choose, lazy_adam, pack_rows, row_plan, rowwise_adagrad, update_rows
 from jtok_kernels.choose import backend
 from timing import (
+    baselines_first,
     calls_in_turn,
     compiled,
     copy_bandwidth,
     device_line,
+    exit_code,
     in_turn,
     on_gpu,
     overhead,
-    paired,
     percentiles,
     record,
     say,
@@ -91,81 +92,85 @@ def report(kind: str, shape: Shape, ids_kind: str, options, bandwidth: float) ->
             name: in_turn(function, [as_stored(name, case) for case in cases])
             for name, function in arms(direction, options.implementations).items()
         }
-        seconds = paired(
-            compiled(programs, f"{kind} {direction}"), calls_in_turn(cases), options.rounds
-        )
+        functions = compiled(programs, f"{kind} {direction}")
         least = np.mean([floor_bytes(case, direction) for case in cases])
-        ours = [name for name in seconds if name.startswith("mosaic")]
-        others = [name for name in seconds if name not in ours]
-        best = min(others, key=lambda name: np.median(seconds[name]), default=None)
-        for name, values in seconds.items():
+        for name, values, ratios, best in baselines_first(
+            functions, calls_in_turn(cases), options.rounds
+        ):
             share = 100 * least / np.median(values) / bandwidth
-            ratio = f"{percentiles(values / seconds[best])} {best}" if best else ""
             say(
                 f"{kind:7}{direction:9}{shape.dim:6}{shape.tokens:8}{unique:8} "
                 f"{_short(ids_kind):9}{name:11}{1e6 * np.median(values):11.1f}"
-                f"{least / np.median(values) / 1e9:9.1f}{share:8.1f}%   {ratio}"
+                f"{least / np.median(values) / 1e9:9.1f}{share:8.1f}%   "
+                f"{percentiles(ratios)} {best}"
             )
             record(
                 table="kernels", kind=kind, direction=direction, dim=shape.dim,
                 tokens=shape.tokens, ids=_short(ids_kind), arm=name,
                 us=1e6 * float(np.median(values)), share=float(share),
+                ratio=float(np.median(ratios)),
             )  # fmt: skip
 
 
 def report_parts(shape: Shape, ids_kind: str, options, bandwidth: float) -> None:
-    """Print the time of a plan, and of updating the rows of one layer of JTok-M."""
+    """Print and record the time of a plan, and of updating the rows of one layer of JTok-M."""
     cases = make_cases("jtok_m", shape, ids_kind, options.seed, count=2)
-    room = cases[0].plan.unique_U.size
+    room, rows = cases[0].plan.unique_U.size, unique_rows(cases[0])
     make_plan = functools.partial(row_plan, num_rows=shape.rows, max_unique=room)
-    seconds = time_cases({"plan": make_plan}, [case.ids for case in cases], options.rounds)
-    seconds |= _updates(cases, options)
-    rows = unique_rows(cases[0])
-    for name, values in seconds.items():
-        share = ""
-        if optimizer := next((x for x in OPTIMIZERS if name.startswith(x)), None):
-            row = 4 + 2 * cases[0].table.dtype.itemsize + STATE_BYTES[optimizer]
-            share = f"{100 * rows * shape.dim * row / np.median(values) / bandwidth:8.1f}%"
+
+    def tell(name: str, values, ratios=None, best=None, least: float = np.nan):
+        share = 100 * least / np.median(values) / bandwidth
         say(
-            f"{name:26}{shape.dim:6}{shape.tokens:8}{rows:8} {_short(ids_kind):9}"
-            f"{1e6 * np.median(values):11.1f}{share:>9}"
+            f"{name:32}{shape.dim:6}{shape.tokens:8}{rows:8} {_short(ids_kind):9}"
+            f"{1e6 * np.median(values):11.1f}"
+            + (f"{share:17.1f}%   {percentiles(ratios)} {best}" if best else "")
         )
         record(
             table="parts", name=name, dim=shape.dim, tokens=shape.tokens, ids=_short(ids_kind),
-            us=1e6 * float(np.median(values)),
+            us=1e6 * float(np.median(values)), share=float(share),
+            ratio=float(np.median(ratios)) if best else None,
         )  # fmt: skip
 
+    plans = time_cases({"plan": make_plan}, [case.ids for case in cases], options.rounds)
+    for name, values in plans.items():
+        tell(name, values)
+    updates = compiled(updaters(cases[0], options.implementations), in_place=True)
+    for optimizer in OPTIMIZERS:
+        functions = {name: updates[name] for name in updates if name.startswith(optimizer)}
+        row = 4 + 2 * cases[0].table.dtype.itemsize + STATE_BYTES[optimizer]
+        for found in baselines_first(functions, 1, options.rounds):
+            tell(*found, least=rows * shape.dim * row)
 
-def _updates(cases: list[Case], options) -> dict[str, np.ndarray]:
-    case, programs = cases[0], {}
+
+def updaters(case: Case, implementations: list[str]) -> dict:
+    """Return {name: (program, arrays)} of updates of the rows of a case, for `compiled` in place.
+
+    A time is that of one update in a loop of them. Each starts from the table and state that the
+    last one left, so neither is copied.
+    """
     count, dim = case.plan.unique_U.size, case.h.shape[1]
     used = jnp.zeros((case.table.shape[0], count, 1))
     used = used.at[case.choice, case.plan.order.place[:, None]].set(1.0)  # the others stay zero
     grads = used * jax.random.normal(jax.random.key(0), (1, count, dim))
-    for name in options.implementations:
+    programs = {}
+    for name in implementations:
         if not name.startswith("mosaic_tpu"):
-            for optimizer, make in OPTIMIZERS.items():
-                programs[f"{optimizer} {name}"] = _update(
-                    make(), name, case.table, case.plan.unique_U, grads
-                )
-    return paired(compiled(programs), 1, options.rounds)
+            for kind, make in OPTIMIZERS.items():
+                arrays = case.table, make().init(case.table), case.plan.unique_U, grads
+                arrays = jax.tree.map(jnp.copy, arrays)  # each program has its own
+                programs[f"{kind} {name}"] = functools.partial(_update, make(), name), arrays
+    return programs
 
 
-def _update(optimizer, implementation: str, table, unique_U, grads):
-    """Updates of one table in place, one after another; the first copies the table once."""
-
-    def program(turns, arrays):
+def _update(optimizer, implementation: str, turns, arrays):
+    def turn(index, arrays):
         table, state, unique_U, grads = arrays
+        options = {"step": index + 1, "learning_rate": jnp.float32(1e-3)}
+        options |= {"rounding_key": jax.random.key(0), "implementation": implementation}
+        held = update_rows(optimizer, table, state, unique_U, grads, **options)
+        return *held, unique_U, grads
 
-        def turn(index, held):
-            options = {"step": index + 1, "learning_rate": jnp.float32(1e-3)}
-            options |= {"rounding_key": jax.random.key(0), "implementation": implementation}
-            return update_rows(optimizer, *held, unique_U, grads, **options)
-
-        table, _ = jax.lax.fori_loop(0, turns, turn, (table, state))
-        return table[(0,) * table.ndim].astype(jnp.float32)
-
-    return program, (table, optimizer.init(table), unique_U, grads)
+    return jax.lax.fori_loop(0, turns, turn, arrays)
 
 
 def _short(ids_kind: str) -> str:
@@ -193,7 +198,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     options = parse()
     words = jax.default_backend() == "tpu" and options.dtype == "bfloat16"  # as a TPU holds them
     stored = jnp.dtype("uint32" if words else options.dtype)
@@ -214,7 +219,8 @@ def main() -> None:
                 for kind in KINDS:
                     report(kind, shape, ids_kind, options, bandwidth)
             report_parts(shape, options.ids.split(",")[0], options, bandwidth)
+    return exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,13 +10,15 @@ STEPS = {("dense_l", "jtok"): 2, ("dense_l", "jtok_m"): 5,
          ("dense_s", "jtok"): 4, ("dense_s", "jtok_m"): 8}  # fmt: skip
 
 
-def read(path: pathlib.Path) -> list[dict]:
-    """Return all figures; of the same figure the last, and no line that was cut off."""
+def read(path: pathlib.Path, sources: str) -> list[dict]:
+    """Return all figures of these sources; of the same the last, and no line that was cut off."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             figure = json.loads(line)
         except json.JSONDecodeError:
+            continue
+        if figure.get("sources") != sources:
             continue
         values = ("value", "us", "share", "ratio", "error", "good", "ms", "low", "high", "mib")
         key = tuple((name, x) for name, x in sorted(figure.items()) if name not in values)
@@ -24,14 +26,24 @@ def read(path: pathlib.Path) -> list[dict]:
     return list(found.values())
 
 
-def markdown(path: pathlib.Path, head: list[str], commands: dict, state: dict) -> str:
-    """Return README.md: the machine, goals, variants, and how each step ended.
+def shown(value: float | None, form: str = ".0f") -> str:
+    """Return a figure as text, "unknown" where there is none."""
+    return "unknown" if value is None else format(value, form)
+
+
+def over(ratio: float | None) -> str:
+    """Return what a ratio is above 1, in percent."""
+    return shown(None if ratio is None else 100 * (ratio - 1), "+.1f")
+
+
+def markdown(figures: list[dict], head: list[str], commands: dict, state: dict) -> str:
+    """Return README.md: the machine, goals, parts, variants, and how each step ended.
 
     Args:
+        figures: of `read`.
         commands: {step: command}.
         state: {step: (group, how it ended, seconds)}.
     """
-    figures = read(path)
     of = lambda table: [figure for figure in figures if figure.get("table") == table]
     lines = [
         "# Results",
@@ -44,7 +56,7 @@ def markdown(path: pathlib.Path, head: list[str], commands: dict, state: dict) -
         "",
     ]
     lines += ["| what | measured | goal |", "|---|---|---|"]
-    lines += [f"| {x['name']} | {x['value']:.0f} | |" for x in of("ceilings")]
+    lines += [f"| {x['name']} | {shown(x['value'])} | |" for x in of("ceilings")]
     if checks := of("correctness"):
         wrong = [f"{x['name']} {x['arm']} D {x['dim']}" for x in checks if not x["good"]]
         lines.append(f"| results that agree with float64 | {len(checks) - len(wrong)} of "
@@ -53,23 +65,33 @@ def markdown(path: pathlib.Path, head: list[str], commands: dict, state: dict) -
         if x["arm"].startswith("mosaic") and x["tokens"] != 4096:
             goal = f"{SHARES[x['direction']]}" if x["dim"] >= 1024 else ""
             lines.append(f"| {x['kind']} {x['direction']}, D {x['dim']}, T {x['tokens']}, "
-                         f"{x['ids']}, % of copy | {x['share']:.0f} | {goal} |")  # fmt: skip
+                         f"{x['ids']}, % of copy | {shown(x['share'])} | {goal} |")  # fmt: skip
     for x in of("steps"):
         if x["arm"] != "dense":
             goal = STEPS.get((x["config"], x["arm"]))
-            lines.append(f"| step {x['config']} {x['arm']} over dense, % | "
-                         f"{100 * (x['ratio'] - 1):+.1f} | {goal or ''} |")  # fmt: skip
+            lines.append(f"| step {x['config']} {x['arm']} over dense, % | {over(x['ratio'])} | "
+                         f"{goal or ''} |")  # fmt: skip
     for x in of("generate"):
         if x["arm"] != "dense":
             lines.append(f"| {x['phase']} of batch {x['batch']}, {x['arm']} over dense, % | "
-                         f"{100 * (x['ratio'] - 1):+.1f} | |")  # fmt: skip
+                         f"{over(x['ratio'])} | |")  # fmt: skip
+    lines += ["", "## Plans and updates of one layer", ""]
+    lines += ["| what | us | % of copy | over XLA, % |", "|---|---|---|---|"]
+    for x in of("parts"):
+        what = f"{x['name']}, D {x['dim']}, T {x['tokens']}"
+        share, ratio = (shown(x["share"]), over(x["ratio"])) if x["name"] != "plan" else ("", "")
+        lines.append(f"| {what} | {shown(x['us'])} | {share} | {ratio} |")
     lines += ["", "## Variants, time over shipped", "", "| what | ratio |", "|---|---|"]
-    lines += [f"| {x['kind']} {x['direction']}, D {x['dim']}, {x['arm']} | {x['ratio']:.3f} |"
-              for x in of("variants") if x["arm"] != "shipped"]  # fmt: skip
+    for x in of("variants"):
+        if x["arm"] != "shipped":
+            what = f"{x['kind']} {x['direction']}, D {x['dim']}, {x['arm']}"
+            lines.append(f"| {what} | {shown(x['ratio'], '.3f')} |")
     lines += ["", "## Steps", "", "| step | command | ended | seconds |", "|---|---|---|---|"]
     for name, command in commands.items():
         group, how, seconds = state.get(name, ("", "not run", 0))
         link = f"[{name}]({group}.txt)" if group else name
         lines.append(f"| {link} | `{command}` | {how} | {seconds} |")
-    failed = [f"- {x['failed']}: {x['reason']}" for x in figures if "failed" in x]
+    redone = {name for name, (_, how, _) in state.items() if how == "exit code 0"}
+    failed = [f"- {x['step']}, {x['failed']}: {x['reason']}" for x in figures
+              if "failed" in x and x["step"] not in redone]  # fmt: skip
     return "\n".join([*lines, *(["", "## Left out", "", *failed] if failed else [])]) + "\n"

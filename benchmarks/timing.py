@@ -7,7 +7,9 @@ Barriers tie each call to the one before: none is removed, merged with another o
 """
 
 import concurrent.futures
+import contextlib
 import json
+import math
 import os
 import time
 
@@ -20,6 +22,7 @@ MOST_TURNS = 50
 FIRST_JAX = (0, 11)  # older ones drop barriers before they fuse
 CALLS = 16  # at least so many in a turn on a GPU
 _KEPT = {}  # programs of `compiled` by label, name and shapes
+_LOST = []  # arms that were left out
 
 
 def on_gpu() -> bool:
@@ -27,10 +30,13 @@ def on_gpu() -> bool:
 
 
 def record(**figure) -> None:
-    """Append a figure to the file that FIGURES names, on disk when this returns."""
+    """Append a figure to the file that FIGURES names, on disk when this returns; NaN as null."""
     if path := os.environ.get("FIGURES"):
+        unknown = lambda x: isinstance(x, float) and not math.isfinite(x)
+        of = {"step": os.environ.get("STEP", ""), "sources": os.environ.get("SOURCES", "")}
+        of |= {name: None if unknown(value) else value for name, value in figure.items()}
         with open(path, "a") as file:
-            file.write(json.dumps({"step": os.environ.get("STEP", "")} | figure) + "\n")
+            file.write(json.dumps(of, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -74,12 +80,39 @@ def _first_entries(tree) -> jax.Array:
     return sum(leaf[(0,) * leaf.ndim].astype(jnp.float32) for leaf in jax.tree.leaves(tree))
 
 
-def compiled(programs: dict, label: str = "") -> dict:
+def left_out(name: str, error: Exception) -> None:
+    """Say in one line which arm failed and why; end the process if the device is of no use now."""
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    say(f"    {name} failed and is left out: {type(error).__name__}: {reason}")
+    record(failed=name, reason=reason)
+    _LOST.append(name)
+    if not _answers():
+        raise SystemExit(f"The device does not answer since {name} failed; what follows would not.")
+
+
+def _answers() -> bool:
+    """Whether the device still computes: after an illegal access in a kernel it never does."""
+    try:
+        return float(jnp.ones(8).sum()) == 8
+    except jax.errors.JaxRuntimeError:
+        return False
+
+
+def exit_code() -> int:
+    """Name the arms that were left out; return 1 if there are any, else 0."""
+    if _LOST:
+        say(f"\nleft out: {', '.join(dict.fromkeys(_LOST))}")
+    return int(bool(_LOST))
+
+
+def compiled(programs: dict, label: str = "", in_place: bool = False) -> dict:
     """Compile {name: (program, cases)}; return {name: function of the number of turns}.
 
     An arm that does not lower or compile is named and left out.
 
     Args:
+        in_place: a program returns its cases, changed: they are donated, and the next call starts
+            from what the last one returned.
         label: programs of one label and name are the same, so that cases of other values but equal
             shapes are not compiled again. "": nothing is kept.
     """
@@ -88,61 +121,84 @@ def compiled(programs: dict, label: str = "") -> dict:
     for name, (program, cases) in programs.items():
         if not label or key(name) not in _KEPT:
             with _named(name):
-                lowered[name] = jax.jit(program).lower(jnp.int32(1), cases)
+                donated = (1,) if in_place else ()
+                lowered[name] = jax.jit(program, donate_argnums=donated).lower(jnp.int32(1), cases)
         else:
-            functions[name] = _caller(_KEPT[key(name)], cases)
+            functions[name] = _caller(_KEPT[key(name)], cases, in_place)
     with concurrent.futures.ThreadPoolExecutor(8 if on_gpu() else 1) as pool:
         waiting = {name: pool.submit(one.compile) for name, one in lowered.items()}
         for name, future in waiting.items():
             with _named(name):
                 executable = future.result()
-                functions[name] = _caller(executable, programs[name][1])
+                functions[name] = _caller(executable, programs[name][1], in_place)
                 if label:
                     _KEPT[key(name)] = executable
     return {name: functions[name] for name in programs if name in functions}
 
 
-def _caller(executable, cases):
-    return lambda turns: jax.block_until_ready(executable(jnp.int32(turns), cases))
+def _caller(executable, cases, in_place: bool):
+    def call(turns):
+        nonlocal cases
+        found = jax.block_until_ready(executable(jnp.int32(turns), cases))
+        if in_place:
+            cases = found
+        return found
+
+    return call
 
 
-class _named:
-    """Say which arm failed and why, in one line, and go on."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace) -> bool:
-        if error is None or not isinstance(error, Exception):
-            return False
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        say(f"    {self.name} failed and is left out: {kind.__name__}: {reason}")
-        record(failed=self.name, reason=reason)
-        return True
+@contextlib.contextmanager
+def _named(name: str):
+    """Say which arm failed and why, and go on."""
+    try:
+        yield
+    except Exception as error:
+        left_out(name, error)
 
 
 def paired(functions: dict, calls: int, rounds: int) -> dict[str, np.ndarray]:
     """Return {name: seconds a call in every round}; the order of the arms rotates.
 
+    An arm that fails is named and left out, with the rounds that it has finished.
+
     Args:
         functions: {name: function of the number of turns}.
         calls: calls of the operation in one turn.
     """
-    turns = {}
+    turns, seconds = {}, {}
     for name, function in functions.items():
         with _named(name):
             function(1)
             turns[name] = int(np.clip(SECONDS / _seconds(function, 1), 1, MOST_TURNS))
-    names, seconds = list(turns), {name: [] for name in turns}
+            seconds[name] = []
     for index in range(rounds):
+        names = list(seconds)
         shift = index % max(len(names), 1)
         for name in names[shift:] + names[:shift]:
-            taken = _seconds(functions[name], turns[name])
-            seconds[name].append(taken / (turns[name] * calls))
+            with _named(name):
+                taken = _seconds(functions[name], turns[name])
+                seconds[name].append(taken / (turns[name] * calls))
+                continue
+            del seconds[name]
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def baselines_first(functions: dict, calls: int, rounds: int):
+    """Yield (name, seconds, ratios to the fastest baseline, its name) of every arm; see `paired`.
+
+    Kernels run after all others have been yielded: one that breaks the device takes no other time
+    with it. They take turns with the fastest of the others.
+    """
+    ours = {name: function for name, function in functions.items() if "mosaic" in name}
+    others = {name: function for name, function in functions.items() if name not in ours}
+    seconds = paired(others, calls, rounds)
+    best = min(seconds, key=lambda name: np.median(seconds[name]), default=None)
+    for name, values in seconds.items():
+        yield name, values, values / seconds[best], best
+    again = {best: functions[best]} if best and ours else {}
+    seconds = paired(again | ours, calls, rounds)
+    for name in [name for name in ours if name in seconds]:
+        yield name, seconds[name], seconds[name] / seconds.get(best, np.nan), best
 
 
 def _seconds(function, turns: int) -> float:

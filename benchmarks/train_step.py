@@ -27,7 +27,7 @@ import jaxlib
 import numpy as np
 import optax
 from plain_step import Plain, init_state, make_step
-from timing import device_line, percentiles, record, say
+from timing import device_line, exit_code, left_out, percentiles, record, say
 
 from jtok_jax.config import (
     Config,
@@ -170,7 +170,7 @@ def run_rounds(arms: dict[str, Arm], batches, rounds: int) -> None:
         if built is None:
             del arms[name]
     names = list(arms)
-    for index in range(rounds):
+    for index in range(rounds if names else 0):
         shift = index % len(names)
         order = names[shift:] + names[:shift]
         backwards = index // len(names) % 2  # so that an arm follows each of its neighbours
@@ -192,9 +192,7 @@ def built_or_named(name: str, build):
     try:
         return build()
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        say(f"{name} failed and is left out: {reason}")
-        record(failed=name, reason=reason)
+        left_out(name, error)
         return None
 
 
@@ -242,7 +240,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse()
     if jax.device_count() != 1:
         raise SystemExit("This compares steps on one device; hide the others.")
@@ -278,7 +276,8 @@ def main() -> None:
     report(arms, arguments)
     if with_plain:
         say(f"target: dense / plain at most {TARGET:.2f}")
+    return exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,7 +17,7 @@ import numpy as np
 from cases import KINDS, Case, Shape, backward_of, forward_of, make_cases
 from jtok_kernels.mosaic_gpu import MosaicGpu
 from jtok_kernels.mosaic_gpu_block import Tuning
-from timing import device_line, on_gpu, percentiles, record, say, time_cases
+from timing import device_line, exit_code, on_gpu, percentiles, record, say, time_cases
 
 FORWARD = {"bulk_forward": False, "auto_barriers": True}
 BACKWARD = {"delta_first": False, "shared_rows": False, "auto_barriers": True}
@@ -83,7 +83,7 @@ def report(kind: str, shape: Shape, options) -> None:
             )  # fmt: skip
 
 
-def main() -> None:
+def main() -> int:
     numbers = lambda text: [int(part) for part in text.split(",")]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=numbers, default=[768, 1024, 1536, 2048])
@@ -106,7 +106,8 @@ def main() -> None:
     for dim in options.dims:
         for kind in KINDS:
             report(kind, Shape(options.tokens, dim, options.rows), options)
+    return exit_code()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 """The benchmarks without a GPU: what gpu.py does with steps, signals and bad input; baselines."""
 
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -22,12 +23,19 @@ from pythons import newest, oldest
 
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
 PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!r}])"
-SMI = "NVIDIA H200, 9.0, 580.159.04, 143771, 10, 345, 1980, 3201, 700.00"
+SMI = "NVIDIA H200, 8, 9.0, 580.159.04, 143771, 10, 345, 1980, 3201, 700.00"
 
 
 @pytest.fixture(autouse=True)
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    module = importlib.import_module("timing")
+    monkeypatch.setattr(module, "_LOST", [])
+    return module
 
 
 @pytest.fixture
@@ -49,6 +57,13 @@ def run(gpu, monkeypatch, *flags) -> int:
     return gpu.main()
 
 
+def fake_smi(folder: pathlib.Path, monkeypatch, code: str) -> None:
+    fake = folder / "nvidia-smi"
+    fake.write_text(f"#!/bin/sh\n{code}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
 def is_gone(pid: str) -> bool:
     state = pathlib.Path("/proc", pid, "stat")
     return not state.exists() or state.read_text().split()[2] == "Z"
@@ -60,7 +75,7 @@ def test_steps_end_in_a_table_whatever_becomes_of_them_and_go_on(gpu, tmp_path, 
         step(gpu, "slow", PARENT, limit=2),
         step(gpu, "wrong", "print('reason'); raise SystemExit(7)"),
         step(gpu, "large", "", needs=101),
-        step(gpu, "long", "", estimate=541),
+        step(gpu, "long", "", estimate=571),
         step(gpu, "right", "import os; print(os.environ['JAX_PLATFORMS'])", "steps"),
     ]
     monkeypatch.setattr(gpu, "STEPS", steps)
@@ -70,7 +85,7 @@ def test_steps_end_in_a_table_whatever_becomes_of_them_and_go_on(gpu, tmp_path, 
     assert "step slow: stopped at its limit of 2 s after" in log
     assert "reason\nstep wrong: exit code 7 after" in log
     assert "step large: skipped, it needs 101 GiB of the card and has 100" in log
-    assert "step long: skipped, it takes about 541 s" in log
+    assert "step long: skipped, it takes about 571 s" in log
     assert "cuda,cpu\nstep right: exit code 0" in (tmp_path / "steps.txt").read_text()
     table = (tmp_path / "README.md").read_text()
     row = re.compile(r"^\| \[(\w+)\]\(\w+.txt\) .*\| (\w+)[^|]*\| \d+ \|$", re.MULTILINE)
@@ -84,6 +99,31 @@ def test_steps_end_in_a_table_whatever_becomes_of_them_and_go_on(gpu, tmp_path, 
     assert run(gpu, monkeypatch, f"--out={tmp_path}") == 0
     assert (tmp_path / "kernels.txt").read_text().startswith(log)
     assert (tmp_path / "steps.txt").read_text().count("step right starts") == 1
+
+
+@oldest
+def test_a_step_done_with_other_sources_is_done_again(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "STEPS", [step(gpu, "one", "")])
+    for digest, starts in (("a", 1), ("a", 1), ("b", 2), ("b", 2), ("a", 3)):
+        monkeypatch.setattr(gpu.card, "sources", lambda *_, digest=digest: ("1a2b", digest))
+        assert run(gpu, monkeypatch, f"--out={tmp_path}", "--only=kernels") == 0
+        assert (tmp_path / "kernels.txt").read_text().count("step one starts") == starts
+    assert gpu.ended(tmp_path, "kernels", "c")["one"][0] == "exit code 0, with other sources"
+
+
+@oldest
+def test_setting_up_counts_to_the_time_of_a_group(gpu, tmp_path, monkeypatch):
+    late, clock = [0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + late[0])
+    monkeypatch.setattr(gpu.card, "check_packages", lambda *_: late.__setitem__(0, 560))
+    monkeypatch.setattr(gpu, "STEPS", [step(gpu, "long", "", estimate=11), step(gpu, "one", "")])
+    assert run(gpu, monkeypatch, f"--out={tmp_path}", "--only=kernels") == 1
+    log = (tmp_path / "kernels.txt").read_text()
+    assert re.search(r"step long: skipped, it takes about 11 s and the group has (9|10) left", log)
+    assert re.search(r"step one: exit code 0", log)
+    monkeypatch.setattr(gpu.card, "PIP_SECONDS", 0.1)
+    with pytest.raises(SystemExit, match=r"^gpu.py: fetch anew: pip took more than 0\.1 s$"):
+        gpu.card._pip(["sleep", "9"], "fetch anew")
 
 
 @oldest
@@ -107,7 +147,7 @@ def test_steps_end_with_the_command_and_start_again(gpu, tmp_path, monkeypatch, 
     while not is_gone(pid):
         assert time.monotonic() < until
         time.sleep(0.05)
-    second = gpu.ended(tmp_path, "kernels")["second"][0]
+    second = gpu.ended(tmp_path, "kernels", gpu.card.sources()[1])["second"][0]
     assert second == ("cut off" if how == signal.SIGKILL else "ended by a signal")
     monkeypatch.setattr(gpu, "STEPS", [steps[0], step(gpu, "second", "")])
     assert run(gpu, monkeypatch, f"--out={tmp_path}") == 0
@@ -119,7 +159,7 @@ def test_steps_end_with_the_command_and_start_again(gpu, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("smi", "message"),
     [
-        ("exit 9", "no NVIDIA card: nvidia-smi does not answer. Use a machine"),
+        ("exit 9", "no NVIDIA card: nvidia-smi -i 0 does not answer. Use a machine"),
         (f"echo '{SMI.replace('9.0,', '8.0,')}'", "compute capability 8.0, the kernels need 9.0"),
         (f"echo '{SMI.replace('580', '550')}'", "driver is 550.159.04, CUDA 13 needs 580"),
         (f"echo '{SMI.replace(' 10,', ' 120000,')}'", "23 GiB of the memory of NVIDIA H200 are"),
@@ -127,14 +167,79 @@ def test_steps_end_with_the_command_and_start_again(gpu, tmp_path, monkeypatch, 
 )
 def test_a_card_that_does_not_fit_is_named_in_one_line(tmp_path, monkeypatch, smi, message):
     gpu = importlib.import_module("gpu")
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text(f"#!/bin/sh\n{smi}\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    fake_smi(tmp_path, monkeypatch, smi)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(SystemExit, match=message) as ended:
         run(gpu, monkeypatch, f"--out={tmp_path / 'out'}")
     assert "\n" not in str(ended.value)
     assert not (tmp_path / "out").exists()
+
+
+@oldest
+def test_one_card_of_several_is_asked_and_used(tmp_path, monkeypatch):
+    card, gpu = importlib.import_module("card"), importlib.import_module("gpu")
+    fake_smi(tmp_path, monkeypatch, f'[ "$1 $2" = "-i 3" ] && echo "{SMI}"')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    found = card.find_card()
+    assert "number 3, 8 in this machine" in found.lines[0]
+    assert card.environment(tmp_path, found, rehearse=False)["CUDA_VISIBLE_DEVICES"] == "3"
+    unknown = "NVIDIA GB10, 1, 12.1, [N/A], [N/A], [Not Supported], 345, 1980, [N/A], [N/A]"
+    fake_smi(tmp_path, monkeypatch, f"echo '{unknown}'")
+    found = card.find_card()
+    assert "memory [N/A] MiB" in found.lines[1]
+    assert gpu.obstacle(step(gpu, "one", ""), found, left=60) is None
+
+
+@oldest
+@pytest.mark.parametrize(("plugin", "driver"), [(12, 525), (13, 580), (None, 580)])
+def test_the_driver_fits_the_plugin_of_jax(monkeypatch, plugin, driver):
+    card = importlib.import_module("card")
+
+    def version(name: str) -> str:
+        if name != f"jax-cuda{plugin}-plugin":
+            raise card.importlib.metadata.PackageNotFoundError
+        return "0.11.2"
+
+    monkeypatch.setattr(card.importlib.metadata, "version", version)
+    assert card.needed_driver() == (plugin or 13, driver)
+
+
+@oldest
+def test_the_commit_of_the_wheels_counts_where_the_code_is_the_same(tmp_path, monkeypatch):
+    card = importlib.import_module("card")
+    assert card.sources()[0] != "unknown"
+    monkeypatch.setattr(card, "_pip", lambda *_: None)
+    card.fetch(tmp_path / "wheels")
+    assert tuple((tmp_path / "wheels" / card.COMMIT).read_text().split()) == card.sources()
+    monkeypatch.setattr(card, "ROOT", tmp_path)  # no repository, no code
+    commit, digest = card.sources(tmp_path / "wheels")
+    assert commit == "unknown"
+    (tmp_path / "wheels" / card.COMMIT).write_text(f"1a2b {digest}\n")
+    assert card.sources(tmp_path / "wheels") == ("1a2b", digest)
+
+
+@oldest
+def test_the_table_shows_parts_and_what_is_not_known(timing, tmp_path, monkeypatch):
+    summary, path = importlib.import_module("summary"), tmp_path / "figures"
+    monkeypatch.setenv("FIGURES", str(path))
+    monkeypatch.setenv("STEP", "one")
+    for sources, us in (("old", 1.0), ("new", 2.0)):
+        monkeypatch.setenv("SOURCES", sources)
+        given = {"dim": 8, "tokens": 4, "us": us}
+        timing.record(table="parts", name="plan", share=float("nan"), ratio=None, **given)
+        timing.record(table="parts", name="lazy_adam xla", share=50.0, ratio=0.5, **given)
+        timing.record(table="steps", config="dense_s", arm="jtok", ratio=float("nan"))
+        timing.record(failed="arm", reason=sources)
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    assert summary.read(path, "other") == []
+    figures = summary.read(path, "new")
+    table = summary.markdown(figures, [], {}, {"one": ("kernels", "exit code 1", 1)})
+    assert "| plan, D 8, T 4 | 2 |  |  |\n| lazy_adam xla, D 8, T 4 | 2 | 50 | -50.0 |" in table
+    assert "| step dense_s jtok over dense, % | unknown | 4 |" in table
+    assert "## Left out\n\n- one, arm: new\n" in table
+    table = summary.markdown(figures, [], {}, {"one": ("kernels", "exit code 0", 1)})
+    assert "Left out" not in table
 
 
 @oldest
@@ -160,7 +265,7 @@ def test_limits_fit_a_group_and_files_exist(gpu):
     for group in gpu.GROUPS:
         steps = [one for one in gpu.STEPS if one.group == group]
         assert all(one.estimate < one.limit for one in steps)
-        assert sum(one.limit for one in steps) < gpu.GROUP_SECONDS
+        assert sum(one.limit for one in steps) <= gpu.GROUP_SECONDS - gpu.SET_UP_SECONDS
     for one in gpu.STEPS:
         words = [word.removeprefix("--config=") for word in one.command.split()]
         files = [word for word in words if word.endswith(".py")]
@@ -212,9 +317,41 @@ def test_floors_count_a_row_once():
     assert cases.floor_bytes(several, "backward") == 3 * 16 + 5 * (16 + 32)
 
 
+@oldest
+def test_inputs_of_a_shape_are_compiled_once(caplog):
+    cases = importlib.import_module("cases")
+    shape = cases.Shape(tokens=21, dim=8, rows=17, dtype="float32")
+    made = lambda: cases.make_cases("jtok_m", shape, "zipf", seed=0)
+    with jax.log_compiles():
+        made()
+        assert "Compiling" in caplog.text
+        caplog.clear()
+        made()
+    assert "Compiling" not in caplog.text
+
+
 @newest
-def test_a_program_makes_every_array_of_every_call():
-    timing = importlib.import_module("timing")
+def test_updates_copy_no_table(timing):
+    cases, kernels = (importlib.import_module(name) for name in ("cases", "kernels"))
+    shape = cases.Shape(tokens=8, dim=8, rows=1009, dtype="float32")
+    (case,) = cases.make_cases("jtok_m", shape, "zipf", seed=0, count=1)
+    programs = kernels.updaters(case, ["xla"])
+    functions = timing.compiled(programs, in_place=True)
+    assert list(functions) == ["lazy_adam xla", "rowwise_adagrad xla"]
+    at = lambda arrays: [x.unsafe_buffer_pointer() for x in jax.tree.leaves(arrays)]
+    for name, (program, arrays) in programs.items():
+        alone = jax.jit(program, donate_argnums=(1,)).lower(jnp.int32(1), arrays).compile()
+        assert alone.memory_analysis().temp_size_in_bytes < case.table.nbytes
+        before, table = at(arrays), jnp.copy(arrays[0])
+        for _ in range(2):  # the second call starts where the first one ended
+            found = functions[name](3)
+            assert at(found) == before
+            assert jnp.any(found[0] != table)
+            table = jnp.copy(found[0])
+
+
+@newest
+def test_a_program_makes_every_array_of_every_call(timing):
     cases = [(jnp.full((3, 1009), float(i)), jnp.ones(1009)) for i in range(3)]
     program, cases = timing.in_turn(lambda case: (case[0] * 2, case[1] + case[0][0]), cases)
     text = jax.jit(program).lower(jnp.int32(2), cases).compile().as_text()
@@ -225,8 +362,8 @@ def test_a_program_makes_every_array_of_every_call():
 
 
 @oldest
-def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    timing, train_step = (importlib.import_module(name) for name in ("timing", "train_step"))
+def test_an_arm_that_fails_is_named_and_the_others_go_on(timing, tmp_path, monkeypatch, capsys):
+    train_step = importlib.import_module("train_step")
     monkeypatch.setenv("FIGURES", str(tmp_path / "figures"))
 
     def too_large(case):
@@ -237,11 +374,64 @@ def test_an_arm_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, 
     assert list(found) == ["good"]
     assert np.all(found["good"] > 0)
     assert train_step.built_or_named("arm", lambda: too_large(None)) is None
-    said = "failed and is left out: {}RESOURCE_EXHAUSTED: 8 GiB\n"
+    said = " failed and is left out: JaxRuntimeError: RESOURCE_EXHAUSTED: 8 GiB\n"
     out = capsys.readouterr().out
-    assert "bad " + said.format("JaxRuntimeError: ") in out
-    assert "arm " + said.format("") in out
+    assert f"bad{said}" in out
+    assert f"arm{said}" in out
     assert (tmp_path / "figures").read_text().count('"reason": "RESOURCE_EXHAUSTED') == 2
+
+
+class Faulty:
+    """An arm that fails in its call of a number."""
+
+    def __init__(self, fails_at: int):
+        self.left = fails_at
+
+    def __call__(self, turns: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise jax.errors.JaxRuntimeError("INTERNAL: illegal address")
+
+
+@oldest
+def test_an_arm_that_fails_in_a_round_is_left_out(timing, capsys):
+    assert timing.exit_code() == 0
+    functions = {"good": Faulty(99), "bad": Faulty(4), "other": Faulty(99)}
+    found = timing.paired(functions, calls=1, rounds=5)
+    assert {name: values.size for name, values in found.items()} == {"good": 5, "other": 5}
+    assert timing.exit_code() == 1
+    assert "\nleft out: bad\n" in capsys.readouterr().out
+
+
+@oldest
+def test_a_kernel_that_breaks_the_device_ends_the_process_after_the_others(timing, monkeypatch):
+    kernel = Faulty(1)
+    functions = {"mosaic_gpu": kernel, "plain": Faulty(99), "xla": Faulty(99)}
+    found = timing.baselines_first(functions, calls=1, rounds=2)
+    assert [next(found)[0], next(found)[0]] == ["plain", "xla"]
+    assert kernel.left == 1  # not called yet
+    monkeypatch.setattr(timing, "_answers", lambda: False)
+    with pytest.raises(SystemExit, match="does not answer since mosaic_gpu failed"):
+        next(found)
+    functions["mosaic_gpu"] = Faulty(99)
+    *_, (name, values, ratios, best) = timing.baselines_first(functions, calls=1, rounds=2)
+    assert (name, values.size, ratios.size) == ("mosaic_gpu", 2, 2)
+    assert best in ("plain", "xla")
+
+
+@oldest
+def test_a_process_that_left_out_an_arm_ends_with_1(timing, monkeypatch):
+    kernels, variants = (importlib.import_module(name) for name in ("kernels", "variants"))
+    monkeypatch.setattr(kernels, "copy_bandwidth", lambda: 1.0)
+    monkeypatch.setattr(kernels, "overhead", lambda: 1.0)
+    monkeypatch.setattr(kernels, "report_parts", lambda *_: None)
+    for module, flags in ((kernels, ["--tokens=8"]), (variants, ["--interpret"])):
+        monkeypatch.setattr(sys, "argv", ["", "--dims=8", *flags])
+        monkeypatch.setattr(timing, "_LOST", [])
+        monkeypatch.setattr(module, "report", lambda *_: None)
+        assert module.main() == 0
+        monkeypatch.setattr(module, "report", lambda *_: timing.left_out("arm", ValueError("no")))
+        assert module.main() == 1
 
 
 @oldest
