@@ -150,9 +150,7 @@ class ModelConfig:
     loss_chunk: int = 0  # tokens of a device whose logits exist at once; 0: all of a microbatch
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
     jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
-    arms: ArmsConfig = dataclasses.field(
-        default_factory=ArmsConfig
-    )  # other layers
+    arms: ArmsConfig = dataclasses.field(default_factory=ArmsConfig)  # other layers
     streams: str = ""  # hashed n-grams that tables are looked up by, see jtok_jax/streams.py
 
     def __post_init__(self):

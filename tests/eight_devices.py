@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jtok_kernels import lazy_adam, update_rows
-from small import JTOK, JTOK_M, random_ids, random_params
+from small import JTOK, JTOK_M, random_ids, random_params, with_every_table
 
-from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import Config, MeshConfig, OptimizerConfig, TableOptimizerConfig, TrainConfig
 from jtok_jax.inference.generator import generate
 from jtok_jax.inference.sampling import Sampling
@@ -31,15 +30,14 @@ from jtok_jax.mesh import (
     mesh_shape,
     num_shards,
     over_all,
-    parameter_sharding,
     put_batch,
     sharding,
-    table_layout,
 )
 from jtok_jax.model import moe
 from jtok_jax.model.attention import SIMULATED, causal
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import bind
+from jtok_jax.model.placement import parameter_sharding, table_layouts
 from jtok_jax.model_config import ModelConfig, MoeConfig
 from jtok_jax.training import step
 from jtok_jax.training.checkpoint import Checkpoints
@@ -162,14 +160,16 @@ def test_kinds_of_tables_train_as_on_one_device(changes, of_model):
     check_trains_as_alone(replace(config, model=model))
 
 
-def test_arms_train_as_on_one_device():
-    """All at once, beside JTok: their parameters are split by the same rules."""
-    names = [field.name for field in dataclasses.fields(ArmsConfig)][1:]
-    arms = ArmsConfig(names=",".join(names))
-    config = run_config("jtok", MeshConfig(fsdp=4, tensor=2))
-    tables = TableOptimizerConfig(kind="adamw")
-    optimizer = replace(config.optimizer, learning_rate=1e-2, tables=tables)
-    model = replace(config.model, arms=arms)
+@pytest.mark.parametrize(("layout", "kind", "accumulation"), [
+    ({"fsdp": 4, "tensor": 2}, "adamw", 1),  # copies: no width is a multiple of 128
+    ({"fsdp": 4, "table_columns": "fsdp", "table_rows": "data"}, "lazy_adam", 2),
+    ({"fsdp": 4, "table_columns": "fsdp"}, "rowwise_adam", 1),
+])  # fmt: skip
+def test_every_table_trains_as_on_one_device(layout, kind, accumulation):
+    """All arms at once beside JTok-M: by token and by n-gram, at the input and in layers."""
+    config = run_config("jtok_m", MeshConfig(**layout), grad_accumulation=accumulation)
+    optimizer = OptimizerConfig(learning_rate=1e-2, tables=TableOptimizerConfig(kind=kind))
+    model = with_every_table(config.model)
     check_trains_as_alone(replace(config, model=model, optimizer=optimizer))
 
 
@@ -294,8 +294,8 @@ def test_bfloat16_tables_are_rounded_alike_in_every_layout():
     for layout in LAYOUTS.values():
         config = run_config("jtok_m", layout)
         mesh = make_mesh(config.mesh)
-        update = step.across_devices(config, mesh).exchange.update
-        shards = num_shards(mesh, table_layout(config, mesh).rows)
+        update = step.across_devices(config, mesh).exchanges["tables"].update
+        shards = num_shards(mesh, table_layouts(config, mesh)["tables"].rows)
         ids = jnp.tile(jnp.arange(32 // shards), shards)  # counted from each device's first row
         found = jax.jit(functools.partial(update, *arguments, ids, grads, **options))()
         jax.tree.map(np.testing.assert_array_equal, expected, found)
@@ -334,7 +334,7 @@ def test_more_unique_ids_than_there_is_room_for_make_the_step_void():
 
 @pytest.mark.parametrize(("model", "layout"), [
     (MODELS["jtok"], LAYOUTS["columns"]),
-    (replace(MODELS["jtok_m"], moe=EXPERTS), None),
+    (with_every_table(replace(MODELS["jtok_m"], moe=EXPERTS)), None),
 ])  # fmt: skip
 def test_text_is_that_of_one_device(model, layout):
     """Prompts of other lengths and number than the devices."""

@@ -12,12 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jtok_kernels import dense_gradient
 
+from jtok_jax.arms_config import (
+    ArmsConfig,
+    LowRankConfig,
+    NgramConfig,
+    ValueEmbeddingConfig,
+)
 from jtok_jax.config import Config, MeshConfig, TrainConfig
 from jtok_jax.mesh import make_mesh
-from jtok_jax.model.params import init_params
+from jtok_jax.model.params import declared_tables, init_params
 from jtok_jax.model_config import JtokConfig, ModelConfig, MoeConfig
 from jtok_jax.prepare import Recipe, prepare
-from jtok_jax.training import step
+from jtok_jax.training import rows, step
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
 from jtok_jax.training.step import make_train_step
@@ -46,15 +52,27 @@ KINDS = {
     "moe-jtok": dataclasses.replace(DENSE, moe=MOE, jtok=JTOK),
     "moe-jtok_m": dataclasses.replace(DENSE, moe=MOE, jtok=JTOK_M),
 }
+ARMS = tuple(field.name for field in dataclasses.fields(ArmsConfig))[2:]
+
+
+def with_every_table(model: ModelConfig) -> ModelConfig:
+    """Every arm beside what `model` has, with tables by token, pairs and two hashes of triples."""
+    arms = ArmsConfig(
+        names=",".join(ARMS),
+        ngram=NgramConfig("bigram,trigram"),
+        low_rank=LowRankConfig(stream="bigram", rank=8),
+        value_embedding=ValueEmbeddingConfig(stream="trigram", init_std=0.3),
+    )
+    return dataclasses.replace(model, arms=arms, streams="bigram=2:38, trigram=3:42:2")
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict[str, jax.Array]:
-    """Initial parameters with norms, scales and biases moved away from their round values."""
+    """Initial parameters with norms, scales, biases and zeros moved away from their values."""
     params = init_params(config, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return {
         name: value + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
-        if name.endswith(("norm", "scale", "bias"))
+        if name.endswith(("norm", "scale", "bias")) or not np.any(value)
         else value
         for name, value in params.items()
     }
@@ -77,12 +95,17 @@ def training(config: Config):
 def gradients(config: Config, params: dict, ids: jax.Array, targets: jax.Array):
     """(losses, gradients by name) of a step, the tables' as dense arrays; to be jitted."""
     microbatches = [step._split(config, array) for array in (ids, targets)]
-    plan = step._plan(config, microbatches[0], None)
-    losses, grads, rows = step._gradients(config, params, *microbatches, plan, None)
-    if rows is not None:
-        rows = dense_gradient(rows, plan.unique_U, num_rows=config.model.vocab_size)
-        grads = grads | {"tables": rows}
-    return losses, grads
+    plans = rows.make_plans(config, microbatches[0], None)
+    backbone, tables = make_optimizer(config).split(params)
+    losses, grads, row_grads = step._gradients(config, backbone, tables, *microbatches, plans, None)
+    told = declared_tables(config.model)
+    dense = {
+        name: dense_gradient(
+            value, plans[told[name].stream].unique_U, num_rows=told[name].shape[-2]
+        )
+        for name, value in row_grads.items()
+    }
+    return losses, grads | dense
 
 
 def one_device() -> jax.sharding.Mesh:

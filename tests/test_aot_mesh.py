@@ -22,8 +22,9 @@ from jtok_jax.inference import generator
 from jtok_jax.inference.cache import Cache
 from jtok_jax.inference.generator import for_inference
 from jtok_jax.inference.sampling import Sampling
-from jtok_jax.mesh import AUTO, AXES, abstract_mesh, parameter_sharding, replicated
+from jtok_jax.mesh import AUTO, AXES, abstract_mesh, replicated
 from jtok_jax.model.params import init_params
+from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.model_config import JtokConfig, ModelConfig, MoeConfig
 from jtok_jax.planning.compiled import Compiled, absent_devices, compile_step, lacks, not_cached
 from jtok_jax.planning.memory import memory

@@ -102,8 +102,8 @@ def test_what_an_earlier_version_saved_gets_later_fields_at_their_defaults():
     assert from_config_dict(found) == changed(Config(), {"train.steps": 7, "model.jtok.top_k": 3})
     assert found["train"]["seed"] == later
     require_same_config(saved, from_config_dict(found), ROOT)
-    with pytest.raises(ConfigError, match=r"model.arms.names: '' in the run, 'bigram' now"):
-        require_same_config(saved, changed(Config(), {"model.arms.names": "bigram"}), ROOT)
+    with pytest.raises(ConfigError, match=r"model.arms.names: '' in the run, 'film' now"):
+        require_same_config(saved, changed(Config(), {"model.arms.names": "film"}), ROOT)
     memory_and_time = {"attention": "xla", "remat": "full", "loss_chunk": 64}
     others = {f"model.{name}": value for name, value in memory_and_time.items()}
     others["train.compiler_options"] = "--xla_a=1"
@@ -154,9 +154,7 @@ ON_TOP = {
     "model.arms.names": ("film", {}),
 }
 ARM_VALUES = {
-    "width": 3, "rank": 3, "rows_per_id": 2, "norm": "l2", "eps": 1e-3, "scale_init": 0.5,
-    "init_std": 0.5, "num_tables": 3, "top_k": 1, "router": "token", "weights": "softmax",
-    "depth_scale": 0.5, "router_init_std": 0.5,
+    "width": 3, "rank": 3, "norm": "l2", "eps": 1e-3, "scale_init": 0.5, "init_std": 0.5,
 }  # fmt: skip
 ON_TOP |= {
     f"model.arms.{arm}.{name}": (
@@ -164,9 +162,26 @@ ON_TOP |= {
         {"model.arms.names": arm, "optimizer.tables.kind": "adamw"},
     )
     for arm, options in to_dict(Config())["model"]["arms"].items()
-    if arm != "names"
+    if isinstance(options, dict)
     for name in options
+    if "stream" not in name
 }
+BIGRAMS = {"model.streams": "bigram=2:29", "model.jtok.stream": "bigram"}
+ON_TOP |= {
+    "model.jtok.stream": ("bigram", {
+        "model.streams": "bigram=2:29", "model.arms.names": "deep_embed",
+        "model.arms.deep_embed.stream": "bigram",
+    }),
+    "model.streams": ("bigram=2:31", BIGRAMS),
+    "model.arms.table_dtype": ("bfloat16", {"model.arms.names": "deep_embed"}),
+    "model.arms.ngram.streams": ("a,bigram", BIGRAMS | {
+        "model.streams": "bigram=2:29,a=2:31", "model.arms.names": "ngram",
+        "model.arms.ngram.streams": "a",
+    }),
+} | {
+    f"model.arms.{arm}.stream": ("bigram", BIGRAMS | {"model.arms.names": arm})
+    for arm in ("deep_embed", "low_rank", "value_embedding")
+}  # fmt: skip
 # Fields with tests of their own elsewhere: what they change is not the program of a step.
 ELSEWHERE = {
     "model.attention": "test_kinds_of_attention_are_obeyed_or_refused",
@@ -280,7 +295,7 @@ def test_mosaic_gpu_is_obeyed_or_refused(monkeypatch):
         operations(changed(JTOK_M_MOE, words).model)
     # Of several devices each has some columns: what holds for all of D decides nothing.
     params = {"tables": jax.ShapeDtypeStruct((1, 8, 8192), np.float32)}
-    assert to_stored(changed(JTOK_M_MOE, {key: "mosaic_gpu"}).model, params) is params
+    assert to_stored(changed(JTOK_M_MOE, {key: "mosaic_gpu"}).model, params) == params
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from jtok_jax import flops
 from jtok_jax.config_dict import from_config_dict
-from jtok_jax.model.params import bind, init_params
+from jtok_jax.model.params import bind, declared, init_params
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs.txt"
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
@@ -42,7 +42,9 @@ def load(name: str, argument: str = ""):
 def test_config_builds_with_its_exact_counts(name):
     config = load(name)
     params = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    assert {n: leaf.shape for n, leaf in params.items()} == flops.parameter_shapes(config.model)
+    assert {n: leaf.shape for n, leaf in params.items()} == {
+        name: one.shape for name, one in declared(config.model).items()
+    }
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     assert counts.total == sum(math.prod(leaf.shape) for leaf in params.values())
     assert counts.table_bytes == (
@@ -69,7 +71,7 @@ def test_totals_are_within_two_percent_of_the_published(name):
 def test_baseline_is_the_same_backbone_without_tables(name):
     ours, baseline = load(name), load(name, "none")
     assert flops.count(baseline.model, seq_len=64).tables == 0
-    extra = flops.parameter_shapes(ours.model).keys() - flops.parameter_shapes(baseline.model)
+    extra = declared(ours.model).keys() - declared(baseline.model).keys()
     assert all(key == "tables" or "/jtok/" in key for key in extra)
     assert baseline.train == ours.train
 

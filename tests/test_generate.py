@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import KINDS, random_ids, random_params
+from small import KINDS, random_ids, random_params, with_every_table
 
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.generate import run
@@ -29,10 +29,13 @@ MIXED = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("name", [*KINDS, "mixed"])
+MODELS = KINDS | {"mixed": MIXED, "every table": with_every_table(KINDS["dense-jtok_m"])}
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_cached_decoding_equals_the_full_forward(name):
     """Prompts of four lengths in one batch, then six more tokens each."""
-    config = MIXED if name == "mixed" else KINDS[name]
+    config = MODELS[name]
     params = random_params(config)
     model = bind(config, params)
     ids, lengths = random_ids(config, 4, 14), jnp.array(LENGTHS)

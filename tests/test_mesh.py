@@ -3,47 +3,51 @@
 """Several devices, simulated in processes of their own, against one device."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 
 import jax
 import numpy as np
 import pytest
-from jax.tree_util import DictKey
 from operations import IMPLEMENTATIONS
 from pythons import newest, oldest
-from small import KINDS, one_device, random_ids, random_params, small_config
+from small import (
+    KINDS,
+    one_device,
+    random_ids,
+    random_params,
+    small_config,
+    with_every_table,
+)
 from test_configs import load
 from test_resume import final_state, records, start
 
-from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import (
     Config,
     EvaluationConfig,
     MeshConfig,
-    OptimizerConfig,
-    TableOptimizerConfig,
     TrainConfig,
 )
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import (
     AXES,
+    RULES,
     TableLayout,
     abstract_mesh,
-    axis_rules,
     check_batches,
-    describe,
     fitting,
     make_mesh,
     over_all,
     sharding,
-    table_layout,
 )
 from jtok_jax.model.exchange import Exchange
+from jtok_jax.model.params import declared_tables
+from jtok_jax.model.placement import describe, rules_of, table_layouts
 from jtok_jax.model.transformer import Across
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.planning.advice import changed
-from jtok_jax.training import step
+from jtok_jax.training import rows, step
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import abstract_state
 
@@ -99,7 +103,8 @@ def table_config(**mesh) -> Config:
 
 def test_axes_are_split_once_and_only_where_they_divide():
     one = one_device()
-    rules = axis_rules(table_config(table_columns="fsdp", table_experts="data"), one)
+    config = table_config(table_columns="fsdp", table_experts="data")
+    rules = RULES | rules_of(config, one, "tables")
     spec = sharding(one, rules, "GXRC", (2, 3, 5, 8)).spec
     assert spec == jax.sharding.PartitionSpec(None, ("data",), None, ("fsdp",))
     with pytest.raises(ValueError, match="use a mesh axis twice"):
@@ -129,12 +134,13 @@ def test_axes_are_split_once_and_only_where_they_divide():
 )
 def test_layouts_that_do_not_fit_are_refused(fields, shape, message):
     with pytest.raises(ConfigError, match=message):
-        table_layout(table_config(**fields), Shape(**shape))
+        table_layouts.__wrapped__(table_config(**fields), Shape(**shape))
 
 
 def test_columns_are_split_while_they_fill_the_lanes_of_a_tpu():
     wide = dataclasses.replace(KINDS["dense-jtok"], model_dim=2048)
-    layout = lambda **shape: table_layout(Config(model=wide), Shape(**shape)).columns
+    config = Config(model=wide)
+    layout = lambda **shape: table_layouts.__wrapped__(config, Shape(**shape))["tables"].columns
     assert layout(fsdp=8) == ("fsdp",)
     assert layout(fsdp=8, data=2) == ("fsdp", "data")
     assert layout(fsdp=8, data=4) == ("fsdp",)  # 64 columns would be left
@@ -193,18 +199,22 @@ def test_kernels_run_within_the_exchange(kind, name):
     model = dataclasses.replace(KINDS[kind], model_dim=128, num_layers=2)
     config = small_config(model)
     params, ids = random_params(model), random_ids(model, 4, 16)
-    exchange = Exchange(model, one_device(), TableLayout(("fsdp",), (), ()), name)
+    layout, shape = TableLayout(("fsdp",), (), ()), model.tables_shape
+    exchange = Exchange(one_device(), layout, shape, model.compute_dtype, name)
     split = ids[None], ids[None]
 
     def gradients(params, across):
-        plan = step._plan(config, split[0], across)
-        return step._gradients(config, params, *split, plan, across)
+        plans = rows.make_plans(config, split[0], across)
+        parameters = make_optimizer(config).split(params)
+        return step._gradients(config, *parameters, *split, plans, across)
 
-    across = Across(exchange, one_device())
-    expected, found = (jax.jit(gradients, static_argnums=1)(params, x) for x in (None, across))
+    across = Across({"tables": exchange}, one_device())
+    expected, found = (
+        jax.jit(functools.partial(gradients, across=x))(params) for x in (None, across)
+    )
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, expected[1:], found[1:])
-    assert np.any(np.asarray(expected[2]) != 0)
+    assert np.any(np.asarray(expected[2]["tables"]) != 0)
 
 
 def test_shardings_equal_the_golden_file():
@@ -230,15 +240,24 @@ def test_shardings_equal_the_golden_file():
     assert text == GOLDEN.read_text(), "shardings changed; if meant: UPDATE_GOLDEN=1 make test"
 
 
-def test_moments_of_arms_tables_are_split_as_the_tables():
-    """Their group of the optimizer has the name of the token tables, which are there as well."""
-    model = dataclasses.replace(KINDS["dense-jtok"], arms=ArmsConfig(names="bigram,token_gate"))
-    adamw = OptimizerConfig(tables=TableOptimizerConfig(kind="adamw"))
-    config = dataclasses.replace(small_config(model), mesh=MeshConfig(fsdp=2), optimizer=adamw)
-    mesh = abstract_mesh(config.mesh, 2)
-    state = abstract_state(config, make_optimizer(config), mesh)
-    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state["backbone"])
-    for name in ("arms/bigram/table", "blocks/arms/token_gate/table"):
-        specs = [leaf.sharding.spec for path, leaf in leaves if path[-1] == DictKey(name)]
-        assert specs == [state.params[name].sharding.spec] * 2
-        assert "fsdp" in specs[0][-1]
+def test_tables_of_arms_are_split_with_their_state():
+    model = with_every_table(KINDS["dense-jtok"])
+    config = dataclasses.replace(small_config(model), mesh=MeshConfig(fsdp=2, table_columns="fsdp"))
+    state = abstract_state(config, make_optimizer(config), abstract_mesh(config.mesh, 2))
+    for name in declared_tables(model):
+        spec = state.params[name].sharding.spec
+        assert "fsdp" in spec[-1]
+        moments = [leaf for leaf in state.opt_state[name].values() if leaf.ndim == 3]
+        assert [leaf.sharding.spec for leaf in moments] == [spec] * 2
+
+
+@pytest.mark.parametrize(("mesh", "message"), [
+    ({"fsdp": 12, "table_columns": "fsdp"}, "do not divide the 8 columns of arms/low_rank/table"),
+    ({"data": 19, "table_rows": "data"}, "do not divide the 84 rows of arms/ngram/trigram"),
+])  # fmt: skip
+def test_a_table_that_cannot_be_cut_is_refused_by_name(mesh, message):
+    model = with_every_table(dataclasses.replace(KINDS["dense"], vocab_size=38))
+    size = max(mesh.get("fsdp", 1), mesh.get("data", 1))
+    config = Config(model=model, mesh=MeshConfig(**{"table_columns": ""} | mesh))
+    with pytest.raises(ConfigError, match=message):
+        table_layouts(config, abstract_mesh(config.mesh, size))

@@ -12,9 +12,18 @@ import oracle
 import pytest
 import tolerances
 from pythons import oldest
-from small import DENSE, JTOK, JTOK_M, KINDS, MOE, gradients, random_ids, random_params
+from small import (
+    DENSE,
+    JTOK,
+    JTOK_M,
+    KINDS,
+    MOE,
+    gradients,
+    random_ids,
+    random_params,
+    with_every_table,
+)
 
-from jtok_jax.arms import ArmsConfig
 from jtok_jax.config import Config, TrainConfig
 from jtok_jax.model.params import bind
 from jtok_jax.model_config import ModelConfig
@@ -133,19 +142,12 @@ def test_gradients_equal_the_oracle(name, accumulation):
         )
 
 
-# Arms that choose nothing.
-ARMS = ",".join(
-    field.name for field in dataclasses.fields(ArmsConfig)[1:] if field.name != "mixture"
-)
-
-
 @pytest.mark.parametrize(("model", "most"), [
     (KINDS["moe-jtok"], 0.02),
-    pytest.param(replace(DENSE, arms=ArmsConfig(names=ARMS)), 0.02, marks=oldest),
+    pytest.param(with_every_table(DENSE), 0.02, marks=oldest),
     # Whose choices among tables differ where two are near.
     (KINDS["dense-jtok_m"], 0.05),
-    pytest.param(replace(DENSE, arms=ArmsConfig(names="mixture")), 0.05, marks=oldest),
-], ids=["moe-jtok", "arms", "dense-jtok_m", "mixture"])  # fmt: skip
+], ids=["moe-jtok", "arms", "dense-jtok_m"])  # fmt: skip
 def test_gradients_of_a_bfloat16_model_are_near_those_of_float32(model, most):
     """Of the same parameters, each within `most` of its norm: sums over thousands of tokens of one
     id, which in bfloat16 would stop growing (0.33 of the head), are in float32.

@@ -20,7 +20,7 @@ from jtok_jax.config import SCHEDULES, OptimizerConfig, ScheduleConfig, TableOpt
 from jtok_jax.model import jtok, moe
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import bind
-from jtok_jax.training.optimizer import group, schedule, split_tables
+from jtok_jax.training.optimizer import groups, schedule
 
 replace = dataclasses.replace
 JTOK_M = KINDS["dense-jtok_m"]
@@ -106,16 +106,16 @@ def test_optimizer_groups_are_adamw_with_their_own_settings():
         schedule=ScheduleConfig(kind="constant", warmup_fraction=0.0),
     )
     state, _, optimizer = training(config)
-    backbone, _ = split_tables(state.params)
+    backbone, _ = optimizer.split(state.params)
+    group = groups(config.model)
     grads = jax.tree.map(jnp.ones_like, backbone)
     updates, _ = optimizer.backbone.update(grads, state.opt_state["backbone"], backbone)
     for name, update in updates.items():
-        decay = {"matrices": 0.2, "vectors": 0.0}[group(name)]
+        decay = {"matrices": 0.2, "vectors": 0.0}[group[name]]
         expected = -0.01 * (1 + decay * backbone[name])
         np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-7, err_msg=name)
-    groups = {name: group(name) for name in backbone}
-    assert groups["blocks/jtok/scale"] == groups["blocks/attention/norm"] == "vectors"
-    assert groups["blocks/jtok/router"] == groups["embed"] == groups["head"] == "matrices"
+    assert group["blocks/jtok/scale"] == group["blocks/attention/norm"] == "vectors"
+    assert group["blocks/jtok/router"] == group["embed"] == group["head"] == "matrices"
 
 
 @pytest.mark.parametrize("kind", ["adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad"])

@@ -16,7 +16,7 @@ from pythons import oldest
 from small_study import ARMS, FILE, RATE, STUDY, fill, filled, finished_at, first_cells
 from tqdm import tqdm
 
-from jtok_jax.arms import ArmsConfig
+from jtok_jax.arms_config import ArmsConfig
 from jtok_jax.config import OptimizerConfig
 from jtok_jax.errors import ConfigError, DataError, WorkdirError
 from jtok_jax.model_config import JtokConfig
@@ -334,7 +334,7 @@ def test_what_is_off_does_not_decide_a_result():
     assert not any(key.startswith("optimizer.tables") for key in identity(dense))
     assert identity(bigram)[RATE] == OptimizerConfig().tables.learning_rate_multiplier
     assert [key for key in identity(bigram) if key.startswith("model.arms")] == [
-        "model.arms.names", "model.arms.bigram.rows_per_id",
+        "model.arms.names", "model.arms.table_dtype", "model.arms.ngram.streams",
     ]  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def test_step_times_are_paired_and_used_by_the_report(tmp_path):
     lines = (tmp_path / "x-steps.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["candidate", "dense", "bigram"]
     assert "paired over 3 rounds (1 x cpu, " in write_report(STUDY, places, "x.py")
-    arms = ARMS[0], dataclasses.replace(ARMS[1], fields={"model.arms.bigram.rows_per_id": 2})
+    arms = ARMS[0], dataclasses.replace(ARMS[1], fields={"model.streams": "bigram=2:2V"})
     wider = dataclasses.replace(STUDY, arms=arms)  # not what was timed
     fill(tmp_path, first_cells(wider), lambda _: 2.0)
     unused = (

@@ -50,7 +50,7 @@ def make_plans(config: Config, ids_NBT: jax.Array, across: Across | None) -> dic
     """Return one plan for all microbatches of a step, for each stream, see `plan_key`."""
     plans, count = {}, ids_NBT.shape[0]
     for name, table in declared_tables(config.model).items():
-        exchange = across and across.exchanges[name]
+        exchange = across.exchanges.get(name) if across else None
         key = plan_key(table.stream, exchange)
         if key in plans:
             continue
@@ -77,7 +77,7 @@ def zero_row_grads(
     """Return float32 zeros by table, [L, (M,) U, D]: one for every layer, or [1, U, D]."""
     found = {}
     for name, table in declared_tables(config.model).items():
-        exchange = across and across.exchanges[name]
+        exchange = across.exchanges.get(name) if across else None
         plan = plans[plan_key(table.stream, exchange)]
         _, *several, _, dim = table.shape
         zeros = jnp.zeros((len(table.layers) or 1, *several, plan.unique_U.size, dim), jnp.float32)
@@ -114,7 +114,7 @@ def update_tables(
     new_params, new_states = {}, {}
     for name, grads in row_grads.items():
         table = declared_tables(config.model)[name]
-        exchange = across and across.exchanges[name]
+        exchange = across.exchanges.get(name) if across else None
         if exchange:
             update = exchange.update
         else:
