@@ -16,4 +16,21 @@ Axes of tables have letters of their own, as they are split otherwise: X for M, 
 columns (`mesh.table_rules`). Small letters are those of single layers.
 """
 
+import importlib
+
 __version__ = "0.1.0"
+_PUBLIC = {  # loaded when asked for: options alone need no Flax and no kernel
+    "JTok": "jtok_jax.model.jtok",
+    "JTokM": "jtok_jax.model.jtok",
+    "ModelConfig": "jtok_jax.model_config",
+    "Sampling": "jtok_jax.inference.sampling",
+    "Transformer": "jtok_jax.model.transformer",
+    "load": "jtok_jax.loading",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'jtok_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

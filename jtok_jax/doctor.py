@@ -12,7 +12,7 @@ import jax
 from jtok_jax import flops
 from jtok_jax.hosts import PACKAGES
 from jtok_jax.model.attention import cudnn_lacks
-from jtok_jax.model.jtok import operations
+from jtok_jax.model.operations import operations
 from jtok_jax.model.splash import LANES
 from jtok_jax.model_config import JtokConfig, ModelConfig
 

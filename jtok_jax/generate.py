@@ -11,12 +11,9 @@ import argparse
 import math
 import pathlib
 
-from jtok_jax.data import manifest, tokenizer
 from jtok_jax.errors import ConfigError, exit_on_error
-from jtok_jax.inference.generator import for_inference, generate
 from jtok_jax.inference.sampling import Sampling
-from jtok_jax.mesh import over_all
-from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
+from jtok_jax.loading import load
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,35 +44,13 @@ def run(options: argparse.Namespace) -> None:
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top_p is {options.top_p}; expected more than 0 and at most 1.")
-    saved = load_params(options.workdir, lambda config: over_all(config.model))
-    config = saved.config
-    if not options.data and not config.data.path:
-        raise ConfigError("The run used synthetic data and has no tokenizer to write text with.")
-    folder = options.data or pathlib.Path(config.data.path)
-    found = manifest.read_manifest(folder)
-    require_same_tokenizer(saved, found.tokenizer_sha256, folder)
-    encoder = tokenizer.load_tokenizer(folder / tokenizer.FILE_NAME)
-    # The model saw the end token before every document; it also starts an empty prompt.
-    prompts = [
-        [found.end_id, *encoder.encode(text, add_special_tokens=False).ids]
-        for text in options.prompt
-    ]
+    loaded = load(options.workdir, data=options.data)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
-    ids_BT = generate(
-        config.model,
-        for_inference(config.model, saved.params),
-        prompts,
-        tokens=options.tokens,
-        sampling=sampling,
-        seed=options.seed,
-        end_id=found.end_id,
+    texts = loaded.generate(
+        options.prompt, tokens=options.tokens, sampling=sampling, seed=options.seed
     )
-    for text, prompt, ids in zip(options.prompt, prompts, ids_BT.tolist(), strict=True):
-        if found.end_id in ids:
-            ids = ids[: ids.index(found.end_id)]
-        # Some tokenizers write a token otherwise at the start of a text: so the whole of it.
-        start = encoder.decode(prompt[1:])
-        print(f"--- step {saved.step} ---\n{text}{encoder.decode(prompt[1:] + ids)[len(start) :]}")
+    for text in texts:
+        print(f"--- step {loaded.step} ---\n{text}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from jtok_jax.config import (
 from jtok_jax.config_dict import completed, flatten, from_config_dict, to_dict
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError
-from jtok_jax.model.jtok import operations
+from jtok_jax.model.operations import operations
 from jtok_jax.model.params import to_stored
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import require_same_config

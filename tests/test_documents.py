@@ -6,6 +6,7 @@ import argparse
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 
 import jax
@@ -18,7 +19,9 @@ from conftest import ROOT
 from flax import nnx
 from ml_collections import config_flags
 from pythons import oldest
+from small import prepare_small_corpus
 
+from jtok_jax import JTok, JTokM
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.study.spec import check_study
 
@@ -128,33 +131,69 @@ def test_the_example_of_the_kernels_learns(capsys):
     assert [round(first, 1), round(last, 1)] == list(said)
 
 
-def test_the_module_of_the_documents_is_jtok_m():
+def test_the_page_in_python_runs(tmp_path, monkeypatch, capsys):
+    """Every block of it, on a run of its own in place of the quickstart's."""
+    run = {"config": "configs/quickstart.py", "workdir": tmp_path / "runs" / "quickstart"}
+    data = prepare_small_corpus(tmp_path)
+    options = {
+        "data.path": data,
+        "model.vocab_size": 300,
+        "train.steps": 1,
+        "train.seq_len": 64,
+        "train.batch_size": 2,
+        "evaluation.batch_size": 2,
+        "evaluation.max_sequences": 2,
+    }
+    words = [f"--{key}={value}" for key, value in run.items()]
+    words += [f"--config.{key}={value}" for key, value in options.items()]
+    subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(blocks("kernels/README.md", "python")[2], scope)
+    for text in blocks("docs/python.md", "python"):
+        exec(text, scope)
+    for losses in (scope["losses"], scope["row_losses"]):
+        assert losses[-1] < 0.5 * losses[0]
+    assert scope["hidden"].shape == (*scope["ids"].shape, scope["D"])
+    loaded = scope["run"]
+    assert loaded.step == 1
+    nats = [loss for _, loss in loaded.token_losses("abba")]
+    logits = loaded.logits("abba")
+    assert logits.shape == (len(nats) + 1, 300)
+    chosen = np.take_along_axis(logits[:-1], np.array(loaded.encode("abba"))[1:, None], axis=1)[
+        :, 0
+    ]
+    expected = np.log(np.exp(logits[:-1]).sum(axis=1)) - chosen
+    np.testing.assert_allclose(nats, expected, rtol=1e-4)
+    assert "jtok_m" in capsys.readouterr().out
+
+
+def test_the_modules_are_those_of_the_equations():
     vocab, dim, num_layers = 11, 16, 3
-    tables = scope["Tables"](vocab, dim, num_layers, rngs=nnx.Rngs(0))
+    jtok_m = JTokM(vocab, dim, num_layers=num_layers, scale_init=0.7, rngs=nnx.Rngs(0))
     x, h, delta = jax.random.normal(jax.random.key(1), (3, 2, 4, dim))
     ids = jax.random.randint(jax.random.key(2), (2, 4), 0, vocab)
-    out, balance = tables(x, h, delta, ids)
+    out, balance = jtok_m(h, x, delta, ids)
     params = {
-        name: np.float64(value[...])
-        for name, value in vars(tables).items()
-        if isinstance(value, nnx.Param)
+        name: np.float64(value) for name, value in nnx.to_pure_dict(nnx.state(jtok_m)).items()
     }
     for at in np.ndindex(2, 4):
         choice, weights, _ = oracle.jtok_m_route(
             np.float64(x[at]), params["router"], np.zeros(5), 2
         )
         expected = oracle.jtok_m_delta(
-            params["tables"][:, ids[at]], choice, weights, params["scale"],
+            params["table"][:, ids[at]], choice, weights, params["scale"],
             num_layers=num_layers, norm="rms", eps=1e-6,
         )  # fmt: skip
         np.testing.assert_allclose(out[at], h[at] + delta[at] + expected, atol=1e-5)
     assert 0 < balance < 5
 
-    def objective(tables):
-        out, balance = tables(x, h, delta, ids)
+    def objective(jtok_m):
+        out, balance = jtok_m(h, x, delta, ids)
         return jnp.sum(out**2) + balance
 
-    for name, grad in nnx.to_pure_dict(nnx.state(nnx.grad(objective)(tables))).items():
+    for name, grad in nnx.to_pure_dict(nnx.state(nnx.grad(objective)(jtok_m))).items():
         assert np.any(grad), name
+    jtok = JTok(vocab, dim, scale_init=0.7, rngs=nnx.Rngs(0))
+    rows = np.float64(jtok.table[...])[np.asarray(ids)]
+    gate = 1 + 0.7 * rows / (np.sqrt(np.mean(rows**2, axis=-1, keepdims=True)) + 1e-6)
+    np.testing.assert_allclose(jtok(h, delta, ids), h + delta * gate, atol=1e-5)

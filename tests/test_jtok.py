@@ -15,7 +15,7 @@ from jtok_kernels import reference
 from small import DENSE, JTOK, JTOK_M, KINDS, MOE, gradients, random_ids, random_params
 
 from jtok_jax.config import Config, TrainConfig
-from jtok_jax.model import jtok
+from jtok_jax.model import routing
 from jtok_jax.model.params import bind
 from jtok_jax.model_config import ModelConfig
 
@@ -77,7 +77,7 @@ def test_equations_equal_the_oracle():
         expected = oracle.jtok_gate(dm, row, scale, norm=norm, eps=eps)
         np.testing.assert_allclose(gated, expected, **CLOSE)
     x, router, bias = rng.standard_normal(13), rng.standard_normal((13, 5)), rng.standard_normal(5)
-    routed = jtok.route(*map(jnp.float32, (x[None, None], router, bias)), top_k=3)
+    routed = routing.route(*map(jnp.float32, (x[None, None], router, bias)), top_k=3)
     choice, weights, sigmoid = oracle.jtok_m_route(x, router, bias, 3)
     np.testing.assert_array_equal(routed.choice[0, 0], choice)
     np.testing.assert_allclose(routed.weights[0, 0], weights, **CLOSE)
@@ -110,7 +110,7 @@ def test_zero_rows_have_finite_values_and_gradients():
 def test_weights_sum_to_one_for_any_logits():
     """Sigmoids of very negative logits underflow; their ratio must not."""
     x = jnp.full((1, 1, 1), 1.0)
-    routed = jtok.route(x, jnp.array([[-200.0, -201.0, -300.0]]), None, top_k=2)
+    routed = routing.route(x, jnp.array([[-200.0, -201.0, -300.0]]), None, top_k=2)
     np.testing.assert_allclose(routed.weights[0, 0], jax.nn.softmax(jnp.array([1.0, 0.0])), **CLOSE)
 
 
@@ -133,7 +133,7 @@ def test_the_largest_logits_are_those_of_top_k(count):
     values = rng.integers(-2, 3, (200, 5)).astype(np.float32)
     values[rng.random(values.shape) < 0.1] = -np.inf
     values[rng.random(values.shape) < 0.1] = np.nan
-    found, places = jtok.largest(jnp.asarray(values), count)
+    found, places = routing.largest(jnp.asarray(values), count)
     wanted, wanted_places = jax.lax.top_k(jnp.asarray(values), count)
     np.testing.assert_array_equal(places, wanted_places)
     np.testing.assert_array_equal(found, wanted)

@@ -17,7 +17,7 @@ from pythons import oldest
 from small import DENSE, KINDS, gradients, random_ids, random_params, small_config, training
 
 from jtok_jax.config import SCHEDULES, OptimizerConfig, ScheduleConfig, TableOptimizerConfig
-from jtok_jax.model import jtok, moe
+from jtok_jax.model import moe, routing
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import bind
 from jtok_jax.training.optimizer import groups, schedule
@@ -344,8 +344,8 @@ def test_routing_is_float32_in_a_bfloat16_model():
     rng = np.random.default_rng(0)
     x, router = rng.standard_normal((2, 3, 64)), rng.standard_normal((64, 5))
     x, router = jnp.asarray(x, jnp.bfloat16), jnp.float32(router)
-    half = jtok.route(x, router, None, top_k=2)
-    full = jtok.route(x.astype(jnp.float32), router, None, top_k=2)
+    half = routing.route(x, router, None, top_k=2)
+    full = routing.route(x.astype(jnp.float32), router, None, top_k=2)
     np.testing.assert_array_equal(half.probabilities, full.probabilities)
     half, full = (
         moe.route(value.reshape(6, 64), router, top_k=2, renormalize=True)

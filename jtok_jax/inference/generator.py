@@ -72,10 +72,7 @@ def generate(
         ids_BT[row, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     capacity = -(-(padded + tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    mesh = _mesh_of(params)
-    if mesh:  # kernels are for one device, or for a part in shard_map
-        jtok = dataclasses.replace(config.jtok, implementation="xla")
-        config = dataclasses.replace(config, jtok=jtok, attention="chunked")
+    mesh, config = _mesh_of(params), for_mesh(config, params)
     logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh)
     root = jax.random.key(seed)
     drawn = [_sample(logits, jax.random.fold_in(root, 0), sampling)]
@@ -87,6 +84,17 @@ def generate(
         next_ids, cache = _decode(config, params, drawn[-1], cache, key, sampling, mesh)
         drawn.append(next_ids)
     return np.stack([np.asarray(ids_B) for ids_B in drawn], axis=1)
+
+
+def for_mesh(config: ModelConfig, params: Params) -> ModelConfig:
+    """Return options that the compiler can split, if `params` lie on several devices.
+
+    Kernels are for one device, or for a part in shard_map.
+    """
+    if _mesh_of(params) is None:
+        return config
+    jtok = dataclasses.replace(config.jtok, implementation="xla")
+    return dataclasses.replace(config, jtok=jtok, attention="chunked")
 
 
 def _mesh_of(params: Params) -> Mesh | None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jtok_kernels import pack_rows, unpack_rows
 
-from jtok_jax.model.jtok import choose_operations, held_alone, operations
+from jtok_jax.model.operations import choose_operations, held_alone, operations
 from jtok_jax.model.transformer import TABLES, Transformer
 from jtok_jax.model.variables import Parameter, Table
 from jtok_jax.model_config import ModelConfig

@@ -33,7 +33,7 @@ class Lookup(NamedTuple):
     """Reads the rows of one layer's table for the tokens of a batch."""
 
     tables: jax.Array  # the whole stack, [G, R, D] or [G, M, R, D], or words (jtok_kernels.packing)
-    layer: jax.Array | int  # index into the stack
+    layer: jax.Array | int | None  # index into the stack; None: a table alone, [R, D] or [M, R, D]
     ids: jax.Array  # int32 [B, T], or [B, T, heads]
     plan: RowPlan | None = None  # of the flattened ids; for training
     row_grads: jax.Array | None = None  # [U, D] or [M, U, D]

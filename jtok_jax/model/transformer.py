@@ -23,7 +23,7 @@ from jtok_jax.mesh import split_batch, split_columns
 from jtok_jax.model.arms import arm_tables, arms_of_layer, table_name
 from jtok_jax.model.attention import ROTATED, Attend, Attended, Attention, causal
 from jtok_jax.model.exchange import KEPT, Exchange
-from jtok_jax.model.jtok import TokenTables
+from jtok_jax.model.jtok import jtok_layer
 from jtok_jax.model.layers import FeedForward, Rotation, rms_norm, rotation
 from jtok_jax.model.moe import Moe
 from jtok_jax.model.splash import SAVED
@@ -72,7 +72,7 @@ class Block(nnx.Module):
         else:
             self.ffn = FeedForward(config, rngs=rngs)
         if config.jtok.kind != "none":
-            self.jtok = TokenTables(config, rngs=rngs)
+            self.jtok = jtok_layer(config, rngs=rngs)
         if config.arms.names:
             self.arms = arms_of_layer(config, rngs=rngs)
         self.config = config
@@ -95,9 +95,11 @@ class Block(nnx.Module):
             for table in [table_name(name)]
         ]
         pre_BTD = rms_norm(h_BTD, self.attention.norm[...], eps=eps)
-        ahead = None
-        if lookup and self.jtok.before_attention:
-            ahead = self.jtok.ahead(h_BTD, pre_BTD, lookup)
+        options = self.config.jtok
+        gated, shared = options.kind == "jtok", options.router_norm == "shared"
+        prefetched = None
+        if lookup and (gated or options.router_input == "pre_attention"):
+            prefetched = self.jtok.prefetch(pre_BTD if shared else h_BTD, lookup)
 
         def change_values(value_BTKH):
             for arm, rows in arms:
@@ -108,8 +110,8 @@ class Block(nnx.Module):
         tilde_BTD = h_BTD + out_BTD
         feed = self.moe if self.config.moe.num_experts else self.ffn
         post_BTD = rms_norm(tilde_BTD, feed.norm[...], eps=eps)
-        if lookup and not ahead:
-            ahead = self.jtok.ahead(tilde_BTD, post_BTD, lookup)
+        if lookup and not prefetched:
+            prefetched = self.jtok.prefetch(post_BTD if shared else tilde_BTD, lookup)
         moe_balance = jnp.float32(0)
         if self.config.moe.num_experts:
             dm_BTD, moe_balance = self.moe(post_BTD, mesh)
@@ -120,9 +122,13 @@ class Block(nnx.Module):
         health = {"hidden_std": _moments(h_BTD)} if with_health else {}
         if lookup is None:
             return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
-        h_BTD, balance = self.jtok(tilde_BTD, dm_BTD, ahead, lookup)
+        known = {"lookup": lookup, "prefetched": prefetched}
+        if gated:
+            h_BTD, balance = self.jtok(tilde_BTD, dm_BTD, **known), jnp.float32(0)
+        else:
+            h_BTD, balance = self.jtok(tilde_BTD, None, dm_BTD, **known)
         if with_health:
-            health |= self.jtok.health(dm_BTD, ahead, lookup)
+            health |= self.jtok.health(dm_BTD, prefetched, lookup)
         return h_BTD, kept, BlockAux(moe_balance, balance, health)
 
 

@@ -24,7 +24,7 @@ from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.mesh import make_mesh
 from jtok_jax.model.attention import choice_of
-from jtok_jax.model.jtok import operations
+from jtok_jax.model.operations import operations
 from jtok_jax.model.params import abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import jtok_column_shards, parameter_sharding
 from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data

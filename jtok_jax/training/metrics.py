@@ -15,7 +15,7 @@ from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.attention import choice_of
-from jtok_jax.model.jtok import operations
+from jtok_jax.model.operations import operations
 from jtok_jax.model.params import declared_tables
 from jtok_jax.training.optimizer import Optimizer, make_optimizer
 from jtok_jax.training.step import StepMetrics

@@ -15,7 +15,7 @@ from jtok_kernels import RowOptimizer, RowPlan, row_plan, update_rows
 from jtok_jax.config import Config
 from jtok_jax.mesh import num_shards
 from jtok_jax.model.exchange import Exchange
-from jtok_jax.model.jtok import choose_operations, operations
+from jtok_jax.model.operations import choose_operations, operations
 from jtok_jax.model.params import Declared, Params, declared_tables
 from jtok_jax.model.placement import table_layouts
 from jtok_jax.model.tables import plan_key, stream_ids

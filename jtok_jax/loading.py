@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""A trained run in Python: its model, tokenizer and configuration; losses and text."""
+
+import functools
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from jtok_jax.config import Config
+from jtok_jax.data import manifest, tokenizer
+from jtok_jax.errors import ConfigError
+from jtok_jax.inference.generator import for_inference, for_mesh, generate
+from jtok_jax.inference.sampling import Sampling
+from jtok_jax.mesh import over_all
+from jtok_jax.model.params import Params, bind
+from jtok_jax.model.transformer import Transformer
+from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
+
+
+class LoadedRun(NamedTuple):
+    """The newest checkpoint of a run, split over the devices here if there are several."""
+
+    config: Config
+    params: Params  # by name, such as "blocks/attention/query"
+    tokenizer: tokenizers.Tokenizer
+    end_id: int  # stands before every document
+    step: int
+
+    @property
+    def model(self) -> Transformer:
+        """The Flax module, holding `params`."""
+        return bind(self.config.model, self.params)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a document: the end token, then those of the text."""
+        return [self.end_id, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def logits(self, text: str) -> np.ndarray:
+        """Return float32 [T, V]: row i predicts the token after the first i + 1 of `encode`."""
+        ids_BT = jnp.asarray([self.encode(text)], jnp.int32)
+        config = for_mesh(self.config.model, self.params)
+        return np.asarray(_logits(config, self.params, ids_BT)[0])
+
+    def token_losses(self, text: str) -> list[tuple[str, float]]:
+        """Return (token, nats) for every token of a text, in order."""
+        ids = self.encode(text)
+        logprobs = np.asarray(jax.nn.log_softmax(self.logits(text)))
+        decode = self.tokenizer.decode
+        return [(decode([one]), -float(logprobs[i, one])) for i, one in enumerate(ids[1:])]
+
+    def generate(
+        self,
+        prompts: list[str],
+        *,
+        tokens: int = 64,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """Return each prompt with its continuation, up to the end token or `tokens` more.
+
+        Raises:
+            ConfigError: a prompt or an option is not possible.
+        """
+        encoded = [self.encode(text) for text in prompts]
+        ids_BT = generate(
+            self.config.model, for_inference(self.config.model, dict(self.params)), encoded,
+            tokens=tokens, sampling=sampling or Sampling(), seed=seed, end_id=self.end_id,
+        )  # fmt: skip
+        texts = []
+        for text, prompt, ids in zip(prompts, encoded, ids_BT.tolist(), strict=True):
+            if self.end_id in ids:
+                ids = ids[: ids.index(self.end_id)]
+            # Some tokenizers write a token otherwise at the start of a text: so the whole of it.
+            start = self.tokenizer.decode(prompt[1:])
+            texts.append(text + self.tokenizer.decode(prompt[1:] + ids)[len(start) :])
+        return texts
+
+
+def load(workdir: pathlib.Path | str, *, data: pathlib.Path | str | None = None) -> LoadedRun:
+    """Return the newest checkpoint of a run of train.py with its tokenizer.
+
+    Args:
+        data: folder of a prepared corpus, for its tokenizer; None: data.path of the run.
+
+    Raises:
+        CheckpointError: there is no finished checkpoint, or it is damaged.
+        ConfigError: the run has no tokenizer.
+        DataError: the tokenizer is another one.
+    """
+    saved = load_params(pathlib.Path(workdir), lambda config: over_all(config.model))
+    if not data and not saved.config.data.path:
+        raise ConfigError("The run used synthetic data and has no tokenizer to write text with.")
+    folder = pathlib.Path(data or saved.config.data.path)
+    found = manifest.read_manifest(folder)
+    require_same_tokenizer(saved, found.tokenizer_sha256, folder)
+    encoder = tokenizer.load_tokenizer(folder / tokenizer.FILE_NAME)
+    return LoadedRun(saved.config, saved.params, encoder, found.end_id, saved.step)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config, params, ids_BT):
+    model = bind(config, params)
+    head_DV = model.head_DV.astype(config.compute_dtype)
+    hidden_BTD = model(ids_BT).hidden_BTD
+    logits_BTV = jnp.dot(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    return logits_BTV[..., : config.vocab_size]
