@@ -16,6 +16,7 @@ from small import (
     JTOK,
     JTOK_M,
     gradients,
+    one_device,
     random_ids,
     small_config,
     training,
@@ -23,7 +24,13 @@ from small import (
 )
 
 from jtok_jax import flops
-from jtok_jax.arms_config import ArmsConfig, NgramConfig
+from jtok_jax.arms_config import (
+    ArmsConfig,
+    DeepEmbedConfig,
+    LowRankConfig,
+    NgramConfig,
+    ValueEmbeddingConfig,
+)
 from jtok_jax.config import Config, OptimizerConfig, TableOptimizerConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.arms import LAYERS
@@ -32,6 +39,9 @@ from jtok_jax.model.params import bind, declared, declared_tables, init_params
 from jtok_jax.model.tables import stream_ids
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.streams import IdStream, parse_streams
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import abstract_state
+from jtok_jax.training.step import jit_train_step
 
 pytestmark = oldest
 SAME_AT_FIRST = ("adapter", "deep_embed", "film", "ngram")
@@ -334,3 +344,28 @@ def test_streams_that_cannot_be_are_refused(changes, message):
 def test_options_that_cannot_be_are_refused(name, options, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(getattr(ArmsConfig(), name), **options)
+
+
+@pytest.mark.parametrize("kind", ["lazy_adam", "rowwise_adagrad"])
+def test_memory_of_a_step_does_not_grow_with_the_tables(kind):
+    """No table, no layer of one and no gradient of its size is ever copied."""
+
+    def compiled(rows: int):
+        streams = f"a=2:{rows}, b=2:{rows + 8}, c=3:{rows}:2"
+        arms = ArmsConfig(
+            names=",".join(ARMS), ngram=NgramConfig("b,c"), deep_embed=DeepEmbedConfig("a"),
+            low_rank=LowRankConfig("b"), value_embedding=ValueEmbeddingConfig("a"),
+        )  # fmt: skip
+        jtok = dataclasses.replace(JTOK_M, stream="a")
+        model = dataclasses.replace(DENSE, jtok=jtok, arms=arms, streams=streams)
+        config, mesh = run_with(model, kind), one_device()
+        optimizer = make_optimizer(config)
+        ids = jax.ShapeDtypeStruct((4, 16), jnp.int32)
+        step = jit_train_step(config, optimizer, mesh)
+        state = abstract_state(config, optimizer, mesh)
+        return step.lower(state, ids, ids).compile().memory_analysis()
+
+    small, large = compiled(4 * 64), compiled(64 * 64)
+    assert large.argument_size_in_bytes > 5 * small.argument_size_in_bytes
+    assert large.temp_size_in_bytes < 1.02 * small.temp_size_in_bytes
+    assert large.alias_size_in_bytes > 0.99 * large.output_size_in_bytes  # in place
