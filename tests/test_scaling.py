@@ -25,7 +25,7 @@ def test_gamma_is_found():
     np.testing.assert_allclose(fit_gamma(ETA, RHO, 1 + ETA * GAMMA), (0.05, -0.3, -0.7, 1))
     rough = fit_gamma(ETA, RHO, noisy(3))
     np.testing.assert_allclose(rough[1:3], (-0.3, -0.7), atol=0.1)
-    assert 0.9 < rough.r2 < 1 - 1e-6
+    assert 0.9 < rough[3] < 1 - 1e-6
 
 
 def test_intervals_cover_gamma_about_as_often_as_they_say():

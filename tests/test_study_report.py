@@ -158,7 +158,7 @@ def test_a_report_tells_which_runs_there_are_none_of(tmp_path):
         write_report(longer, places, "x")
     )
     none = dataclasses.replace(STUDY, stages=(Stage(steps=7),))
-    with pytest.raises(ConfigError, match=r"2 runs not in .*dense, 7 steps, seed 0"):
+    with pytest.raises(ConfigError, match=r"lacks 2 of the study.s runs: dense, 7 steps, seed 0"):
         write_report(none, places, "x")
     (tmp_path / "configs.json").unlink()
     with pytest.raises(ConfigError, match="lacks the configuration of"):

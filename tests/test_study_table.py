@@ -46,7 +46,7 @@ def test_two_studies_add_to_one_table(tmp_path):
     ("cells.csv", ",600,0,", ",600,7,", "train.seed: 7 in the table, 0 now"),
     ("curves.csv", "cell", "\udcff", "is damaged: 'utf-8' codec"),
     ("curves.csv", "\n", "\nx,1\n", "Row #2"),
-    ("configs.json", '"cells": {', '"cells": 3, "x": {', "is damaged .*no object"),
+    ("configs.json", '"cells": {', '"cells": 3, "x": {', "is damaged .*not iterable"),
     ("configs.json", "{", "", "is damaged"),
     ("configs.json", '"model.rope_base"', '"model.rope"', "model.rope: .*, 'no such field' now"),
 ])  # fmt: skip

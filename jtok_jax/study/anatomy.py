@@ -88,6 +88,8 @@ def measure(saved: Saved, source: Source, *, removed: int) -> dict:
     """Return all figures: shares of 1, losses in nats, norms L2."""
     config, model, jtok = saved.config, saved.config.model, saved.config.model.jtok
     start = jax.jit(lambda key: init_params(model, key)["tables"])
+    initial_GMVD = _logical(model, start(jax.random.key(config.train.seed)))
+    tables_GMVD = _logical(model, saved.params["tables"])
     step_tokens = config.train.batch_size * config.train.seq_len
     steps = min(saved.step, -(-COUNTED // step_tokens))
     inputs = (source.sequences(step)[:, :-1].ravel() for step in range(1, steps + 1))
@@ -95,6 +97,7 @@ def measure(saved: Saved, source: Source, *, removed: int) -> dict:
     layers = list(jtok.table_layers(model.num_layers))
     stack = list(map(str, layers)) if jtok.sharing == "per_layer" else ["shared"]
     size_LD = np.abs(saved.params["blocks/jtok/scale"])[layers]
+    decays = config.optimizer.tables.weight_decay > 0
     return {
         "step": saved.step,
         "seed": config.train.seed,
@@ -102,13 +105,7 @@ def measure(saved: Saved, source: Source, *, removed: int) -> dict:
         f"{model.num_layers} ({jtok.sharing}), norm {jtok.norm}",
         "tokens_read": saved.step * step_tokens,
         "tokens_counted": steps * step_tokens,
-        **describe_tables(
-            stack,
-            _logical(model, saved.params["tables"]),
-            _logical(model, start(jax.random.key(config.train.seed))),
-            count_V,
-            decays=config.optimizer.tables.weight_decay > 0,
-        ),
+        **describe_tables(stack, tables_GMVD, initial_GMVD, count_V, decays=decays),
         "layers": {
             "layer": layers,
             "scale_rms": np.sqrt(np.mean(size_LD**2, axis=1)),

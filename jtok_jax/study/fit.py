@@ -60,11 +60,8 @@ def write_fit(study: Study, paths: Paths, file: str) -> str:
     """
     progress = load_progress(study, paths)
     progress.require(not progress.missing, paths)
-    last = progress.stages[-1]
-    sizes = _sizes(study, last)
-    arms = {one.candidate.arm.name for one in sizes}
-    others = [one for name, some in last.items() if name not in arms for one in some]
-    found = _gains(study, sizes, others, paths)
+    sizes = _sizes(study, progress.stages[-1])
+    found = _gains(study, sizes, progress.stages[-1], paths)
     losses = "; ".join(f"{one.results[0].backbone / 1e6:.2f}M {one.loss:.4f}" for one in sizes)
     head = "candidate", "val loss", "eta", "rho", "N_eff / N_c", "gamma"
     text = "\n\n".join([
@@ -106,7 +103,7 @@ def _falls(losses: list[float]) -> bool:
     return bool(np.all(np.isfinite(losses)) and np.all(np.diff(losses) < 0))
 
 
-def _gains(study: Study, sizes: list[Ranked], others: list[Ranked], paths: Paths) -> list[Gain]:
+def _gains(study: Study, sizes: list[Ranked], last: StageResults, paths: Paths) -> list[Gain]:
     """Return what every other candidate is worth on the curve through `sizes`."""
     counts, losses = _counts(sizes), [one.loss for one in sizes]
     of_size = [{result.seed: result.val_loss for result in one.results} for one in sizes]
@@ -114,8 +111,8 @@ def _gains(study: Study, sizes: list[Ranked], others: list[Ranked], paths: Paths
     curves = {seed: [size[seed] for size in of_size] for seed in seeds}
     if not all(map(_falls, curves.values())):
         curves = {}  # noise is larger; to leave out such a seed alone would leave out the noise
-    found = []
-    for one in others:
+    found, arms = [], {one.candidate.arm.name for one in sizes}
+    for one in (one for name, some in last.items() if name not in arms for one in some):
         first, inside = one.results[0], losses[-1] <= one.loss <= losses[0]
         logs = [
             log_size_at(result.val_loss, counts, curves[result.seed])
@@ -151,7 +148,7 @@ def _rho(study: Study, one: Ranked, paths: Paths) -> float:
 def _gamma_law(found: list[Gain]) -> str:
     points = np.reshape([(one.eta, one.rho, one.gain) for one in found], (-1, 3)).T
     try:
-        law = fit_gamma(*points)
+        scale, eta, rho, r2 = fit_gamma(*points)
     except ValueError as error:
         return f"No law of gamma over eta and rho: {error}"
     try:
@@ -164,23 +161,14 @@ def _gamma_law(found: list[Gain]) -> str:
         intervals = f"no interval ({error})"
     beyond = sum(not one.inside for one in found)
     return (
-        f"gamma = {law.scale:.3f} eta^{law.eta_exponent:.3f} rho^{law.rho_exponent:.3f}, r2 "
-        f"{law.r2:.3f}, over {len(found)} candidates, {beyond} of them beyond the sizes trained; "
+        f"gamma = {scale:.3f} eta^{eta:.3f} rho^{rho:.3f}, r2 {r2:.3f}, over {len(found)} "
+        f"candidates, {beyond} of them beyond the sizes trained; "
         f"{intervals}; the form is ours, the paper gives none."
     )
 
 
-class GammaLaw(NamedTuple):
-    """gamma = scale * eta^eta_exponent * rho^rho_exponent."""
-
-    scale: float
-    eta_exponent: float
-    rho_exponent: float
-    r2: float
-
-
-def fit_gamma(eta: np.ndarray, rho: np.ndarray, gain: np.ndarray) -> GammaLaw:
-    """Fit gamma(eta, rho) to gains [P] by least squares in the logarithm.
+def fit_gamma(eta: np.ndarray, rho: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Return g, a, b and r2 of gamma = g eta^a rho^b, least squares in the logarithm of [P] gains.
 
     gain: N_eff / N_c = 1 + eta * gamma (Eq. 14), eta: N_n / N_c, rho: K / n_e.
 
@@ -198,8 +186,8 @@ def fit_gamma(eta: np.ndarray, rho: np.ndarray, gain: np.ndarray) -> GammaLaw:
         found = f"{gain.size} points determine {rank} of 3 coefficients"
         raise ValueError(f"{found}. Add points that differ, in eta and rho independently.")
     left, total = np.sum((target - matrix @ fitted) ** 2), np.sum((target - target.mean()) ** 2)
-    r2 = float(1 - left / total) if np.ptp(target) > 1e-12 else math.nan
-    return GammaLaw(math.exp(fitted[0]), float(fitted[1]), float(fitted[2]), r2)
+    r2 = 1 - left / total if np.ptp(target) > 1e-12 else math.nan
+    return np.array([math.exp(fitted[0]), *fitted[1:], r2])
 
 
 def gamma_intervals(

@@ -31,9 +31,9 @@ def draw_curves(
         for axis, scale in zip(axes, scales, strict=True):
             axis.plot(steps * scale, losses, color=colors[arm], label=f"{arm} {ended}")
     for axis, label in zip(axes, ("steps", "training FLOPs", "seconds of steps"), strict=True):
-        axis.set_xlabel(label)
+        axis.set(xlabel=label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("training loss, nats/token")
+    axes[0].set(ylabel="training loss, nats/token")
     if math.isfinite(lowest):  # not all diverged
         axes[0].set_ylim(lowest - 0.05, lowest + 2)
     figure.legend(

@@ -79,13 +79,11 @@ class Table:
         self._require_data()
         path = self._folder / "configs.json"
         try:
-            text = path.read_text() if path.exists() else '{"base": {}, "cells": {}}'
-            self._configs = json.loads(text)
-            if not all(isinstance(self._configs[name], dict) for name in ("base", "cells")):
-                raise ValueError('"base" or "cells" is no object')
+            found = json.loads(path.read_text()) if path.exists() else {"base": {}, "cells": {}}
+            self._base, self._configs = dict(found["base"]), dict(found["cells"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} is damaged ({error!r}); restore it.") from error
-        if unknown := self._results.keys() - self._configs["cells"].keys():
+        if unknown := self._results.keys() - self._configs.keys():
             raise ConfigError(
                 f"{path} lacks the configuration of {', '.join(sorted(unknown)[:3])}, which are in "
                 "cells.csv; restore both files of one commit."
@@ -104,7 +102,7 @@ class Table:
         result = self._results.get(cell.key)
         if result is None:
             return None
-        now, then = identity(config), self._configs["base"] | self._configs["cells"][cell.key]
+        now, then = identity(config), self._base | self._configs[cell.key]
         then |= {"train.steps": result.steps, "train.seed": result.seed}
         fields = flatten(to_dict(config)).keys()
         lines = [
@@ -129,20 +127,15 @@ class Table:
             self.refresh()
             self._require_data(result.data)
             flat = json.loads(json.dumps(identity(config)))
-            base = self._configs["base"] or flat
-            differs = {key: value for key, value in flat.items() if base.get(key) != value}
-            self._results[result.cell] = result
-            self._configs = {
-                "base": base,
-                "cells": {**self._configs["cells"], result.cell: differs},
-            }
+            self._base = self._base or flat
+            differs = {key: value for key, value in flat.items() if self._base.get(key) != value}
+            self._results[result.cell], self._configs[result.cell] = result, differs
             points = [p for p in self._curve_points() if p.cell != result.cell] + curve
             points = [(cell, step, f"{loss:.4f}") for cell, step, loss in points]
             write_csv(self._folder / "curves.csv", CurvePoint, points)
-            cells = ",\n".join(
-                f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self._configs["cells"].items()
-            )
-            text = f'{{"base": {json.dumps(base, indent=1)},\n"cells": {{\n{cells}}}}}\n'
+            base, cells = json.dumps(self._base, indent=1), self._configs.items()
+            cells = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in cells)
+            text = f'{{"base": {base},\n"cells": {{\n{cells}}}}}\n'
             _replace(self._folder / "configs.json", text)
             # Last, as it says that the run is finished.
             write_csv(self._folder / "cells.csv", Result, self._results.values())

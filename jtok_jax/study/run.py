@@ -51,8 +51,8 @@ class Progress(NamedTuple):
         """Raise ConfigError with the runs that are missing, if nothing was `found`."""
         if not found:
             raise ConfigError(
-                f"{_runs(self.missing)} not in {paths.results}: {'; '.join(self.missing[:3])} ... "
-                "Run the study first (python -m jtok_jax.study run)."
+                f"{paths.results} lacks {len(self.missing)} of the study's runs: "
+                f"{'; '.join(self.missing[:3])} ... Run it first (python -m jtok_jax.study run)."
             )
 
 
@@ -94,7 +94,7 @@ def run_study(study: Study, paths: Paths, *, keep_checkpoints: bool) -> list[Sta
     if progress.missing:
         ended = [arm.name for arm in study.arms if arm.name not in progress.candidates]
         ended = f" {', '.join(ended)} could not go on to the next stage." * bool(ended)
-        raise StudyError(f"{_runs(progress.missing)} failed, see above.{ended}")
+        raise StudyError(f"{len(progress.missing)} of the runs failed, see above.{ended}")
     return progress.stages
 
 
@@ -107,10 +107,9 @@ def _train(
     try:
         result, curve = train_cell(cell, config, paths, bar, stop, data=data)
     except StudyError as error:
+        bar.update(end - bar.n)  # a failed run is done with, too
         tqdm.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
         return None
-    finally:
-        bar.update(end - bar.n)  # a failed run is done with, too
     table.add(result, config, curve)
     tqdm.write(f"{result.cell} {result.val_loss:.4f} nats/token: {cell.name}")
     return result
@@ -146,10 +145,6 @@ def _walk(study: Study, paths: Paths, obtain: Callable[[Cell, Config], Result | 
             elif not stage.keep:
                 progress.candidates[arm.name] = expanded
     return progress
-
-
-def _runs(names: list[str]) -> str:
-    return f"{len(names)} run" + "s" * (len(names) != 1)
 
 
 def _steps(study: Study) -> int:

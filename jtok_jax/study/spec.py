@@ -67,11 +67,10 @@ class Stage:
 
     def __post_init__(self):
         for key, values in self.vary.items():
-            plain = isinstance(values, tuple) and not any(
-                isinstance(v, list | dict) for v in values
-            )
+            several = values if isinstance(values, tuple) else ()
+            plain = several and not any(isinstance(value, list | dict) for value in several)
             said = f"A stage varies {key!r} over {values!r}; expected a tuple of plain values."
-            _require(plain and values, said)
+            _require(plain, said)
         _require(self.keep >= 0, f"A stage keeps {self.keep} candidates; expected at least 0.")
         _require(
             self.steps >= 1 and self.seeds and len(set(self.seeds)) == len(self.seeds),
@@ -98,11 +97,9 @@ class Study:
         names, known = [arm.name for arm in self.arms], ", ".join(arm.name for arm in self.arms)
         _require(len(set(names)) == len(names), f"Two arms have one name: {known}.")
         _require(self.baseline in names, f"The baseline {self.baseline!r} is none of {known}.")
-        _require(
-            [bool(stage.keep) for stage in self.stages]
-            == [True] * (len(self.stages) - 1) + [False],
-            "Every stage but the last chooses: `keep` at least 1, and 0 there.",
-        )
+        said = "Every stage but the last chooses: `keep` at least 1, and 0 there."
+        *choosing, last = self.stages
+        _require(all(stage.keep for stage in choosing) and not last.keep, said)
         varied = [key.rpartition(":") for stage in self.stages for key in stage.vary]
         for only, _, _ in varied:
             unknown = {name for name in only.split(",") if name} - {*names}
@@ -259,16 +256,13 @@ def _require_comparable(named: Mapping[str, Config]) -> None:
         compared[name] = {k: v for k, v in flat.items() if k.startswith(SAME) and k not in OWN}
     (first, base), *others = compared.items()
     lines = [
-        f"  {key}: {base[key]!r} in {first}, {value!r} in {name}"
+        f"  {key}: {base[key]!r} in {first}, {value!r} in {name}\n"
         for name, fields in others
         for key, value in fields.items()
         if base[key] != value
     ]
-    _require(
-        not lines,
-        "These runs cannot be compared:\n" + "\n".join(lines[:10]) + "\nSet such fields in "
-        "`common` of the study, not in an arm.",
-    )
+    said = f"These runs cannot be compared:\n{''.join(lines[:10])}Set such fields in `common` of "
+    _require(not lines, f"{said}the study, not in an arm.")
 
 
 @contextlib.contextmanager

@@ -61,14 +61,13 @@ def time_candidates(study: Study, paths: Paths, name: str, *, rounds: int) -> st
     """
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; expected at least 1.")
-    progress, table, configs = load_progress(study, paths), Table(paths.results), {}
+    progress, table, steps = load_progress(study, paths), Table(paths.results), {}
     progress.require(study.baseline in progress.candidates, paths)
     timed = {one.name: cells(study, study.stages[-1], [one])[0]
              for of_arm in progress.candidates.values() for one in of_arm}  # fmt: skip
-    for arm, cell in timed.items():
-        configs[arm] = resolve(cell, paths.root, data=paths.data)
-        table.get(cell, configs[arm], data=data_fingerprint(configs[arm]))
-    steps = {}
+    configs = {arm: resolve(cell, paths.root, data=paths.data) for arm, cell in timed.items()}
+    for arm, config in configs.items():
+        table.get(timed[arm], config, data=data_fingerprint(config))
     for arm, config in configs.items():
         with named_errors(arm):
             steps[arm] = _Step(config)

@@ -123,7 +123,9 @@ def wait(process: subprocess.Popen, stop: StopSignal, between: Callable[[], None
             between()
 
 
-def _raise_failure(code: int, cell: Cell, stop: StopSignal, said: str, console: pathlib.Path):
+def _raise_failure(
+    code: int, cell: Cell, stop: StopSignal, said: str, console: pathlib.Path
+) -> None:
     if code == Preempted.exit_code or (code and stop.name):
         raise Preempted(f"Stopped in {cell.name}: {said}")
     if code == WorkdirError.exit_code:
