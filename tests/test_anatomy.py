@@ -42,12 +42,7 @@ def test_deciles_are_tenths_of_the_ids_that_occur():
     assert np.isnan(study.by_decile(np.max, count_V[:3], study.deciles(count_V[:3]))[5])
 
 
-def test_rank_correlation_and_movement_in_initial_norms():
-    x = random(31)
-    assert study.spearman(x, np.exp(x)) == pytest.approx(1)
-    assert study.spearman(x, -(x**3)) == pytest.approx(-1)
-    assert study.spearman([1, 2, 2, 3], [10, 20, 30, 40]) == pytest.approx(0.9**0.5)
-    assert np.isnan(study.spearman(x, np.ones(31)))
+def test_movement_is_in_initial_norms():
     distance = lambda *x, **options: np.linalg.norm(study.movement(*x, **options), axis=-1)
     initial = np.array([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
     moved = np.array([[3.0, 4.0], [2.0, 2.0], [0.0, 3.0]])
@@ -58,6 +53,14 @@ def test_rank_correlation_and_movement_in_initial_norms():
     np.testing.assert_allclose(distance(3 * initial, initial, decays=True), [2, 2, 0])
 
 
+@pytest.mark.parametrize(("count_V", "rank"), [(np.arange(1, 10), 1), (np.arange(9, 0, -1), -1)])
+def test_rank_correlation_is_with_how_often_an_id_was_read(count_V, rank):
+    initial = np.ones((1, 1, 9, 2))
+    grown = initial * (2 + np.arange(9.0) ** 3)[:, None]
+    found = study.describe_tables(["0"], grown, initial, count_V, decays=False)["tables"]
+    assert found["spearman_movement"] == found["spearman_norm"] == [pytest.approx(rank)]
+
+
 @pytest.mark.parametrize("decays", [False, True])
 def test_movements_show_what_initial_noise_hides(decays):
     """Five tables of an id moved by one initial norm, two thirds of it alike; with decay shrunk."""
@@ -65,9 +68,8 @@ def test_movements_show_what_initial_noise_hides(decays):
     initial, own, alike = draw((1, 5, 300, 512)), draw((1, 5, 300, 512)), draw((1, 1, 300, 512))
     moves = np.sqrt(2 / 3) * alike + np.sqrt(1 / 3) * own
     tables = (0.5 if decays else 1.0) * initial + moves
-    found = study.describe_tables(["0"], tables, initial, np.arange(1, 301), decays=decays)[
-        "cosines"
-    ]
+    found = study.describe_tables(["0"], tables, initial, np.arange(1, 301), decays=decays)
+    found = found["cosines"]
     assert found["movements_all_tokens"] == pytest.approx([2 / 3], abs=0.02)
     hidden = 2 / 3 / (1.25 if decays else 2)  # what is alike, of the squared length of a row
     assert found["all_tokens"] == pytest.approx([hidden], abs=0.02)

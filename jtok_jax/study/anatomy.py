@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import pathlib
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -127,7 +126,7 @@ def describe_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, dec
     moves_GMVD = movement(tables_GMVD, initial_GMVD, decays=decays)
     far_GMV, norm_GMV = (np.linalg.norm(x, axis=-1) for x in (moves_GMVD, tables_GMVD))
     moved_GMV = (far_GMV > MOVED) & seen_V
-    against = lambda x_GMV: [spearman(count_V[seen_V], x_V[seen_V]) for x_V in x_GMV.mean(axis=1)]
+    rank = lambda x_V: stats.spearmanr(count_V[seen_V], x_V[seen_V]).statistic  # NaN: constant
     spectra = [
         [spectrum(rows_VD[use_V]) for rows_VD, use_V in zip(rows_MVD, use_MV, strict=True)]
         for rows_MVD, use_MV in zip(tables_GMVD, moved_GMV, strict=True)
@@ -153,8 +152,8 @@ def describe_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, dec
         },
         "tables": {
             "layer": stack,
-            "spearman_movement": against(far_GMV),
-            "spearman_norm": against(norm_GMV),
+            "spearman_movement": [rank(x_MV.mean(axis=0)) for x_MV in far_GMV],
+            "spearman_norm": [rank(x_MV.mean(axis=0)) for x_MV in norm_GMV],
             **columns,
         },
         "cosines": {
@@ -177,13 +176,6 @@ def by_decile(reduce: Callable, values: np.ndarray, decile_V: np.ndarray) -> lis
     """Return [11], `reduce` of values [..., V] over the ids of each decile; NaN without any."""
     parts = [values[..., decile_V == decile] for decile in range(11)]
     return [float(reduce(part)) if part.size else np.nan for part in parts]
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the correlation of the ranks of two vectors; NaN for a constant."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        return float(stats.spearmanr(x, y).statistic)
 
 
 def movement(tables: np.ndarray, initial: np.ndarray, *, decays: bool = False) -> np.ndarray:

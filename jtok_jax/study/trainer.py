@@ -127,7 +127,7 @@ def _raise_failure(
     code: int, cell: Cell, stop: StopSignal, said: str, console: pathlib.Path
 ) -> None:
     if code == Preempted.exit_code or (code and stop.name):
-        raise Preempted(f"Stopped in {cell.name}: {said}")
+        raise Preempted(f"Stopped in {cell.name}: {(said.splitlines() or [''])[-1]}")
     if code == WorkdirError.exit_code:
         raise WorkdirError(
             f"{cell.name}: {said} Another study is training it, or what is left of one that was "
