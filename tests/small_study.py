@@ -7,9 +7,9 @@ import pathlib
 from conftest import ROOT
 
 from jtok_jax.study import Arm, Stage, Study
-from jtok_jax.study.results import Table, measured
-from jtok_jax.study.spec import cells, expand, resolve, start
-from jtok_jax.study.trainer import Places
+from jtok_jax.study.results import Table, make_result
+from jtok_jax.study.spec import Candidate, cells, expand, resolve
+from jtok_jax.study.trainer import Paths
 
 RATE = "optimizer.tables.learning_rate_multiplier"
 COMMON = {
@@ -29,11 +29,16 @@ def get_study():
 """
 
 
+def candidates_of(study: Study, stage: Stage) -> list[Candidate]:
+    """What a first stage trains."""
+    return [one for arm in study.arms for one in expand([Candidate(arm)], stage)]
+
+
 def first_cells(study: Study):
-    return cells(study, study.stages[0], expand(start(study), study.stages[0]))
+    return cells(study, study.stages[0], candidates_of(study, study.stages[0]))
 
 
-def fill(folder: pathlib.Path, wanted, losses) -> Places:
+def fill(folder: pathlib.Path, wanted, losses) -> Paths:
     """Lines of the table for runs that ended at losses(cell); None: not finite."""
     table = Table(folder)
     for cell in wanted:
@@ -41,12 +46,12 @@ def fill(folder: pathlib.Path, wanted, losses) -> Places:
         records = [{"step": s, "loss": loss, "step_seconds": 0.5} for s in range(1, cell.steps + 1)]
         if loss is not None:
             records[-1] |= {"val_loss": loss, "val_bpb": loss / 3}
-        result, curve = measured(cell, config, records, **WHERE)
+        result, curve = make_result(cell, config, records, **WHERE)
         table.add(result, config, curve)
-    return Places(ROOT, folder / "runs", folder)
+    return Paths(ROOT, folder / "runs", folder)
 
 
-def filled(folder: pathlib.Path, losses: dict[str, float]) -> Places:
+def filled(folder: pathlib.Path, losses: dict[str, float]) -> Paths:
     """All runs of STUDY at the loss of their arm, plus a tenth a seed."""
     return fill(folder, first_cells(STUDY), lambda c: losses[c.candidate.arm.name] + c.seed / 10)
 
@@ -54,8 +59,7 @@ def filled(folder: pathlib.Path, losses: dict[str, float]) -> Places:
 def finished_at(cell, **changes):
     """What `Table.add` takes of a run that ended at a loss of 1."""
     config = resolve(cell, ROOT)
-    steps = config.train.steps
-    records = [{"step": steps, "loss": 1.0, "step_seconds": 1.0, "val_loss": 1.0, "val_bpb": 1.0}]
+    record = {"step": config.train.steps, "loss": 1.0, "step_seconds": 1.0}
     about = {"device": "1 x cpu", "data": "", "commit": "", "jax": ""} | changes
-    result, curve = measured(cell, config, records, **about)
+    result, curve = make_result(cell, config, [record | {"val_loss": 1.0, "val_bpb": 1.0}], **about)
     return result, config, curve

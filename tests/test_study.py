@@ -3,6 +3,7 @@
 """A study as a user runs it, and what it refuses; arithmetic of its report."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -13,46 +14,50 @@ import time
 import pytest
 from conftest import ROOT
 from pythons import oldest
-from small_study import ARMS, FILE, RATE, STUDY, fill, filled, finished_at, first_cells
+from small_study import (
+    ARMS,
+    FILE,
+    RATE,
+    STUDY,
+    candidates_of,
+    fill,
+    filled,
+    finished_at,
+    first_cells,
+)
 from tqdm import tqdm
 
 from jtok_jax.arms_config import ArmsConfig
 from jtok_jax.config import OptimizerConfig
-from jtok_jax.errors import ConfigError, DataError, WorkdirError
+from jtok_jax.errors import ConfigError, DataError, Preempted, WorkdirError
 from jtok_jax.model_config import JtokConfig
 from jtok_jax.study import Arm, Stage, trainer
+from jtok_jax.study.__main__ import main
 from jtok_jax.study.report import write_report
 from jtok_jax.study.results import Table
-from jtok_jax.study.run import finished, last_candidates, run_study
-from jtok_jax.study.spec import (
-    cells,
-    check_study,
-    expand,
-    identity,
-    load_study,
-    resolve,
-    start,
-)
-from jtok_jax.study.trainer import Places, Stop, StudyError
-from jtok_jax.training.guards import WorkdirLock
+from jtok_jax.study.run import load_progress, run_study
+from jtok_jax.study.spec import cells, check_study, expand, identity, load_study, resolve
+from jtok_jax.study.trainer import Paths, StudyError
+from jtok_jax.training.guards import StopSignal
 
 pytestmark = oldest
 
 
-def test_a_killed_study_goes_on_where_it_was(tmp_path):
+def test_a_killed_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     """Killed in its second run; nothing finished is trained again."""
     file, runs = tmp_path / "killed.py", tmp_path / "runs"
-    file.write_text(FILE)
-    command = [sys.executable, "-m", "jtok_jax.study", "run", f"--study={file}", f"--runs={runs}",
-               f"--results={tmp_path}"]  # fmt: skip
-    (cell,) = [c for c in first_cells(STUDY) if c.seed == 1 and c.candidate.arm.name == "dense"]
-    second = runs / cell.key / "metrics.jsonl"
+    study = dataclasses.replace(STUDY, arms=ARMS[:1], stages=(Stage(200, seeds=(0, 1)),))
+    file.write_text(FILE.replace(repr(STUDY), repr(study)))
+    command = ["run", f"--study={file}", f"--runs={runs}", f"--results={tmp_path}"]
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # seeds share programs
+    second = runs / first_cells(study)[1].key / "metrics.jsonl"
     with (tmp_path / "console.txt").open("w") as console:
         process = subprocess.Popen(
-            command, cwd=ROOT, stderr=console, stdout=console, start_new_session=True
-        )
+            [sys.executable, "-m", "jtok_jax.study", *command],
+            cwd=ROOT, stderr=console, stdout=console, start_new_session=True,
+        )  # fmt: skip
         deadline = time.monotonic() + 120
-        while not (second.exists() and second.read_text().count("\n") > 100):
+        while not (second.exists() and second.read_text().count("\n") > 40):
             assert time.monotonic() < deadline, (tmp_path / "console.txt").read_text()
             assert process.poll() is None, (tmp_path / "console.txt").read_text()
             time.sleep(0.02)
@@ -60,37 +65,64 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
         process.wait()
     before = (tmp_path / "cells.csv").read_text()
     assert before.count("\n") == 2
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)
+    main(command)
     after = (tmp_path / "cells.csv").read_text()
     assert after.startswith(before)
-    assert after.count("\n") == 5
+    assert after.count("\n") == 3
+    assert ",1 x cpu," in after
     assert "resumed at step" in second.with_name("console.txt").read_text()
-    assert "100%" in done.stderr
-    text = write_report(load_study(str(file)), Places(ROOT, runs, tmp_path), str(file))
+    assert "100%" in capsys.readouterr().err
+    main(["report", f"--study={file}", f"--results={tmp_path}"])
+    text = (tmp_path / "killed.md").read_text()
     assert "| dense |  | 2 |" in text
     assert "Failed or not yet run" not in text
-    for name in ("killed.md", "killed-curves.svg", "killed-cost.svg"):
+    for name in ("killed-curves.svg", "killed-cost.svg"):
         assert (tmp_path / name).stat().st_size > 500
 
 
-def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def ends(monkeypatch):
+    """Runs that train nothing: each ends at once with the exit code of its arm, or 0."""
+    codes = {}
+
+    def command(cell, paths):
+        config, workdir = resolve(cell, ROOT), trainer.workdir_of(cell, paths)
+        record = {"step": config.train.steps, "loss": 1.0, "step_seconds": 1.0}
+        lines = json.dumps(record | {"val_loss": 1.0, "val_bpb": 1.0})
+        script = (
+            f"import os, pathlib; workdir = pathlib.Path({str(workdir)!r});"
+            f"(workdir / 'metrics.jsonl').write_text({lines!r});"
+            f"(workdir / 'checkpoints').mkdir(exist_ok=True);"
+            f"print('last words in', os.environ[{trainer.CACHE!r}]);"
+            f"raise SystemExit({codes.get(cell.candidate.arm.name, 0)})"
+        )
+        return [sys.executable, "-c", script]
+
+    monkeypatch.setattr(trainer, "command", command)
+    monkeypatch.delenv(trainer.CACHE, raising=False)
+    return codes
+
+
+def test_a_failed_run_is_reported_and_the_rest_go_on(tmp_path, capsys, ends):
     """The arm with the failed run ends with the stage that chooses, the other trains its last."""
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    bad = Arm("bad", "configs/arms/jtok.py", {"model.jtok.implementation": "mosaic_gpu"})
+    ends["bad"] = 2
     stages = Stage(5, vary={"model.init_std": (0.1, 0.2)}, keep=1), Stage(6)
-    study = dataclasses.replace(STUDY, arms=(bad, ARMS[0]), stages=stages)
-    places = Places(ROOT, tmp_path / "runs", tmp_path / "results")
-    with pytest.raises(StudyError, match=r"2 runs failed, see above\. bad could not go on"):
+    arms = Arm("bad", "configs/arms/bigram.py"), ARMS[0]
+    study = dataclasses.replace(STUDY, arms=arms, stages=stages)
+    places = Paths(ROOT, tmp_path / "runs", tmp_path / "results")
+    with pytest.raises(StudyError, match=r"2 of the runs failed, see above\. bad could not go on"):
         run_study(study, places, keep_checkpoints=False)
     told = capsys.readouterr()
     assert "FAILED bad init_std=0.1, 5 steps, seed 0: exit code 2" in told.err
-    assert "the device is a cpu; 'xla' can" in told.err
+    # What the runs to come need not compile again is kept beside them.
+    assert f"last words in {places.runs / 'compiled'}" in told.err
     lines = (places.results / "cells.csv").read_text().splitlines()[1:]
     assert [",dense," in line and ",finished," in line for line in lines] == [True] * 3
     assert ",6,0,finished" in lines[2]
-    assert not list(places.runs.glob("*/checkpoints"))
-    assert (places.runs / "compiled").is_dir()  # what the runs to come need not compile again
+    assert [path.parent.name for path in places.runs.glob("*/checkpoints")] == [
+        cell.key for cell in first_cells(study) if cell.candidate.arm.name == "bad"
+    ]
     text = write_report(study, places, "x")
     assert "| dense | init_std" in text
     assert "Failed or not yet run: bad init_std=0.1, 5 steps, seed 0; bad init_std=0.2" in text
@@ -111,18 +143,18 @@ def by_init(cell) -> float | None:
 
 def test_the_best_go_on_from_stage_to_stage(tmp_path):
     one, two, _ = TWO_STAGES.stages
-    first = expand(start(TWO_STAGES), one)
+    first = candidates_of(TWO_STAGES, one)
     places = fill(tmp_path, cells(TWO_STAGES, one, first), by_init)
-    assert [*last_candidates(TWO_STAGES, places)] == ["dense"]  # bigram lacks two of its second
-    lacking = finished(dataclasses.replace(TWO_STAGES, stages=(one, two, Stage(10))), places)[1]
-    assert ["multiplier=9, 10 steps" in name for name in lacking] == [True, True]
-    best = {"dense": first["dense"][:0:-1], "bigram": [first["bigram"][i] for i in (5, 2)]}
-    second = expand(best, two)
-    names = [candidate.name for candidate in second["bigram"]]
-    assert names == [f"bigram init_std={i} learning_rate_multiplier={r}"
-                     for i in (0.3, 0.2) for r in (3, 9)]  # fmt: skip
-    fill(tmp_path, cells(TWO_STAGES, two, second), by_init)
-    last = last_candidates(TWO_STAGES, places)
+    progress = load_progress(TWO_STAGES, places)
+    assert [*progress.candidates] == ["dense"]  # bigram lacks all of its second
+    second = [
+        f"bigram init_std={i} learning_rate_multiplier={r}" for i in (0.3, 0.2) for r in (3, 9)
+    ]
+    missing = [name for name in progress.missing if name.startswith("bigram")]
+    assert missing == [f"{name}, 10 steps, seed 0" for name in (second[1], second[3])]
+    best = expand([first[8], first[5]], two)  # 0.3 and 0.2 at a rate of 3; 0.3 at 1 diverged
+    fill(tmp_path, cells(TWO_STAGES, two, best), by_init)
+    last = load_progress(TWO_STAGES, places).candidates
     assert {name: [one.name for one in some] for name, some in last.items()} == {
         "dense": ["dense init_std=0.2"],
         "bigram": ["bigram init_std=0.3 learning_rate_multiplier=3"],
@@ -131,8 +163,8 @@ def test_the_best_go_on_from_stage_to_stage(tmp_path):
 
 def test_a_candidate_that_comes_up_twice_counts_once():
     one, two, _ = TWO_STAGES.stages
-    some = {"bigram": expand(start(TWO_STAGES), one)["bigram"][:2]}  # 0.1 at 1.0 and at 3.0
-    assert [c.name.rsplit("=", 1)[1] for c in expand(some, two)["bigram"]] == ["3", "9"]
+    some = candidates_of(TWO_STAGES, one)[3:5]  # bigram, 0.1 at 1.0 and at 3.0
+    assert [c.name.rsplit("=", 1)[1] for c in expand(some, two)] == ["3", "9"]
 
 
 def test_switching_something_on_is_another_configuration(tmp_path):
@@ -149,9 +181,9 @@ def test_switching_something_on_is_another_configuration(tmp_path):
 
 
 def test_a_run_that_another_study_has_trained_meanwhile_is_not_trained(tmp_path, monkeypatch):
-    places, trained = Places(ROOT, tmp_path / "runs", tmp_path), []
+    places, trained = Paths(ROOT, tmp_path / "runs", tmp_path), []
 
-    def train(cell, config, places, bar, stop, *, data):
+    def train(cell, config, paths, bar, stop, *, data):
         trained.append(cell)
         result, _, curve = finished_at(cell, data=data)
         if len(trained) == 1:
@@ -164,59 +196,41 @@ def test_a_run_that_another_study_has_trained_meanwhile_is_not_trained(tmp_path,
     assert trained == first_cells(STUDY)[:1]
 
 
-def test_a_run_names_every_version_that_trained_it(tmp_path, monkeypatch):
-    path, found = tmp_path / "commits.txt", []
-    for now in ("a1", "a1", "b2"):  # killed twice
-        found.append(trainer._versions(path, now))
+def test_a_run_names_every_version_that_trained_it(tmp_path):
+    path = tmp_path / "commits.txt"
+    found = [trainer._add_version(path, now) for now in ("a1", "a1", "b2")]  # killed twice
     assert found == ["a1", "a1", "a1 b2"]
 
 
-def test_a_run_that_ended_as_not_finite_is_not_finished():
+def test_the_exit_code_of_a_run_decides_what_becomes_of_it(tmp_path, ends):
     """Its parameters may overflow where validation does not read them."""
-    cell = first_cells(STUDY)[0]
-    assert [finished_at(cell, diverged=d)[0].status for d in (False, True)] == [
-        "finished", "diverged"
-    ]  # fmt: skip
-    assert finished_at(cell, diverged=True)[0].val_loss == float("inf")
+    cell, places = first_cells(STUDY)[0], Paths(ROOT, tmp_path / "runs", tmp_path)
 
+    def train(code):
+        ends["dense"] = code
+        with StopSignal() as stop, tqdm(disable=True) as bar:
+            return trainer.train_cell(cell, resolve(cell, ROOT), places, bar, stop, data="x")[0]
 
-@pytest.mark.parametrize(("code", "status"), [(0, "finished"), (6, "diverged")])
-def test_a_result_has_the_status_its_run_ended_with(tmp_path, monkeypatch, code, status):
-    places, cell = Places(ROOT, tmp_path / "runs", tmp_path), first_cells(STUDY)[0]
-    config = resolve(cell, ROOT)
-    record = {"step": config.train.steps, "loss": 1.0, "step_seconds": 1.0, "val_loss": 1.0}
-    metrics = trainer.workdir_of(cell, places) / "metrics.jsonl"
-    lines = json.dumps(record | {"val_bpb": 1.0})
-    script = f"print('1 x cpu, mesh: ', flush=True); open({str(metrics)!r}, 'w').write({lines!r})"
-    ends = [sys.executable, "-c", f"{script}; raise SystemExit({code})"]
-    monkeypatch.setattr(trainer, "command", lambda *_: ends)
-    with Stop() as stop, tqdm(disable=True) as bar:
-        result, _ = trainer.train_cell(cell, config, places, bar, stop, data="x")
-    assert result.status == status
+    for code, status, loss in ((0, "finished", 1.0), (6, "diverged", float("inf"))):
+        result = train(code)
+        assert (result.status, result.val_loss) == (status, loss)
+    for code, error, message in (
+        (3, WorkdirError, "last words .*Another study"), (42, Preempted, "Stopped in dense"),
+        (1, StudyError, "exit code 1.*\n.*last words"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            train(code)
 
 
 def test_requests_to_stop_are_passed_on_and_kept():
     before = signal.getsignal(signal.SIGINT)
-    with Stop() as stop:
+    with StopSignal() as stop:
         process = subprocess.Popen(["sleep", "60"])
-        asks = lambda: stop.asked or os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wait(process, asks) == -signal.SIGTERM
-        assert stop.asked
+        asks = lambda: stop.name or os.kill(os.getpid(), signal.SIGINT)
+        assert trainer.wait(process, stop, asks) == -signal.SIGTERM
         late = subprocess.Popen(["sleep", "60"])
-        assert stop.wait(late, lambda: None) == -signal.SIGTERM
+        assert trainer.wait(late, stop, lambda: None) == -signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_run_left_of_a_killed_study_stops_the_next(tmp_path):
-    study = dataclasses.replace(STUDY, stages=(Stage(steps=5),))
-    places = Places(ROOT, tmp_path / "runs", tmp_path / "results")
-    with (
-        WorkdirLock(places.runs / first_cells(study)[0].key),
-        pytest.raises(
-            WorkdirError, match=f"in use by a trainer with pid {os.getpid()}.*Another study"
-        ),
-    ):
-        run_study(study, places, keep_checkpoints=False)
 
 
 @pytest.mark.parametrize(("arm", "message"), [
@@ -232,7 +246,7 @@ def test_arms_that_cannot_be_compared_are_refused(arm, message, tmp_path):
     arms = (ARMS[0], dataclasses.replace(ARMS[1], fields=arm))
     study = dataclasses.replace(STUDY, arms=arms)
     with pytest.raises(ConfigError, match=message):
-        run_study(study, Places(ROOT, tmp_path, tmp_path), keep_checkpoints=False)
+        run_study(study, Paths(ROOT, tmp_path, tmp_path), keep_checkpoints=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -249,10 +263,10 @@ def test_arms_of_a_later_stage_are_looked_at_before_the_first(arm, vary, message
     stages = Stage(10, vary={f"bigram:{RATE}": (1.0, 3.0)} | vary, keep=1), Stage(20)
     study = dataclasses.replace(STUDY, arms=arms, stages=stages)
     with pytest.raises(ConfigError, match=message):
-        run_study(study, Places(ROOT, tmp_path, tmp_path), keep_checkpoints=False)
+        run_study(study, Paths(ROOT, tmp_path, tmp_path), keep_checkpoints=False)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=message):
-        finished(study, Places(ROOT, tmp_path, tmp_path))
+        load_progress(study, Paths(ROOT, tmp_path, tmp_path))
 
 
 @pytest.mark.parametrize(("tables", "chosen"), [((8, 16), None), ((2, 8), "K cannot exceed n_e")])
@@ -284,17 +298,17 @@ def test_a_changed_configuration_under_a_finished_run_is_refused(tmp_path):
     configs = tmp_path / "configs.json"
     configs.write_text(configs.read_text().replace('"optimizer.b1": 0.9', '"optimizer.b1": 0.8'))
     with pytest.raises(ConfigError, match=r"dense, .*\n  optimizer.b1: 0.8 in the table, 0.9 now"):
-        finished(STUDY, places)
+        load_progress(STUDY, places)
 
 
 def test_folders_that_cannot_be_written_are_told_before_anything_is_trained(tmp_path):
     (tmp_path / "file").touch()
     for results, runs, message in (
         (tmp_path / "file", tmp_path, "--results=.*file cannot be written"),
-        (tmp_path, tmp_path / "file", "--runs=.*file cannot be used"),
+        (tmp_path, tmp_path / "file", "--runs=.*file cannot be written"),
     ):
         with pytest.raises(ConfigError, match=message):
-            run_study(STUDY, Places(ROOT, runs, results), keep_checkpoints=False)
+            run_study(STUDY, Paths(ROOT, runs, results), keep_checkpoints=False)
     assert not list(tmp_path.rglob("console.txt"))
 
 
@@ -306,19 +320,11 @@ def test_an_arm_whose_optimizer_cannot_be_is_refused_before_anything_is_trained(
 
 
 def test_the_bar_leaves_out_the_record_before_the_first_step(tmp_path):
-    metrics, shown = tmp_path / "metrics.jsonl", []
-    bar = tqdm(total=2, disable=True)
-    bar.update = shown.append
+    metrics, bar = tmp_path / "metrics.jsonl", tqdm(total=9, file=io.StringIO(), initial=5)
     for lines, steps in ((0, 0), (1, 0), (2, 1), (3, 2)):
         metrics.write_text("{}\n" * lines)
-        trainer._show(bar, metrics)
-        assert sum(shown) == steps
-
-
-def test_the_last_words_of_a_run_are_its_error():
-    text = "step 1 loss 2\nConfigError: Other values:\n  a: 1, now 2\nChange them.\n"
-    assert trainer._last_words(text) == "ConfigError: Other values: a: 1, now 2 Change them."
-    assert trainer._last_words("step 1 loss 2\nKilled\n") == "Killed"
+        trainer._show(bar, 5, metrics)
+        assert bar.n == 5 + steps
 
 
 def test_other_data_under_a_finished_run_are_refused(tmp_path):
@@ -339,7 +345,7 @@ def test_what_is_off_does_not_decide_a_result():
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("x = 1", "study.py defines no get_study"),
+    ("x = 1", "gives no study: KeyError.'get_study'"),
     ("def get_study(): return {}[1]", "gives no study: KeyError.1"),
     (FILE.replace("'bigram', config", "'dense', config"), "Two arms have one name"),
     (FILE.replace("baseline='dense'", "baseline='base'"), "baseline 'base' is none of dense"),
@@ -348,7 +354,7 @@ def test_what_is_off_does_not_decide_a_result():
     (FILE.replace("vary={}", "vary={'jtokm:model.init_std': (1,)}"), "names no arm"),
     (FILE.replace("vary={}", "vary={'model.init_std': 0.1}"), "over 0.1; expected a tuple"),
     (FILE.replace("vary={}", "vary={'model.init_std': ()}"), "expected a tuple"),
-    (FILE.replace("vary={}", "vary={'model.init_std': ([1],)}"), "expected plain values"),
+    (FILE.replace("vary={}", "vary={'model.init_std': ([1],)}"), "tuple of plain values"),
     (FILE.replace("keep=0),)", "keep=-1),)"), "keeps -1 candidates"),
     ("get_study = lambda: None", "get_study.. returned None"),
 ])  # fmt: skip
@@ -364,9 +370,4 @@ STUDIES = sorted(path.name for path in (ROOT / "configs" / "studies").glob("*.py
 
 @pytest.mark.parametrize("name", [*STUDIES, "arms.py:h100", "embedding.py:full"])
 def test_every_study_of_the_repository_can_start(name):
-    study = load_study(str(ROOT / "configs" / "studies" / name))
-    check_study(study, ROOT, data="folder")
-    wrong = dataclasses.replace(study.arms[-1], fields={"model.jtok.nrom": "l2"})
-    study = dataclasses.replace(study, arms=(*study.arms[:-1], wrong))
-    with pytest.raises(ConfigError, match=r"there is no field 'model\.jtok\.nrom'"):
-        check_study(study, ROOT, data="folder")
+    check_study(load_study(str(ROOT / "configs" / "studies" / name)), ROOT, data="folder")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import special, stats
 
 from jtok_jax.config import Config
 from jtok_jax.data.loader import EvalBatch, Source, open_source
@@ -24,12 +25,13 @@ from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import Params, bind, init_params, to_logical
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.study.plots import new_figure, save
 from jtok_jax.training.checkpoint import Saved, load_params
 
 COUNTED = 4_000_000  # training tokens whose ids are counted at most, from the first batch on
 ROUTER_BATCHES, REMOVAL_BATCHES = 16, 4  # of evaluation.batch_size sequences, from the first on
 MOVED = 1e-3  # of the initial norm; rounding of the initial draw stays far below
-DECILES = ("never", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10")  # 10: the most frequent
+DECILES = ("never", *map(str, range(1, 11)))  # 10: the most frequent
 
 # Tables of the report; anatomy.json has their columns by the same names.
 SECTIONS = {
@@ -48,10 +50,8 @@ SECTIONS = {
 }
 
 
-def anatomy(
-    workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40, plot: bool = True
-) -> str:
-    """Markdown about the newest checkpoint of `workdir`; `output` gets it with JSON and SVG.
+def anatomy(workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40) -> str:
+    """Return Markdown about the newest checkpoint of `workdir`; `output` gets it, JSON and SVG.
 
     removed: so many of the most frequent tokens are taken out of the tables, one at a time.
 
@@ -61,14 +61,9 @@ def anatomy(
     """
     if removed < 0:
         raise ConfigError(f"--removed is {removed}; expected at least 0.")
-    saved = load_params(workdir)
+    saved, figure = load_params(workdir), new_figure(13, 8)
     if saved.config.model.tables_shape is None:
         raise ConfigError(f"{workdir} has no token tables: its model.jtok.kind is none.")
-    if plot:
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ConfigError("The picture needs matplotlib; pip install -e '.[plot]'.") from error
     source = open_source(saved.config)
     if source.fingerprint != saved.data:
         raise DataError(
@@ -83,87 +78,13 @@ def anatomy(
     output.mkdir(parents=True, exist_ok=True)
     (output / "anatomy.json").write_text(json.dumps(found, allow_nan=False) + "\n")
     (output / "anatomy.md").write_text(text)
-    if plot:
-        figure = Figure(figsize=(13, 8), layout="constrained")
-        draw(found, figure)
-        figure.savefig(output / "anatomy.svg", metadata={"Date": None})
+    draw(found, figure)
+    save(figure, output / "anatomy.svg")
     return text
 
 
-def deciles(count_V: np.ndarray) -> np.ndarray:
-    """[V], from 1 (the rarest tenth of the ids that occur) to 10; 0 for ids that never occur."""
-    order = np.argsort(count_V, kind="stable")[np.sum(count_V == 0) :]
-    decile_V = np.zeros(len(count_V), int)
-    decile_V[order] = 1 + 10 * np.arange(len(order)) // max(1, len(order))
-    return decile_V
-
-
-def by_decile(reduce: Callable, values: np.ndarray, decile_V: np.ndarray) -> list[float]:
-    """[11], `reduce` of `values` [..., V] over the ids of each decile; NaN where there are none."""
-    parts = [values[..., decile_V == decile] for decile in range(11)]
-    return [float(reduce(part)) if part.size else np.nan for part in parts]
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Correlation of the ranks of two vectors, equal values sharing a rank; NaN for a constant."""
-    ranks = []
-    for values in (x, y):
-        distinct, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        if len(distinct) < 2:
-            return np.nan
-        ranks.append((np.cumsum(count) - count / 2)[place])
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
-def movement(tables: np.ndarray, initial: np.ndarray, *, decays: bool = False) -> np.ndarray:
-    """Rows [..., D] less the initial ones, in norms of those (or 1 for zeros).
-
-    decays: weight decay alone moves nothing; taken off is the nearest c initial, c in [0, 1].
-    """
-    norm = np.linalg.norm(initial, axis=-1, keepdims=True)
-    unit = np.where(norm > 0, norm, 1)
-    if decays:
-        along = np.sum(tables * initial, axis=-1, keepdims=True) / unit**2
-        initial = initial * np.clip(along, 0, 1)
-    return (tables - initial) / unit
-
-
-def spectrum(rows_RD: np.ndarray) -> dict[str, float | np.ndarray]:
-    """Of rows less their mean, see SECTIONS; NaN for ratios where no two rows differ."""
-    count, rows_RD = len(rows_RD), rows_RD.astype(np.float64)
-    mean_D = rows_RD.sum(axis=0) / max(count, 1)
-    centred_RD = rows_RD - mean_D
-    square_D = np.maximum(np.linalg.eigvalsh(centred_RD.T @ centred_RD)[::-1], 0)
-    share_D = square_D / (square_D.sum() or np.nan)
-    entropy = -np.sum(share_D * np.log(np.where(share_D > 0, share_D, 1)))
-    return {
-        "moved_rows": count,
-        "effective_rank": np.exp(entropy),
-        "top_10": share_D[:10].sum(),
-        "mean_row": count * np.sum(mean_D**2) / (np.sum(rows_RD**2) or np.nan),
-        "singular_values": np.sqrt(square_D),
-    }
-
-
-def mean_cosine(rows_SVD: np.ndarray, counted_SV: np.ndarray) -> np.ndarray:
-    """[V], cosine of an id's rows in S tables, mean over pairs of rows counted; NaN without one."""
-    norm = np.linalg.norm(rows_SVD, axis=-1, keepdims=True)
-    unit_SVD = rows_SVD / np.where(norm > 0, norm, 1) * counted_SV[..., None]
-    together_V = np.square(unit_SVD.sum(axis=0)).sum(axis=-1)  # every pair twice, and each alone
-    twice_V = together_V - np.square(unit_SVD).sum(axis=(0, -1))
-    num_V = counted_SV.sum(axis=0)
-    return np.where(num_V > 1, twice_V / np.maximum(num_V * (num_V - 1), 1), np.nan)
-
-
-def cosine_means(cosine_V: np.ndarray, count_V: np.ndarray) -> tuple[float, list[float]]:
-    """Over the ids that have a cosine: weighted by their counts; and [10], of each decile."""
-    has_V = ~np.isnan(cosine_V) & (count_V > 0)
-    weighted = np.average(cosine_V[has_V], weights=count_V[has_V]) if has_V.any() else np.nan
-    return weighted, by_decile(np.mean, cosine_V[has_V], deciles(count_V)[has_V])[1:]
-
-
 def measure(saved: Saved, source: Source, *, removed: int) -> dict:
-    """All figures: shares of 1, losses in nats, norms L2."""
+    """Return all figures: shares of 1, losses in nats, norms L2."""
     config, model, jtok = saved.config, saved.config.model, saved.config.model.jtok
     start = jax.jit(lambda key: init_params(model, key)["tables"])
     initial_GMVD = _logical(model, start(jax.random.key(config.train.seed)))
@@ -183,7 +104,7 @@ def measure(saved: Saved, source: Source, *, removed: int) -> dict:
         f"{model.num_layers} ({jtok.sharing}), norm {jtok.norm}",
         "tokens_read": saved.step * step_tokens,
         "tokens_counted": steps * step_tokens,
-        **_of_tables(stack, tables_GMVD, initial_GMVD, count_V, decays=decays),
+        **describe_tables(stack, tables_GMVD, initial_GMVD, count_V, decays=decays),
         "layers": {
             "layer": layers,
             "scale_rms": np.sqrt(np.mean(size_LD**2, axis=1)),
@@ -199,27 +120,23 @@ def _logical(model: ModelConfig, tables: jax.Array) -> np.ndarray:
     return tables.reshape(len(tables), -1, *tables.shape[-2:])[:, :, : model.vocab_size]
 
 
-def _of_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, decays: bool) -> dict:
-    decile_V, seen_V, pairs = deciles(count_V), count_V > 0, stack
+def describe_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, decays: bool) -> dict:
+    """Return the figures of tables that follow from their rows and how often ids were read."""
+    decile_V, seen_V = deciles(count_V), count_V > 0
     moves_GMVD = movement(tables_GMVD, initial_GMVD, decays=decays)
-    far_GMV = np.linalg.norm(moves_GMVD, axis=-1)
-    norm_GMV = np.linalg.norm(tables_GMVD, axis=-1)
+    far_GMV, norm_GMV = (np.linalg.norm(x, axis=-1) for x in (moves_GMVD, tables_GMVD))
     moved_GMV = (far_GMV > MOVED) & seen_V
-    against = lambda x_GMV: [spearman(count_V[seen_V], x_V[seen_V]) for x_V in x_GMV.mean(axis=1)]
+    rank = lambda x_V: stats.spearmanr(count_V[seen_V], x_V[seen_V]).statistic  # NaN: constant
     spectra = [
         [spectrum(rows_VD[use_V]) for rows_VD, use_V in zip(rows_MVD, use_MV, strict=True)]
         for rows_MVD, use_MV in zip(tables_GMVD, moved_GMV, strict=True)
     ]
-    names = "moved_rows", "effective_rank", "top_10", "mean_row", "singular_values"
-    columns = {name: [[x[name] for x in layer] for layer in spectra] for name in names}
+    columns = {name: [[x[name] for x in layer] for layer in spectra] for name in spectra[0][0]}
+    pairs, compared = stack, (tables_GMVD, moves_GMVD, moved_GMV)
     if tables_GMVD.shape[1] == 1:  # JTok: the tables of neighbouring layers take the place of M
         pairs = list(map(", ".join, itertools.pairwise(stack)))
-        of_pair = tables_GMVD, moves_GMVD, moved_GMV
-        tables_GMVD, moves_GMVD, moved_GMV = (
-            np.concatenate([x[:-1], x[1:]], axis=1) for x in of_pair
-        )
-    cosines = _cosines(tables_GMVD, moved_GMV, count_V)
-    of_movements = _cosines(moves_GMVD, moved_GMV, count_V)
+        compared = [np.concatenate([x[:-1], x[1:]], axis=1) for x in compared]
+    rows_GMVD, moves_GMVD, counted_GMV = compared
     return {
         "initial_norm": np.median(np.linalg.norm(initial_GMVD, axis=-1)),
         "singular_values": columns.pop("singular_values"),
@@ -235,27 +152,87 @@ def _of_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, decays: 
         },
         "tables": {
             "layer": stack,
-            "spearman_movement": against(far_GMV),
-            "spearman_norm": against(norm_GMV),
+            "spearman_movement": [rank(x_MV.mean(axis=0)) for x_MV in far_GMV],
+            "spearman_norm": [rank(x_MV.mean(axis=0)) for x_MV in norm_GMV],
             **columns,
         },
         "cosines": {
             "layer": pairs,
-            **cosines,
-            **{f"movements_{name}": values for name, values in of_movements.items()},
+            **_cosines("", rows_GMVD, counted_GMV, count_V),
+            **_cosines("movements_", moves_GMVD, counted_GMV, count_V),
         },
     }
 
 
-def _cosines(rows_GMVD, counted_GMV, count_V) -> dict[str, list]:
+def deciles(count_V: np.ndarray) -> np.ndarray:
+    """Return [V], from 1 (the rarest tenth of the ids that occur) to 10; 0: it never does."""
+    order = np.argsort(count_V, kind="stable")[np.sum(count_V == 0) :]
+    decile_V = np.zeros(len(count_V), int)
+    decile_V[order] = 1 + 10 * np.arange(len(order)) // max(1, len(order))
+    return decile_V
+
+
+def by_decile(reduce: Callable, values: np.ndarray, decile_V: np.ndarray) -> list[float]:
+    """Return [11], `reduce` of values [..., V] over the ids of each decile; NaN without any."""
+    parts = [values[..., decile_V == decile] for decile in range(11)]
+    return [float(reduce(part)) if part.size else np.nan for part in parts]
+
+
+def movement(tables: np.ndarray, initial: np.ndarray, *, decays: bool = False) -> np.ndarray:
+    """Return rows [..., D] less the initial ones, in norms of those (or 1 for zeros).
+
+    decays: weight decay alone moves nothing; taken off is the nearest c initial, c in [0, 1].
+    """
+    norm = np.linalg.norm(initial, axis=-1, keepdims=True)
+    unit = np.where(norm > 0, norm, 1)
+    if decays:
+        along = np.sum(tables * initial, axis=-1, keepdims=True) / unit**2
+        initial = initial * np.clip(along, 0, 1)
+    return (tables - initial) / unit
+
+
+def spectrum(rows_RD: np.ndarray) -> dict[str, float | np.ndarray]:
+    """Return figures of rows less their mean, see SECTIONS; NaN for ratios where none differ."""
+    count, rows_RD = len(rows_RD), rows_RD.astype(np.float64)
+    mean_D = rows_RD.sum(axis=0) / max(count, 1)
+    centred_RD = rows_RD - mean_D
+    square_D = np.maximum(np.linalg.eigvalsh(centred_RD.T @ centred_RD)[::-1], 0)
+    share_D = square_D / (square_D.sum() or np.nan)
+    return {
+        "moved_rows": count,
+        "effective_rank": np.exp(special.entr(share_D).sum()),
+        "top_10": share_D[:10].sum(),
+        "mean_row": count * np.sum(mean_D**2) / (np.sum(rows_RD**2) or np.nan),
+        "singular_values": np.sqrt(square_D),
+    }
+
+
+def mean_cosine(rows_SVD: np.ndarray, counted_SV: np.ndarray) -> np.ndarray:
+    """Return [V], the mean cosine of pairs of an id's counted rows in S tables; NaN without one."""
+    norm = np.linalg.norm(rows_SVD, axis=-1, keepdims=True)
+    unit_SVD = rows_SVD / np.where(norm > 0, norm, 1) * counted_SV[..., None]
+    together_V = np.square(unit_SVD.sum(axis=0)).sum(axis=-1)  # every pair twice, and each alone
+    twice_V = together_V - np.square(unit_SVD).sum(axis=(0, -1))
+    num_V = counted_SV.sum(axis=0)
+    return np.where(num_V > 1, twice_V / np.maximum(num_V * (num_V - 1), 1), np.nan)
+
+
+def cosine_means(cosine_V: np.ndarray, count_V: np.ndarray) -> tuple[float, list[float]]:
+    """Return means over ids that have a cosine: weighted by their counts; and [10], by decile."""
+    has_V = ~np.isnan(cosine_V) & (count_V > 0)
+    weighted = np.average(cosine_V[has_V], weights=count_V[has_V]) if has_V.any() else np.nan
+    return weighted, by_decile(np.mean, cosine_V[has_V], deciles(count_V)[has_V])[1:]
+
+
+def _cosines(prefix: str, rows_GMVD, counted_GMV, count_V) -> dict[str, list]:
     found = [cosine_means(x_V, count_V) for x_V in map(mean_cosine, rows_GMVD, counted_GMV)]
-    means, deciles = zip(*found, strict=True) if found else ((), ())
-    return {"all_tokens": list(means), "decile_1_to_10": list(deciles)}
+    names = f"{prefix}all_tokens", f"{prefix}decile_1_to_10"
+    return {name: [one[place] for one in found] for place, name in enumerate(names)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(model: ModelConfig, backbone: Params, tables: jax.Array, batch: EvalBatch):
-    """(loss sums, health) of a batch; one program whatever rows of the tables are zero."""
+    """Return (loss sums, health) of a batch; one program whatever rows of the tables are zero."""
     bound = bind(model, backbone | {"tables": tables})
     output = bound(batch.ids_BT, with_health=True)
     arrays = output.hidden_BTD, bound.head_DV, batch.targets_BT, batch.weights_BT
@@ -264,7 +241,7 @@ def _forward(model: ModelConfig, backbone: Params, tables: jax.Array, batch: Eva
 
 
 def _router(model: ModelConfig, params: Params, source: Source) -> dict:
-    """Means over some tokens of each batch."""
+    """Return means over some tokens of each batch."""
     if model.jtok.kind == "jtok":
         return {}
     batches = itertools.islice(source.valid_batches(), ROUTER_BATCHES)
@@ -302,7 +279,7 @@ def _removal(config: Config, params: Params, source: Source, removed: int) -> di
 
 
 def as_markdown(found: dict) -> str:
-    """The figures of anatomy.json as short tables."""
+    """Return the figures of anatomy.json as short tables."""
     parts = [
         f"`{found['command']}`\n\nStep {found['step']:,}, seed {found['seed']}: "
         f"{found['model']}. Ids counted in {found['tokens_counted']:,} of {found['tokens_read']:,} "
@@ -320,7 +297,7 @@ def as_markdown(found: dict) -> str:
 
 
 def _show(value: str | float | list | None) -> str:
-    """For a cell; text in quotes becomes code, whatever it holds."""
+    """Return what a cell shows; text in quotes becomes code, whatever it holds."""
     if isinstance(value, list):
         return " ".join(map(_show, value))
     if value is None or isinstance(value, str):
@@ -330,7 +307,7 @@ def _show(value: str | float | list | None) -> str:
 
 
 def draw(found: dict, figure) -> None:
-    """Four panels of a matplotlib Figure from the figures of anatomy.json."""
+    """Draw the figures of anatomy.json on four panels of a matplotlib Figure."""
     (moves, variance), (cosines, removal) = figure.subplots(2, 2)
     floats = functools.partial(np.array, dtype=float)  # None becomes NaN
     names, cosine = found["tables"]["layer"], found["cosines"]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""A mean over seeds and its interval."""
+"""A mean over seeds with its interval, and how tables show figures."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,19 +21,16 @@ class Estimate(NamedTuple):
             return "diverged"
         return f"{self.mean:.4f}" + ("" if math.isnan(self.half) else f" +- {self.half:.4f}")
 
-    def signed(self) -> str:
-        return f"{'+' if 0 < self.mean < math.inf else ''}{self}"
+
+def estimate(values: list[float]) -> Estimate:
+    """Return the mean of independent `values` with Student's interval of probability 95%."""
+    mean = float(np.mean(values))
+    if len(values) < 2 or not math.isfinite(mean):
+        return Estimate(mean, math.nan)
+    return Estimate(mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)))
 
 
-def diverged(losses: list[float]) -> int:
-    """How many are not finite."""
-    return sum(not math.isfinite(loss) for loss in losses)
-
-
-def estimate(values: list[float], *, level: float = 0.95) -> Estimate:
-    """Mean of independent `values` with Student's interval of probability `level`."""
-    count, mean = len(values), float(np.mean(values))
-    if count < 2 or not math.isfinite(mean):
-        return Estimate(mean, float("nan"))
-    deviation = float(np.std(values, ddof=1))
-    return Estimate(mean, float(stats.t.ppf((1 + level) / 2, count - 1)) * deviation / count**0.5)
+def markdown_table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """Return a table in Markdown."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(list(head)), *lines[1:]])

@@ -11,55 +11,60 @@ each read off its own baselines; of the law over candidates, whose common baseli
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from jtok_jax.errors import ConfigError
-from jtok_jax.study.estimate import estimate
-from jtok_jax.study.results import Result
-from jtok_jax.study.run import Ranked, StageResults, finished
-from jtok_jax.study.scaling import GammaLaw, bootstrap, fit_gamma, gamma
+from jtok_jax.study.estimate import estimate, markdown_table
+from jtok_jax.study.run import Ranked, StageResults, load_progress
 from jtok_jax.study.spec import Study, cells, resolve, study_name
-from jtok_jax.study.trainer import Places
+from jtok_jax.study.trainer import Paths
 
 SIZES = 3  # of the baseline, at least
+RESAMPLES = 1000
 
 
-class Worth(NamedTuple):
-    """Of one candidate, mean over seeds."""
+class Gain(NamedTuple):
+    """What one candidate is worth, mean over seeds."""
 
     name: str
     loss: float
     eta: float  # parameters of tables over those of the backbone
-    rho: float  # K / n_e of JTok-M and of the arm `mixture`, else 1
+    rho: float  # K / n_e of JTok-M, else 1
     gain: float  # N_eff / N_c; nan if it diverged, infinite where no float holds it
     inside: bool  # N_eff is among the baseline's sizes; else extrapolated
     half: float  # of the interval of log gain over seeds; nan for one seed
 
-    def __str__(self) -> str:
+    def row(self) -> list[str]:
+        """Return the cells of a line of the table."""
+        first = [self.name, f"{self.loss:.4f}", f"{self.eta:.2f}", f"{self.rho:.2f}"]
+        if not math.isfinite(self.loss):
+            return [self.name, "diverged", *first[2:], "", ""]
         with np.errstate(over="ignore"):
             low, high = self.gain * np.exp([-self.half, self.half])
         interval = "" if math.isnan(self.half) else f" ({low:.3f} to {high:.3f})"
-        return f"{self.gain:.3f}{interval}" + " *" * (not self.inside)
+        known = self.eta and 0 < self.gain < math.inf
+        gamma = f"{(self.gain - 1) / self.eta:.3f}" if known else ""
+        return [*first, f"{self.gain:.3f}{interval}" + " *" * (not self.inside), gamma]
 
 
-def write_fit(study: Study, places: Places, file: str) -> str:
-    """Markdown, also as RESULTS/NAME-fit.md.
+def write_fit(study: Study, paths: Paths, file: str) -> str:
+    """Return Markdown of what arms are worth, written to RESULTS/NAME-fit.md, too.
 
     The arms that share the baseline's config file are its sizes.
 
     Raises:
         ConfigError: fewer than `SIZES` of these, or runs are missing.
     """
-    (*_, last), lacking = finished(study, places)
-    if lacking:
-        raise ConfigError(f"Runs are missing: {'; '.join(lacking[:3])} ... Run the study first.")
-    sizes, found = worth(study, last, places)
-    losses = "; ".join(f"{size / 1e6:.2f}M {loss:.4f}" for size, loss in sizes)
-    lines = [
+    progress = load_progress(study, paths)
+    progress.require(not progress.missing, paths)
+    sizes = _sizes(study, progress.stages[-1])
+    found = _gains(study, sizes, progress.stages[-1], paths)
+    losses = "; ".join(f"{one.results[0].backbone / 1e6:.2f}M {one.loss:.4f}" for one in sizes)
+    head = "candidate", "val loss", "eta", "rho", "N_eff / N_c", "gamma"
+    text = "\n\n".join([
         f"# {study.question}",
         f"`python -m jtok_jax.study fit --study={file}`. Baseline, parameters and loss: {losses}; "
         "N_eff: the size at which it has the arm's loss, on a monotone cubic of log loss over "
@@ -67,76 +72,63 @@ def write_fit(study: Study, places: Places, file: str) -> str:
         "is Student's over seeds, if there are several and every seed's baselines fall. eta: "
         "parameters of tables over N_c, the backbone. "
         "gamma = (N_eff / N_c - 1) / eta.",
-        "| candidate | val loss | eta | rho | N_eff / N_c | gamma |\n|---|---|---|---|---|---|",
-    ]
-    for one in found:
-        ratios = f"diverged | {one.eta:.2f} | {one.rho:.2f} | |"
-        if math.isfinite(one.loss):
-            known = one.eta and 0 < one.gain < math.inf
-            value = f"{gamma(one.gain, one.eta):.3f}" if known else ""
-            ratios = f"{one.loss:.4f} | {one.eta:.2f} | {one.rho:.2f} | {one} | {value}"
-        lines[-1] += f"\n| {one.name} | {ratios} |"
-    lines.append(_gamma_law([one for one in found if one.eta and math.isfinite(one.loss)]))
-    text = "\n\n".join(lines) + "\n"
-    (places.results / f"{study_name(file)}-fit.md").write_text(text)
+        markdown_table(head, [one.row() for one in found]),
+        _gamma_law([one for one in found if one.eta and math.isfinite(one.loss)]) + "\n",
+    ])  # fmt: skip
+    (paths.results / f"{study_name(file)}-fit.md").write_text(text)
     return text
 
 
-def worth(
-    study: Study, last: StageResults, places: Places
-) -> tuple[list[tuple[int, float]], list[Worth]]:
-    """The baseline's sizes with their losses, and what every other candidate is worth on them."""
-    (base,) = [arm for arm in study.arms if arm.name == study.baseline]
-    names = {arm.name for arm in study.arms if arm.config == base.config}
-    sizes = sorted((last[name][0].results[0].backbone, last[name][0].loss) for name in names)
-    counts, losses = (np.array(values) for values in zip(*sizes, strict=True))
-    if len(set(counts.tolist())) < SIZES:
+def _sizes(study: Study, last: StageResults) -> list[Ranked]:
+    """Return the best of each size of the baseline, checked, by size."""
+    (config,) = [arm.config for arm in study.arms if arm.name == study.baseline]
+    sizes = [last[arm.name][0] for arm in study.arms if arm.config == config]
+    sizes.sort(key=lambda one: one.results[0].backbone)
+    falling = _falls([one.loss for one in sizes]) and np.all(np.diff(_counts(sizes)))
+    if len(sizes) < SIZES or not falling:
         raise ConfigError(
-            f"The baseline {study.baseline} has {len(set(counts.tolist()))} sizes (arms of "
-            f"{base.config}); a curve through them needs {SIZES}."
+            f"Arms of {config} have sizes and losses "
+            f"{[(one.results[0].backbone, round(one.loss, 4)) for one in sizes]}; a curve needs at "
+            f"least {SIZES} different sizes, with losses that fall. Tune each, or average over "
+            "more seeds."
         )
-    if not np.all(np.diff(counts)):
-        raise ConfigError(f"Two arms of {base.config} have one size: {sizes}. Leave one of them.")
-    if not _falls(losses):
-        raise ConfigError(
-            f"The baseline's losses do not fall with its size: {sizes}. Tune each size, or average "
-            "over more seeds."
-        )
-    found, of_seeds = [], _curves([last[name][0].results for name in names])
-    for one in [one for name, some in last.items() if name not in names for one in some]:
-        first, inside = one.results[0], bool(losses[-1] <= one.loss <= losses[0])
-        eta, log_size = first.tables / first.backbone, _log_size(one.loss, counts, losses)
-        with np.errstate(over="ignore"):
-            gain = float(np.exp(log_size - math.log(first.backbone)))
-        logs = [
-            _log_size(result.val_loss, counts, of_seeds[result.seed])
-            for result in one.results
-            if result.seed in of_seeds
-        ]
-        half = estimate(logs).half if logs else math.nan
-        rho = _rho(study, one, places)
-        found.append(Worth(one.candidate.name, one.loss, eta, rho, gain, inside, half))
-    return sizes, found
+    return sizes
 
 
-def _curves(sizes: list[list[Result]]) -> dict[int, np.ndarray]:
-    """Losses over the sizes by seed that all have; {} if one does not fall, as noise is larger.
-
-    To leave out such a seed alone would leave out the noise.
-    """
-    sizes = sorted(sizes, key=lambda results: results[0].backbone)
-    losses = [{result.seed: result.val_loss for result in results} for results in sizes]
-    common = set.intersection(*map(set, losses))
-    curves = {seed: np.array([size[seed] for size in losses]) for seed in common}
-    return curves if all(map(_falls, curves.values())) else {}
+def _counts(sizes: list[Ranked]) -> np.ndarray:
+    return np.array([one.results[0].backbone for one in sizes])
 
 
-def _falls(losses: np.ndarray) -> bool:
+def _falls(losses: list[float]) -> bool:
     return bool(np.all(np.isfinite(losses)) and np.all(np.diff(losses) < 0))
 
 
-def _log_size(loss: float, counts: np.ndarray, losses: np.ndarray) -> float:
-    """log N at `loss`, on a monotone cubic through the sizes; outside a line through two."""
+def _gains(study: Study, sizes: list[Ranked], last: StageResults, paths: Paths) -> list[Gain]:
+    """Return what every other candidate is worth on the curve through `sizes`."""
+    counts, losses = _counts(sizes), [one.loss for one in sizes]
+    of_size = [{result.seed: result.val_loss for result in one.results} for one in sizes]
+    seeds = set.intersection(*map(set, of_size))
+    curves = {seed: [size[seed] for size in of_size] for seed in seeds}
+    if not all(map(_falls, curves.values())):
+        curves = {}  # noise is larger; to leave out such a seed alone would leave out the noise
+    found, arms = [], {one.candidate.arm.name for one in sizes}
+    for one in (one for name, some in last.items() if name not in arms for one in some):
+        first, inside = one.results[0], losses[-1] <= one.loss <= losses[0]
+        logs = [
+            log_size_at(result.val_loss, counts, curves[result.seed])
+            for result in one.results
+            if result.seed in curves
+        ]
+        half = estimate(logs).half if logs else math.nan
+        with np.errstate(over="ignore"):
+            gain = float(np.exp(log_size_at(one.loss, counts, losses) - math.log(first.backbone)))
+        eta, rho = first.tables / first.backbone, _rho(study, one, paths)
+        found.append(Gain(one.candidate.name, one.loss, eta, rho, gain, inside, half))
+    return found
+
+
+def log_size_at(loss: float, counts: np.ndarray, losses: list[float]) -> float:
+    """Return log N at `loss`, on a monotone cubic through the sizes; outside a line through two."""
     if not math.isfinite(loss):
         return math.nan
     x, y, at = -np.log(losses), np.log(counts), -math.log(loss)
@@ -146,36 +138,73 @@ def _log_size(loss: float, counts: np.ndarray, losses: np.ndarray) -> float:
     return float(y0 + (at - x0) * (y1 - y0) / (x1 - x0))
 
 
-def _rho(study: Study, one: Ranked, places: Places) -> float:
-    (first, *_) = cells(study, study.stages[-1], {"": [one.candidate]})
-    model = resolve(first, places.root).model
-    mixture = model.arms.mixture if "mixture" in model.arms.chosen() else None
-    routed = model.jtok if model.jtok.kind == "jtok_m" else mixture
-    return routed.top_k / routed.num_tables if routed else 1.0
+def _rho(study: Study, one: Ranked, paths: Paths) -> float:
+    model = resolve(cells(study, study.stages[-1], [one.candidate])[0], paths.root).model
+    jtok = model.jtok
+    return jtok.top_k / jtok.num_tables if jtok.kind == "jtok_m" else 1.0
 
 
-def _gamma_law(found: list[Worth]) -> str:
-    points = [(one.eta, one.rho, one.gain) for one in found]
-    fit = lambda points: fit_gamma(*np.reshape(points, (-1, 3)).T)
+def _gamma_law(found: list[Gain]) -> str:
+    points = np.reshape([(one.eta, one.rho, one.gain) for one in found], (-1, 3)).T
     try:
-        law = fit(points)
+        scale, eta, rho, r2 = fit_gamma(*points)
     except ValueError as error:
         return f"No law of gamma over eta and rho: {error}"
+    try:
+        low, high, failed = gamma_intervals(*points)
+        names = "factor", "exponent of eta", "of rho"
+        ends = [f"{n} {a:.3f} to {b:.3f}" for n, a, b in zip(names, low, high, strict=True)]
+        none = f" ({failed} of {RESAMPLES} draws determine no law)" * bool(failed)
+        intervals = f"95%, candidates drawn again{none}: {', '.join(ends)}"
+    except ValueError as error:
+        intervals = f"no interval ({error})"
     beyond = sum(not one.inside for one in found)
     return (
-        f"gamma = {law.scale:.3f} eta^{law.eta_exponent:.3f} rho^{law.rho_exponent:.3f}, r2 "
-        f"{law.r2:.3f}, over {len(found)} candidates, {beyond} of them beyond the sizes trained; "
-        f"{_law_intervals(fit, points)}; the form is ours, the paper gives none."
+        f"gamma = {scale:.3f} eta^{eta:.3f} rho^{rho:.3f}, r2 {r2:.3f}, over {len(found)} "
+        f"candidates, {beyond} of them beyond the sizes trained; "
+        f"{intervals}; the form is ours, the paper gives none."
     )
 
 
-def _law_intervals(fit: Callable[[list], GammaLaw], points: list[tuple]) -> str:
-    try:
-        found = bootstrap(lambda drawn: fit(drawn)[:3], points, samples=1000, seed=0)
-    except ValueError as error:
-        return f"no interval ({error})"
-    names, ends = ("factor", "exponent of eta", "of rho"), zip(found.low, found.high, strict=True)
-    none = f" ({found.failed} of 1000 draws determine no law)" * bool(found.failed)
-    return f"95%, candidates drawn again{none}: " + ", ".join(
-        f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in zip(names, ends, strict=True)
-    )
+def fit_gamma(eta: np.ndarray, rho: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Return g, a, b and r2 of gamma = g eta^a rho^b, least squares in the logarithm of [P] gains.
+
+    gain: N_eff / N_c = 1 + eta * gamma (Eq. 14), eta: N_n / N_c, rho: K / n_e.
+
+    Differs from the paper, which writes gamma(rho) and gives no functional form; with one gamma for
+    all eta, its figures at one size contradict its Eq. 16. A power of each is our choice.
+    ValueError: fewer than 3 points, a gain of 1 or less, or eta and rho constant or tied.
+    """
+    if not np.all((gain > 1) & np.isfinite(gain)):
+        found = f"gain has {gain.min():.6g}, where a power of eta and rho needs finite ones over 1"
+        raise ValueError(f"{found}. Average seeds: leaving such runs out would bias the fit.")
+    target = np.log((gain - 1) / eta)
+    matrix = np.stack([np.ones(gain.size), np.log(eta), np.log(rho)], axis=-1)
+    fitted, _, rank, _ = np.linalg.lstsq(matrix, target, rcond=1e-9)
+    if rank < 3:
+        found = f"{gain.size} points determine {rank} of 3 coefficients"
+        raise ValueError(f"{found}. Add points that differ, in eta and rho independently.")
+    left, total = np.sum((target - matrix @ fitted) ** 2), np.sum((target - target.mean()) ** 2)
+    r2 = 1 - left / total if np.ptp(target) > 1e-12 else math.nan
+    return np.array([math.exp(fitted[0]), *fitted[1:], r2])
+
+
+def gamma_intervals(
+    eta: np.ndarray, rho: np.ndarray, gain: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return ends [3] of 95% percentile intervals of `fit_gamma`, and how many resamples fail.
+
+    Points are drawn again, with replacement; few of them make an interval too narrow. ValueError:
+    over half of the resamples fail.
+    """
+    generator, laws = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        drawn = generator.integers(gain.size, size=gain.size)
+        try:
+            laws.append(fit_gamma(eta[drawn], rho[drawn], gain[drawn])[:3])
+        except ValueError as error:  # as of one point drawn alone
+            reason = error
+    failed = RESAMPLES - len(laws)
+    if failed > RESAMPLES / 2:
+        raise ValueError(f"{failed} of {RESAMPLES} resamples fail ({reason}). Bring more points.")
+    return *np.quantile(laws, [0.025, 0.975], axis=0), failed

@@ -5,28 +5,31 @@
 They belong into version control: a study goes on from a fresh clone where the table ends.
 """
 
-import contextlib
 import csv
 import fcntl
+import io
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
+import tempfile
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import numpy as np
+import pyarrow
+import pyarrow.csv
 
 from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.config_dict import flatten, to_dict
 from jtok_jax.errors import ConfigError, DataError
-from jtok_jax.study.spec import Cell, digest, identity
+from jtok_jax.study.spec import Cell, identity, short_hash
 
 CURVE_POINTS = 25
-CURVES = {"cell": str, "step": int, "loss": float}
 
 
 class Result(NamedTuple):
-    """A line of the table."""
+    """A line of cells.csv."""
 
     cell: str  # Cell.key
     arm: str
@@ -50,6 +53,14 @@ class Result(NamedTuple):
     jax: str = ""  # version, of all processes that trained it; empty: not noted then
 
 
+class CurvePoint(NamedTuple):
+    """A line of curves.csv: the mean training loss around a step."""
+
+    cell: str
+    step: int
+    loss: float
+
+
 class Table:
     """Results by cell, on disk after every change; several studies may add at a time."""
 
@@ -57,42 +68,29 @@ class Table:
         self._folder = folder
         self.refresh()
 
-    def require_usable(self) -> None:
-        """Before anything is trained for it. Raises ConfigError: it cannot be read or written."""
-        self.curves()
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with _locked(self._folder):
-                _replace(self._folder / "probe", "")
-                (self._folder / "probe").unlink()
-        except OSError as error:
-            raise ConfigError(f"--results={self._folder} cannot be written: {error}") from error
-
     def refresh(self) -> None:
-        """Read what others have added."""
+        """Read what others have added.
+
+        Raises:
+            ConfigError: a file is damaged.
+            DataError: runs were made with different data.
+        """
+        self._results = _read_results(self._folder / "cells.csv")
+        self._require_data()
         path = self._folder / "configs.json"
-        results = _read(self._folder / "cells.csv")
-        self._results = {result.cell: result for result in results}
-        if len(self._results) < len(results):
-            cells = [result.cell for result in results]
-            twice = next(cell for cell in cells if cells.count(cell) > 1)
-            raise ConfigError(f"{self._folder / 'cells.csv'} has two lines of {twice}; keep one.")
         try:
-            text = path.read_text() if path.exists() else '{"base": {}, "cells": {}}'
-            self._configs = json.loads(text)
-            if not all(isinstance(self._configs[name], dict) for name in ("base", "cells")):
-                raise ValueError('"base" or "cells" is no object')
+            found = json.loads(path.read_text()) if path.exists() else {"base": {}, "cells": {}}
+            self._base, self._configs = dict(found["base"]), dict(found["cells"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"{path} is damaged ({error}); restore it.") from error
-        unknown = self._results.keys() - self._configs["cells"].keys()
-        if unknown:
+            raise ConfigError(f"{path} is damaged ({error!r}); restore it.") from error
+        if unknown := self._results.keys() - self._configs.keys():
             raise ConfigError(
                 f"{path} lacks the configuration of {', '.join(sorted(unknown)[:3])}, which are in "
                 "cells.csv; restore both files of one commit."
             )
 
     def get(self, cell: Cell, config: Config, data: str | None = None) -> Result | None:
-        """The finished run of `cell`, or None.
+        """Return the finished run of `cell`, if there is one.
 
         data: fingerprint of what the run would be trained on; None: there are none at hand.
 
@@ -100,22 +98,12 @@ class Table:
             ConfigError: it was made with another configuration.
             DataError: it, or anything else in the table, was made with other data.
         """
-        others = {result.data for result in self._results.values()} - {data}
-        if data is not None and others:
-            raise DataError(
-                f"The runs in {self._folder} were made with the data {', '.join(sorted(others))}; "
-                f"these are {data}. Losses on different texts cannot be compared: use those data, "
-                "or another --results folder."
-            )
+        self._require_data(*([] if data is None else [data]))
         result = self._results.get(cell.key)
         if result is None:
             return None
-        if (result.steps, result.seed) != (cell.steps, cell.seed):
-            raise ConfigError(
-                f"{self._folder / 'cells.csv'} says {result.steps} steps and seed {result.seed} of "
-                f"{cell.key}, which has {cell.steps} and {cell.seed}: restore the file."
-            )
-        now, then = identity(config), self._configs["base"] | self._configs["cells"][cell.key]
+        now, then = identity(config), self._base | self._configs[cell.key]
+        then |= {"train.steps": result.steps, "train.seed": result.seed}
         fields = flatten(to_dict(config)).keys()
         lines = [
             f"  {key}: {then[key]!r} in the table, {now.get(key, 'no such field')!r} now"
@@ -131,170 +119,134 @@ class Table:
             )
         return result
 
-    def add(self, result: Result, config: Config, curve: list[tuple[int, float]]) -> None:
+    def add(self, result: Result, config: Config, curve: list[CurvePoint]) -> None:
+        """Write down a run that has ended. Raises DataError: the others had other data."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self._folder):
+        with (self._folder / ".lock").open("a") as file:  # NFS locks only what is open for writing
+            fcntl.flock(file, fcntl.LOCK_EX)
             self.refresh()
-            if others := {one.data for one in self._results.values()} - {result.data}:
-                raise DataError(
-                    f"{self._folder} got runs with the data {', '.join(sorted(others))} meanwhile; "
-                    f"{result.cell} was trained on {result.data} and is not added. Use another "
-                    "--results folder: the same command adds it there without training."
-                )
-            self._add(result, config, curve)
-
-    def _add(self, result: Result, config: Config, curve: list[tuple[int, float]]) -> None:
-        flat = json.loads(json.dumps(identity(config)))
-        base = self._configs["base"] or flat
-        differs = {key: value for key, value in flat.items() if base.get(key) != value}
-        self._configs = {
-            "base": base,
-            "cells": self._configs["cells"] | {result.cell: differs},
-        }
-        self._results[result.cell] = result
-        path = self._folder / "curves.csv"
-        curves = [line for line in read_csv(path, CURVES) if line[0] != result.cell]
-        curves += [[result.cell, step, loss] for step, loss in curve]
-        _write(path, CURVES, [[cell, step, f"{loss:.4f}"] for cell, step, loss in curves])
-        text = json.dumps(self._configs["base"], indent=1)
-        cells = ",\n".join(
-            f"{json.dumps(key)}: {json.dumps(value)}"
-            for key, value in self._configs["cells"].items()
-        )
-        _replace(self._folder / "configs.json", f'{{"base": {text},\n"cells": {{\n{cells}}}}}\n')
-        lines = [[_text(value) for value in one] for one in self._results.values()]
-        _write(self._folder / "cells.csv", Result._fields, lines)  # last: it says finished
+            self._require_data(result.data)
+            flat = json.loads(json.dumps(identity(config)))
+            self._base = self._base or flat
+            differs = {key: value for key, value in flat.items() if self._base.get(key) != value}
+            self._results[result.cell], self._configs[result.cell] = result, differs
+            points = [p for p in self._curve_points() if p.cell != result.cell] + curve
+            points = [(cell, step, f"{loss:.4f}") for cell, step, loss in points]
+            write_csv(self._folder / "curves.csv", CurvePoint, points)
+            base, cells = json.dumps(self._base, indent=1), self._configs.items()
+            cells = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in cells)
+            text = f'{{"base": {base},\n"cells": {{\n{cells}}}}}\n'
+            _replace(self._folder / "configs.json", text)
+            # Last, as it says that the run is finished.
+            write_csv(self._folder / "cells.csv", Result, self._results.values())
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """(step, mean training loss around it) of every cell."""
-        curves: dict[str, list[tuple[int, float]]] = {}
-        for cell, step, loss in read_csv(self._folder / "curves.csv", CURVES):
+        """Return (step, mean training loss around it) of every cell."""
+        curves = {}
+        for cell, step, loss in self._curve_points():
             curves.setdefault(cell, []).append((step, loss))
         return curves
 
+    def _curve_points(self) -> list[CurvePoint]:
+        return read_csv(self._folder / "curves.csv", CurvePoint)
 
-def measured(
-    cell: Cell,
-    config: Config,
-    records: list[dict],
-    *,
-    device: str,
-    data: str,
-    commit: str,
-    jax: str,
-    diverged: bool = False,
-) -> tuple[Result, list[tuple[int, float]]]:
-    """The line of a run and its curve, from what it wrote into metrics.jsonl.
+    def _require_data(self, *more: str) -> None:
+        if len(data := {result.data for result in self._results.values()} | {*more}) > 1:
+            raise DataError(
+                f"{self._folder} would have runs with the data {', '.join(sorted(data))}. Losses "
+                "on different texts cannot be compared: use the data of those that are there, or "
+                "another --results folder."
+            )
 
-    diverged: the run said so, whatever its last loss is.
+
+def make_result(
+    cell: Cell, config: Config, records: list[dict], *, diverged: bool = False, **about: str
+) -> tuple[Result, list[CurvePoint]]:
+    """Return the line of a run and its curve, from what it wrote into metrics.jsonl.
+
+    diverged: the run said so, whatever its last loss is. about: device, data, commit, jax.
     """
     steps = [record for record in records if record["step"] > 0]
-    last = steps[-1] if steps else {}
-    val_loss = last.get("val_loss") or math.nan
-    whole = last.get("step") == config.train.steps and math.isfinite(val_loss)
+    last = steps[-1] if steps else {"step": 0}
+    whole = last["step"] == config.train.steps and math.isfinite(last.get("val_loss") or math.nan)
     finished = whole and not diverged
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len * config.train.steps
-    durations = sorted(record["step_seconds"] for record in steps)
-    median = durations[len(durations) // 2] if durations else float("nan")
+    durations = [record["step_seconds"] for record in steps]
+    median = float(np.median(durations)) if durations else math.nan
     result = Result(
-        cell=cell.key,
-        arm=cell.candidate.arm.name,
+        cell=cell.key, arm=cell.candidate.arm.name, steps=cell.steps, seed=cell.seed,
         chosen=json.dumps(dict(cell.candidate.chosen)),
-        steps=cell.steps,
-        seed=cell.seed,
         status="finished" if finished else "diverged",
-        val_loss=last["val_loss"] if finished else float("inf"),
-        val_bpb=last["val_bpb"] if finished else float("inf"),
-        backbone=counts.backbone,
-        tables=counts.tables,
-        table_bytes=counts.table_bytes,
-        tokens=tokens,
-        train_flops=float(counts.train_flops) * tokens,
-        step_seconds=median,
-        seconds=median * config.train.steps,
-        device=device,
-        data=data,
-        commit=commit,
-        config=digest(config),
-        jax=jax,
-    )
+        val_loss=last["val_loss"] if finished else math.inf,
+        val_bpb=last["val_bpb"] if finished else math.inf,
+        backbone=counts.backbone, tables=counts.tables, table_bytes=counts.table_bytes,
+        tokens=tokens, train_flops=float(counts.train_flops) * tokens,
+        step_seconds=median, seconds=median * config.train.steps,
+        config=short_hash(identity(config)), **about,
+    )  # fmt: skip
     losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
     size = -(-config.train.steps // CURVE_POINTS)
-    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
-    mean = lambda part, place: sum(one[place] for one in part) / len(part)
-    return result, [(round(mean(part, 0)), mean(part, 1)) for part in parts]
+    means = [np.mean(losses[i : i + size], axis=0) for i in range(0, len(losses), size)]
+    return result, [CurvePoint(cell.key, round(step), float(loss)) for step, loss in means]
 
 
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    with (folder / ".lock").open("a") as file:  # NFS locks only what is open for writing
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def require_writable(option: str, folder: pathlib.Path) -> None:
+    """Raise ConfigError if files cannot be written into a folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(f"--{option}={folder} cannot be written: {error}") from error
 
 
-def _read(path: pathlib.Path) -> list[Result]:
-    lines = read_csv(path, Result.__annotations__, Result._field_defaults)
-    results = [Result(*line) for line in lines]
-    for number, result in enumerate(results, start=2):
-        expected = "finished" if math.isfinite(result.val_loss) else "diverged"
-        sizes = result.steps, result.backbone, result.tokens, result.train_flops
-        if result.status != expected or min(sizes) <= 0:
+def _read_results(path: pathlib.Path) -> dict[str, Result]:
+    found = {}
+    for number, one in enumerate(read_csv(path, Result), start=2):
+        status = "finished" if math.isfinite(one.val_loss) else "diverged"
+        sizes = one.steps, one.backbone, one.tokens, one.train_flops
+        if one.status != status or min(sizes) <= 0 or one.cell in found:
             raise ConfigError(
-                f"{path}, line {number}: {result.status} with a validation loss of "
-                f"{result.val_loss}, or a size that is not positive: restore or remove it."
+                f"{path}, line {number}: {one.cell} has two lines, a size that is not positive, or "
+                f"is {one.status} with a validation loss of {one.val_loss}. Restore or remove it."
             )
-    return results
+        found[one.cell] = one
+    return found
 
 
-def read_csv(
-    path: pathlib.Path,
-    kinds: Mapping[str, type],
-    later: Mapping[str, object] = MappingProxyType({}),
-) -> list[list]:
-    """Lines of a CSV file; of none if it is missing. Columns of `later` may be missing, too.
+def read_csv(path: pathlib.Path, kind: type[NamedTuple]) -> list:
+    """Return the lines of a CSV file as tuples of `kind`; none if it is missing.
 
-    Raises:
-        ConfigError: it is damaged.
+    Columns of fields with a default may be missing, too. Raises ConfigError: it is damaged.
     """
     if not path.exists():
         return []
+    types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
+    types = {name: types[type_] for name, type_ in kind.__annotations__.items()}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            found, *lines = [*csv.reader(file)] or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): restore it.") from error
-    head = list(kinds)
-    if found != head[: len(found)] or not {*head[len(found) :]} <= later.keys():
-        begins = f"begins with {','.join(found)}" if found else "is empty"
-        raise ConfigError(f"{path} {begins}; expected {','.join(head)}.")
-    parsed = []
-    for number, line in enumerate(lines, start=2):
-        if len(line) != len(found):
-            raise ConfigError(
-                f"{path}, line {number} has {len(line)} of {len(found)} fields (a conflict of a "
-                "merge?): restore or remove it."
-            )
-        try:
-            values = [kind(value) for kind, value in zip(kinds.values(), line, strict=False)]
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: {error}: restore or remove it.") from error
-        parsed.append(values + [later[name] for name in head[len(found) :]])
-    return parsed
+        table = pyarrow.csv.read_csv(
+            path,
+            pyarrow.csv.ReadOptions(use_threads=False),  # errors name the line
+            convert_options=pyarrow.csv.ConvertOptions(column_types=types, null_values=[]),
+        )
+        return [kind(**line) for line in table.to_pylist()]
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged: {error}. Restore it.") from error
 
 
-def _write(path: pathlib.Path, head: Iterable[str], lines: list[list]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([head, *lines])
-    partial.replace(path)
+def write_csv(
+    path: pathlib.Path, kind: type[NamedTuple], lines: Iterable[tuple], *, digits: int = 6
+) -> None:
+    """Replace a CSV file: the fields of `kind`, then `lines`."""
+    text = io.StringIO()
+    short = lambda value: f"{value:.{digits}g}" if isinstance(value, float) else value
+    csv.writer(text, lineterminator="\n").writerows(
+        [kind._fields, *([short(value) for value in line] for line in lines)]
+    )
+    _replace(path, text.getvalue())
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-def _text(value: object) -> object:
-    return f"{value:.6g}" if isinstance(value, float) else value

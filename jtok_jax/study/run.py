@@ -5,35 +5,17 @@
 import shutil
 import sys
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from jtok_jax.config import Config
-from jtok_jax.errors import ConfigError, DataError, Preempted
-from jtok_jax.study.results import Result, Table
-from jtok_jax.study.spec import (
-    Candidate,
-    Cell,
-    Stage,
-    Study,
-    cells,
-    check_study,
-    expand,
-    going_on,
-    resolve,
-    start,
-)
-from jtok_jax.study.trainer import (
-    Fingerprints,
-    Places,
-    Stop,
-    StudyError,
-    require_folder,
-    train_cell,
-    workdir_of,
-)
+from jtok_jax.errors import ConfigError, Preempted
+from jtok_jax.study.estimate import Estimate, estimate
+from jtok_jax.study.results import Result, Table, require_writable
+from jtok_jax.study.spec import Candidate, Cell, Study, cells, check_study, expand, resolve, select
+from jtok_jax.study.trainer import Paths, StudyError, data_fingerprint, train_cell, workdir_of
+from jtok_jax.training.guards import StopSignal
 
 
 class Ranked(NamedTuple):
@@ -43,15 +25,38 @@ class Ranked(NamedTuple):
     results: list[Result]
 
     @property
+    def estimate(self) -> Estimate:
+        return estimate([result.val_loss for result in self.results])
+
+    @property
     def loss(self) -> float:
-        return float(np.mean([result.val_loss for result in self.results]))
+        return self.estimate.mean
+
+    @property
+    def num_diverged(self) -> int:
+        return sum(result.status == "diverged" for result in self.results)
 
 
 StageResults = dict[str, list[Ranked]]  # by arm, best first
-Obtain = Callable[[Cell, Config], Result | None]
 
 
-def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[StageResults]:
+class Progress(NamedTuple):
+    """How far a study has come."""
+
+    stages: list[StageResults]
+    candidates: dict[str, list[Candidate]]  # of the last stage, of the arms that have come so far
+    missing: list[str]  # runs without a result, but for those of stages that an arm cannot reach
+
+    def require(self, found: object, paths: Paths) -> None:
+        """Raise ConfigError with the runs that are missing, if nothing was `found`."""
+        if not found:
+            raise ConfigError(
+                f"{paths.results} lacks {len(self.missing)} of the study's runs: "
+                f"{'; '.join(self.missing[:3])} ... Run it first (python -m jtok_jax.study run)."
+            )
+
+
+def run_study(study: Study, paths: Paths, *, keep_checkpoints: bool) -> list[StageResults]:
     """Train what is not in the table: one arm after the other, each through all stages.
 
     A run that fails is reported, and its arm ends with the stage if that chooses; others go on.
@@ -63,139 +68,92 @@ def run_study(study: Study, places: Places, *, keep_checkpoints: bool) -> list[S
         WorkdirError: another study, or what is left of one, is training what comes next.
         Preempted: asked to stop; the run under way is saved.
     """
-    check_study(study, places.root, data=places.data)
-    table, source = Table(places.results), Fingerprints()
-    look = lambda cell, config: table.get(cell, config, data=source.of(config))
-    if _walk(study, study.stages, places, look).missing:
-        table.require_usable()
-        require_folder(places.runs)
+    check_study(study, paths.root, data=paths.data)
+    table = Table(paths.results)
+    look = lambda cell, config: table.get(cell, config, data=data_fingerprint(config))
+    if _walk(study, paths, look).missing:
+        table.curves()  # readable?
+        require_writable("results", paths.results)
+        require_writable("runs", paths.runs)
     bar = tqdm(total=_steps(study), unit="step", desc="study", dynamic_ncols=True)
-    with bar, Stop() as stop:
+    with bar, StopSignal() as stop:
 
         def obtain(cell: Cell, config: Config) -> Result | None:
-            found = look(cell, config)
-            if not found:
-                table.refresh()  # another study may have trained it since
-                found = look(cell, config)
-            if found:
+            table.refresh()  # another study may have trained it since
+            if found := look(cell, config):
                 bar.total -= cell.steps
                 return found
-            bar.set_postfix_str(cell.name)
-            try:
-                found, curve = train_cell(cell, config, places, bar, stop, data=source.of(config))
-            except StudyError as error:
-                tqdm.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
-                return None
-            table.add(found, config, curve)
-            tqdm.write(f"{found.cell} {found.val_loss:.4f} nats/token: {cell.name}")
-            if not keep_checkpoints:
-                shutil.rmtree(workdir_of(cell, places) / "checkpoints", ignore_errors=True)
-            if stop.asked:
+            found = _train(cell, config, paths, table, bar, stop)
+            if found and not keep_checkpoints:
+                shutil.rmtree(workdir_of(cell, paths) / "checkpoints", ignore_errors=True)
+            if stop.name:
                 raise Preempted(f"{cell.name} is finished. The same command goes on.")
             return found
 
-        walk = _walk(study, study.stages, places, obtain)
-    if walk.missing:
-        ended = f" {', '.join(walk.ended)} could not go on to the next stage." * bool(walk.ended)
-        raise StudyError(f"{_runs(walk.missing)} failed, see above.{ended}")
-    return walk.done
+        progress = _walk(study, paths, obtain)
+    if progress.missing:
+        ended = [arm.name for arm in study.arms if arm.name not in progress.candidates]
+        ended = f" {', '.join(ended)} could not go on to the next stage." * bool(ended)
+        raise StudyError(f"{len(progress.missing)} of the runs failed, see above.{ended}")
+    return progress.stages
 
 
-def finished(study: Study, places: Places) -> tuple[list[StageResults], list[str]]:
-    """What the table has of a study, and which runs it lacks, those apart that depend on them.
-
-    Raises:
-        ConfigError: it has none of the baseline in the last stage.
-        DataError: its runs are of different texts.
-    """
-    check_study(study, places.root, data=places.data)
-    walk = _walk(study, study.stages, places, Table(places.results).get)
-    if not walk.done[-1][study.baseline]:
-        _raise_missing(walk, places)
-    every = [one for stage in walk.done for some in stage.values() for one in some]
-    if len(texts := {result.data for one in every for result in one.results}) > 1:
-        raise DataError(
-            f"{places.results} has runs of this study with the data {', '.join(sorted(texts))}: "
-            "losses on different texts cannot be compared. Keep those of one."
-        )
-    return walk.done, walk.missing
+def _train(
+    cell: Cell, config: Config, paths: Paths, table: Table, bar: tqdm, stop: StopSignal
+) -> Result | None:
+    """Return the result of a run that is trained now, or None if it fails."""
+    bar.set_postfix_str(cell.name)
+    end, data = bar.n + cell.steps, data_fingerprint(config)
+    try:
+        result, curve = train_cell(cell, config, paths, bar, stop, data=data)
+    except StudyError as error:
+        bar.update(end - bar.n)  # a failed run is done with, too
+        tqdm.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
+        return None
+    table.add(result, config, curve)
+    tqdm.write(f"{result.cell} {result.val_loss:.4f} nats/token: {cell.name}")
+    return result
 
 
-def last_candidates(study: Study, places: Places) -> dict[str, list[Candidate]]:
-    """What the last stage trains, of the arms that have come so far.
-
-    Raises:
-        ConfigError: the baseline has not.
-    """
-    check_study(study, places.root, data=places.data)
-    walk = _walk(study, study.stages[:-1], places, Table(places.results).get)
-    if study.baseline not in walk.candidates:
-        _raise_missing(walk, places)
-    return expand(walk.candidates, study.stages[-1])
+def load_progress(study: Study, paths: Paths) -> Progress:
+    """Return what the table has of a study, once it is checked as `check_study` does."""
+    check_study(study, paths.root, data=paths.data)
+    return _walk(study, paths, Table(paths.results).get)
 
 
-def _raise_missing(walk: "_Walk", places: Places) -> NoReturn:
-    raise ConfigError(
-        f"{_runs(walk.missing)} not in {places.results}: {'; '.join(walk.missing[:3])} ... "
-        "Run the study first (python -m jtok_jax.study run)."
-    )
-
-
-def _runs(names: list[str]) -> str:
-    return f"{len(names)} run" + "s" * (len(names) != 1)
-
-
-class _Walk(NamedTuple):
-    done: list[StageResults]
-    candidates: dict[str, list[Candidate]]  # of the stage after; without arms that ended before
-    missing: list[str]  # runs that could not be obtained
-    ended: list[str]  # arms that lack a run of a stage that chooses
-
-
-def _walk(study: Study, stages: tuple[Stage, ...], places: Places, obtain: Obtain) -> _Walk:
-    """One arm after the other through `stages`."""
-    arms = start(study)
-    walk = _Walk([{arm: [] for arm in arms} for _ in stages], {}, [], [])
-    for arm, candidates in arms.items():
-        for stage, done in zip(stages, walk.done, strict=True):
-            for_stage = expand({arm: candidates}, stage)
-            results, missing = _obtain_all(cells(study, stage, for_stage), places, obtain)
-            walk.missing.extend(missing)
+def _walk(study: Study, paths: Paths, obtain: Callable[[Cell, Config], Result | None]) -> Progress:
+    """Take one arm after the other through all stages, or to one that chooses and lacks a run."""
+    progress = Progress([{arm.name: [] for arm in study.arms} for _ in study.stages], {}, [])
+    for arm in study.arms:
+        candidates = [Candidate(arm)]
+        for stage, by_arm in zip(study.stages, progress.stages, strict=True):
+            expanded = expand(candidates, stage)
+            ranked = {one.name: Ranked(one, []) for one in expanded}
+            missing = []
+            for cell in cells(study, stage, expanded):
+                if result := obtain(cell, resolve(cell, paths.root, data=paths.data)):
+                    ranked[cell.candidate.name].results.append(result)
+                else:
+                    missing.append(cell.name)
+            progress.missing.extend(missing)
             if stage.keep and missing:
-                walk.ended.append(arm)
                 break
-            if arm in for_stage:
-                done[arm] = _ranked(for_stage[arm], results)
-            if stage.keep and done[arm]:
-                candidates = going_on([one.candidate for one in done[arm]], stage)
-        else:
-            walk.candidates[arm] = candidates
-    return walk
-
-
-def _obtain_all(wanted: list[Cell], places: Places, obtain: Obtain):
-    """(results by candidate, names of runs without one)."""
-    results, missing = {}, []
-    for cell in wanted:
-        found = obtain(cell, resolve(cell, places.root, data=places.data))
-        if found:
-            results.setdefault(cell.candidate.name, []).append(found)
-        else:
-            missing.append(cell.name)
-    return results, missing
-
-
-def _ranked(candidates: list[Candidate], results: dict[str, list[Result]]) -> list[Ranked]:
-    ranked = [Ranked(one, results[one.name]) for one in candidates if one.name in results]
-    return sorted(ranked, key=lambda one: one.loss)
+            by_arm[arm.name] = [one for one in ranked.values() if one.results]
+            by_arm[arm.name].sort(key=lambda one: one.loss)
+            if stage.keep and expanded:
+                candidates = select([one.candidate for one in by_arm[arm.name]], stage)
+            elif not stage.keep:
+                progress.candidates[arm.name] = expanded
+    return progress
 
 
 def _steps(study: Study) -> int:
-    """Training steps of a study, if nothing fails."""
-    candidates, total = start(study), 0
-    for stage in study.stages:
-        of_stage = expand(candidates, stage)
-        total += stage.steps * len(cells(study, stage, of_stage))
-        if stage.keep:
-            candidates |= {name: going_on(some, stage) for name, some in of_stage.items()}
+    """Return the training steps of a study, if nothing fails."""
+    total = 0
+    for arm in study.arms:
+        candidates = [Candidate(arm)]
+        for stage in study.stages:
+            expanded = expand(candidates, stage)
+            total += stage.steps * len(stage.seeds) * len(expanded)
+            candidates = select(expanded or candidates, stage)
     return total

@@ -19,15 +19,19 @@ from jtok_jax.training.optimizer import make_optimizer
 
 Fields = Mapping[str, object]  # {"train.steps": 10, ...}
 
-# Must be equal in all runs that are compared; train.steps is a stage's.
+# Must be equal in all runs that are compared, but for OWN; train.steps is a stage's.
 SAME = ("data.", "evaluation.", "schedule.", "train.", "model.vocab_size")
 OWN = ("train.seed", "train.max_unique_ids")
-OF_STAGE = ("train.steps", "train.seed")  # a stage has its own
-# Options of JTok-M that JTok does not read.
-MIXTURE = ("model.jtok.mixture_scale_init", "model.jtok.num_tables", "model.jtok.top_k",
-           "model.jtok.router_", "model.jtok.balance_")  # fmt: skip
+OF_STAGE = {"train.steps", "train.seed"}
+# Options that change nothing, by the kind of tables.
+IDLE = {
+    "none": ("model.jtok.",),
+    "jtok": ("model.jtok.mixture_scale_init", "model.jtok.num_tables", "model.jtok.top_k",
+             "model.jtok.router_", "model.jtok.balance_"),
+    "jtok_m": ("model.jtok.gate_scale_init",),
+}  # fmt: skip
 # Where files lie and how often something is written changes no result.
-PLACE = (
+PATHS = (
     "data.path", "data.read_threads", "data.prefetch", "data.verify", "checkpoint.", "logging.",
     "train.log_every", "train.stall_seconds", "train.start_seconds", "train.heartbeat_seconds",
 )  # fmt: skip
@@ -63,17 +67,16 @@ class Stage:
 
     def __post_init__(self):
         for key, values in self.vary.items():
-            if not isinstance(values, tuple) or not values:
-                raise ConfigError(f"A stage varies {key!r} over {values!r}; expected a tuple.")
-            if any(isinstance(value, list | dict) for value in values):
-                raise ConfigError(f"A stage varies {key!r} over {values!r}; expected plain values.")
-        if self.keep < 0:
-            raise ConfigError(f"A stage keeps {self.keep} candidates; expected at least 0.")
-        if self.steps < 1 or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(
-                f"A stage has {self.steps} steps and seeds {self.seeds}; expected at least 1 step "
-                "and seeds that are each named once."
-            )
+            several = values if isinstance(values, tuple) else ()
+            plain = several and not any(isinstance(value, list | dict) for value in several)
+            said = f"A stage varies {key!r} over {values!r}; expected a tuple of plain values."
+            _require(plain, said)
+        _require(self.keep >= 0, f"A stage keeps {self.keep} candidates; expected at least 0.")
+        _require(
+            self.steps >= 1 and self.seeds and len(set(self.seeds)) == len(self.seeds),
+            f"A stage has {self.steps} steps and seeds {self.seeds}; expected at least 1 step and "
+            "seeds that are each named once.",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,32 +94,34 @@ class Study:
     baseline: str = "dense"
 
     def __post_init__(self):
-        names = [arm.name for arm in self.arms]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"Two arms have one name: {', '.join(names)}.")
-        if self.baseline not in names:
-            raise ConfigError(f"The baseline {self.baseline!r} is none of {', '.join(names)}.")
-        if [bool(stage.keep) for stage in self.stages] != [True] * (len(self.stages) - 1) + [False]:
-            raise ConfigError("Every stage but the last chooses: `keep` at least 1, and 0 there.")
-        given = [self.common, *(arm.fields for arm in self.arms)]
-        varied = {key.rpartition(":")[2] for stage in self.stages for key in stage.vary}
-        if of_stage := {*OF_STAGE} & varied.union(*given):
-            raise ConfigError(
-                f"{' and '.join(sorted(of_stage))}: every Stage has its own (`steps`, `seeds`). "
-                "Remove it from `common`, from the fields of arms and from `vary`."
-            )
-        for stage in self.stages:
-            for key in stage.vary:
-                for name in key.rpartition(":")[0].split(","):
-                    if name and name not in names:
-                        raise ConfigError(f"{key!r} names no arm: there are {', '.join(names)}.")
+        names, known = [arm.name for arm in self.arms], ", ".join(arm.name for arm in self.arms)
+        _require(len(set(names)) == len(names), f"Two arms have one name: {known}.")
+        _require(self.baseline in names, f"The baseline {self.baseline!r} is none of {known}.")
+        said = "Every stage but the last chooses: `keep` at least 1, and 0 there."
+        *choosing, last = self.stages
+        _require(all(stage.keep for stage in choosing) and not last.keep, said)
+        varied = [key.rpartition(":") for stage in self.stages for key in stage.vary]
+        for only, _, _ in varied:
+            unknown = {name for name in only.split(",") if name} - {*names}
+            _require(not unknown, f"{only!r} in `vary` names no arm: there are {known}.")
+        fields = {field for *_, field in varied}.union(self.common, *(a.fields for a in self.arms))
+        _require(
+            not fields & OF_STAGE,
+            f"{' and '.join(sorted(fields & OF_STAGE))}: every Stage has its own (`steps`, "
+            "`seeds`). Remove it from `common`, from the fields of arms and from `vary`.",
+        )
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
 
 
 class Candidate(NamedTuple):
     """An arm with chosen values of what stages vary."""
 
     arm: Arm
-    chosen: tuple[tuple[str, object], ...]
+    chosen: tuple[tuple[str, object], ...] = ()
 
     @property
     def name(self) -> str:
@@ -134,8 +139,7 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        text = json.dumps([self.candidate.arm.config, sorted(self.fields.items())])
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+        return short_hash([self.candidate.arm.config, sorted(self.fields.items())], 10)
 
     @property
     def name(self) -> str:
@@ -143,72 +147,56 @@ class Cell(NamedTuple):
 
 
 def study_name(text: str) -> str:
-    """What the results of the study FILE or FILE:ARGUMENT are called."""
+    """Return what the results of the study FILE or FILE:ARGUMENT are called."""
     path, _, argument = text.partition(":")
-    return "-".join([pathlib.Path(path).stem, *([argument] if argument else [])])
+    return pathlib.Path(path).stem + (f"-{argument}" if argument else "")
 
 
 def load_study(text: str) -> Study:
-    """The study of FILE or FILE:ARGUMENT. Raises ConfigError if it cannot be read."""
+    """Return the study of FILE or FILE:ARGUMENT. Raises ConfigError if it cannot be read."""
     path, _, argument = text.partition(":")
     try:
-        found = runpy.run_path(path)
-        if "get_study" not in found:
-            raise ConfigError(f"{path} defines no get_study().")
-        study = found["get_study"](*([argument] if argument else []))
+        study = runpy.run_path(path)["get_study"](*([argument] if argument else []))
+        if not isinstance(study, Study):
+            raise TypeError(f"get_study() returned {study!r}")
     except JtokError:
         raise
     except Exception as error:  # whatever the file raises: it is Python
         raise ConfigError(f"{text} gives no study: {error!r}.") from error
-    if not isinstance(study, Study):
-        raise ConfigError(f"{path} gives no study: get_study() returned {study!r}.")
     return study
 
 
-def start(study: Study) -> dict[str, list[Candidate]]:
-    """Candidates of every arm before the first stage."""
-    return {arm.name: [Candidate(arm, ())] for arm in study.arms}
+def expand(candidates: list[Candidate], stage: Stage) -> list[Candidate]:
+    """Return what a stage trains: each of `candidates` with all values that the stage varies.
+
+    candidates: of one arm. Empty if the stage chooses and there is nothing to choose from.
+    """
+    found = {}  # a combination may come up twice
+    for arm, chosen in candidates:
+        axes = []
+        for key, values in stage.vary.items():
+            only, _, field = key.rpartition(":")
+            if not only or arm.name in only.split(","):
+                axes.append([(field, value) for value in values])
+        for values in itertools.product(*axes):
+            fields = dict(chosen) | dict(values)
+            found[arm.name, frozenset(fields.items())] = Candidate(arm, tuple(fields.items()))
+    return list(found.values()) if len(found) > 1 or not stage.keep else []
 
 
-def expand(candidates: dict[str, list[Candidate]], stage: Stage) -> dict[str, list[Candidate]]:
-    """Candidates of every arm in `stage`: each of those that go on with all values it varies."""
-    expanded = {
-        name: {
-            frozenset(chosen.items()): Candidate(old.arm, tuple(chosen.items()))
-            for old in of_arm
-            for values in _grid(old.arm, stage)
-            for chosen in [dict(old.chosen) | dict(values)]
-        }
-        for name, of_arm in candidates.items()
-    }
-    several = {name: some for name, some in expanded.items() if len(some) > 1 or not stage.keep}
-    return {name: list(some.values()) for name, some in several.items()}
+def select(ranked: list[Candidate], stage: Stage) -> list[Candidate]:
+    """Return the candidates of one arm, best first, that go on to the next stage."""
+    return ranked[: ranked[0].arm.keep or stage.keep]
 
 
-def going_on(candidates: list[Candidate], stage: Stage) -> list[Candidate]:
-    """Those of one arm, best first, that the next stage takes."""
-    return candidates[: candidates[0].arm.keep or stage.keep or None]
-
-
-def cells(study: Study, stage: Stage, candidates: dict[str, list[Candidate]]) -> list[Cell]:
-    """Runs of `stage`, in the order in which they are made."""
-    return [
-        Cell(
-            candidate,
-            {
-                **study.common,
-                **candidate.arm.fields,
-                **dict(candidate.chosen),
-                "train.steps": stage.steps,
-                "train.seed": seed,
-            },
-            stage.steps,
-            seed,
-        )
-        for seed in stage.seeds
-        for of_arm in candidates.values()
-        for candidate in of_arm
-    ]
+def cells(study: Study, stage: Stage, candidates: list[Candidate]) -> list[Cell]:
+    """Return the runs of `stage`, in the order in which they are made."""
+    found = []
+    for seed, one in itertools.product(stage.seeds, candidates):
+        fields = {**study.common, **one.arm.fields, **dict(one.chosen)}
+        fields |= {"train.steps": stage.steps, "train.seed": seed}
+        found.append(Cell(one, fields, stage.steps, seed))
+    return found
 
 
 def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
@@ -239,32 +227,47 @@ def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
 
 
 def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
-    """Everything a study may train, before anything is: all that stages may have chosen by then.
+    """Build and compare all configurations that stages may come to train.
 
     Raises:
-        ConfigError: as `resolve`, `make_optimizer` and `require_comparable`; two candidates have
-            one name.
+        ConfigError: as `resolve` and `make_optimizer`; runs of one stage differ in data, tokens or
+            evaluation; two candidates have one name.
     """
-    every = start(study)
+    every = [Candidate(arm) for arm in study.arms]
     for number, stage in enumerate(study.stages):
         if number and not stage.vary:
             continue  # steps alone differ
         every = expand(every, dataclasses.replace(stage, keep=0))
-        wanted = cells(study, dataclasses.replace(stage, seeds=stage.seeds[:1]), every)
-        named = {cell.name: resolve(cell, root, data=data) for cell in wanted}
-        if len(named) < len(wanted):
-            names = [cell.name for cell in wanted]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"Two candidates are called {twice!r}: they differ in what it hides.")
+        named = {}
+        for cell in cells(study, dataclasses.replace(stage, seeds=stage.seeds[:1]), every):
+            said = f"Two candidates are called {cell.name!r}: they differ in what it hides."
+            _require(cell.name not in named, said)
+            named[cell.name] = resolve(cell, root, data=data)
         for name, config in named.items():
             with named_errors(name):
                 make_optimizer(config)
-        require_comparable(named)
+        _require_comparable(named)
+
+
+def _require_comparable(named: Mapping[str, Config]) -> None:
+    compared = {}
+    for name, config in named.items():
+        flat = identity(config) | {"data.path": config.data.path}
+        compared[name] = {k: v for k, v in flat.items() if k.startswith(SAME) and k not in OWN}
+    (first, base), *others = compared.items()
+    lines = [
+        f"  {key}: {base[key]!r} in {first}, {value!r} in {name}\n"
+        for name, fields in others
+        for key, value in fields.items()
+        if base[key] != value
+    ]
+    said = f"These runs cannot be compared:\n{''.join(lines[:10])}Set such fields in `common` of "
+    _require(not lines, f"{said}the study, not in an arm.")
 
 
 @contextlib.contextmanager
 def named_errors(name: str) -> Iterator[None]:
-    """Context in which a wrong configuration is told with the name of the candidate or run."""
+    """Put the name of a candidate or run before errors of its configuration."""
     try:
         yield
     except (ConfigError, TypeError) as error:
@@ -272,61 +275,24 @@ def named_errors(name: str) -> Iterator[None]:
 
 
 def identity(config: Config) -> dict[str, object]:
-    """What decides a run's result, flat; options of what is off are left out."""
-    flat = flatten(to_dict(config)) | {"schedule.steps": config.schedule_steps}
-    jtok, arms = config.model.jtok.kind, config.model.arms.chosen()
-    idle = ("model.ffn_dim",) if config.model.moe.num_experts else ("model.moe.",)
-    idle += {"none": ("model.jtok.",), "jtok": MIXTURE, "jtok_m": ("model.jtok.gate_scale_init",)}[
-        jtok
-    ]
-    idle += tuple(f"model.arms.{field.name}." for field in dataclasses.fields(config.model.arms)
-                  if field.name not in arms)  # fmt: skip
+    """Return what decides a run's result, flat; options of what is off are left out."""
+    jtok, moe, arms = config.model.jtok.kind, config.model.moe, config.model.arms
+    idle = ["model.ffn_dim" if moe.num_experts else "model.moe.", *IDLE[jtok]]
+    idle += [f"model.arms.{field.name}." for field in dataclasses.fields(arms)
+             if field.name not in arms.chosen()]  # fmt: skip
     if not config.model.streams_read:
-        idle += ("optimizer.tables.",)
-    kept = {key: value for key, value in flat.items() if not key.startswith(PLACE + idle)}
-    return kept | {
-        "model.jtok.kind": jtok,
-        "model.moe.num_experts": config.model.moe.num_experts,
-    }
+        idle.append("optimizer.tables.")
+    flat = flatten(to_dict(config)) | {"schedule.steps": config.schedule_steps}
+    kept = {key: value for key, value in flat.items() if not key.startswith((*PATHS, *idle))}
+    return kept | {"model.jtok.kind": jtok, "model.moe.num_experts": moe.num_experts}
 
 
-def digest(config: Config) -> str:
-    """Of `identity`."""
-    text = json.dumps(identity(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def require_comparable(named: Mapping[str, Config]) -> None:
-    """Raise ConfigError if runs of one stage differ in data, tokens or evaluation."""
-    (first, base), *others = named.items()
-    base = _compared(base)
-    lines = [
-        f"  {key}: {base[key]!r} in {first}, {value!r} in {name}"
-        for name, config in others
-        for key, value in _compared(config).items()
-        if base[key] != value
-    ]
-    if lines:
-        raise ConfigError(
-            "These runs cannot be compared:\n" + "\n".join(lines[:10]) + "\nSet such fields in "
-            "`common` of the study, not in an arm."
-        )
-
-
-def _compared(config: Config) -> dict[str, object]:
-    flat = identity(config) | {"data.path": config.data.path}
-    return {k: v for k, v in flat.items() if k.startswith(SAME) and k not in OWN}
-
-
-def _grid(arm: Arm, stage: Stage) -> list[list[tuple[str, object]]]:
-    axes = []
-    for key, values in stage.vary.items():
-        only, _, field = key.rpartition(":")
-        if not only or arm.name in only.split(","):
-            axes.append([(field, value) for value in values])
-    return [list(point) for point in itertools.product(*axes)]
+def short_hash(value: object, digits: int = 12) -> str:
+    """Return the first hexadecimal digits of the SHA-256 of `value` as JSON."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def short(value: object) -> str:
-    """A value for a name or a table."""
+    """Return a value as names and tables show it."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,8 +2,6 @@
 # Copyright 2026 The jtok_jax authors
 """How long a step of each arm takes, paired: every round runs one step of every arm."""
 
-import csv
-import dataclasses
 import pathlib
 import time
 from typing import NamedTuple
@@ -16,10 +14,11 @@ from jtok_jax.config import Config
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import make_mesh, put_batch
-from jtok_jax.study.results import Table, read_csv
-from jtok_jax.study.run import last_candidates
+from jtok_jax.study.estimate import markdown_table
+from jtok_jax.study.results import Table, read_csv, write_csv
+from jtok_jax.study.run import load_progress
 from jtok_jax.study.spec import Study, cells, named_errors, resolve
-from jtok_jax.study.trainer import Fingerprints, Places, commit
+from jtok_jax.study.trainer import Paths, commit, data_fingerprint
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
 from jtok_jax.training.step import jit_train_step
@@ -40,21 +39,18 @@ class StepTime(NamedTuple):
 
 
 def step_times(path: pathlib.Path) -> dict[str, StepTime]:
-    """What `time_candidates` wrote, by candidate; empty if it did not run.
+    """Return what `time_candidates` wrote, by candidate; empty if it did not run.
 
     Raises:
         ConfigError: an older version did, or it is damaged.
     """
-    if not path.exists():
-        return {}
     try:
-        times = [StepTime(*line) for line in read_csv(path, StepTime.__annotations__)]
+        return {one.candidate: one for one in read_csv(path, StepTime)}
     except ConfigError as error:
         raise ConfigError(f"{error} Or run `study time` again, or delete it.") from error
-    return {one.candidate: one for one in times}
 
 
-def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> str:
+def time_candidates(study: Study, paths: Paths, name: str, *, rounds: int) -> str:
     """Time what the last stage of a study trains; RESULTS/NAME-steps.csv and Markdown.
 
     All are compiled and held at once; the order of a round rotates.
@@ -65,64 +61,55 @@ def time_candidates(study: Study, places: Places, name: str, *, rounds: int) -> 
     """
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; expected at least 1.")
-    candidates = last_candidates(study, places)
-    stage = dataclasses.replace(study.stages[-1], seeds=study.stages[-1].seeds[:1])
-    timed = {cell.candidate.name: cell for cell in cells(study, stage, candidates)}
-    table, source = Table(places.results), Fingerprints()
-    configs, arms = {}, {}
-    for candidate, cell in timed.items():
-        configs[candidate] = resolve(cell, places.root, data=places.data)
-        table.get(cell, configs[candidate], data=source.of(configs[candidate]))
-    for candidate, config in configs.items():
-        with named_errors(candidate):
-            arms[candidate] = _Timed(config)
-    for number in tqdm(range(rounds), unit="round", desc="time"):
-        order = list(arms.values())
-        for arm in order[number % len(order) :] + order[: number % len(order)]:
-            arm.step()
-    seconds = {name: np.array(arm.seconds[1:]) for name, arm in arms.items()}
-    baseline = candidates[study.baseline][0].name
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    progress, table, steps = load_progress(study, paths), Table(paths.results), {}
+    progress.require(study.baseline in progress.candidates, paths)
+    timed = {one.name: cells(study, study.stages[-1], [one])[0]
+             for of_arm in progress.candidates.values() for one in of_arm}  # fmt: skip
+    configs = {arm: resolve(cell, paths.root, data=paths.data) for arm, cell in timed.items()}
+    for arm, config in configs.items():
+        table.get(timed[arm], config, data=data_fingerprint(config))
+    for arm, config in configs.items():
+        with named_errors(arm):
+            steps[arm] = _Step(config)
+    order = list(steps.values())
+    for _ in tqdm(range(rounds), unit="round", desc="time"):
+        for step in order:
+            step.run()
+        order.append(order.pop(0))
+    seconds = {arm: np.array(step.seconds[1:]) for arm, step in steps.items()}
+    baseline = progress.candidates[study.baseline][0].name
+    about = rounds, f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit(paths.root)
     times = []
     for arm, of_arm in seconds.items():
-        ratios = of_arm / seconds[baseline]
-        middle = float(np.median(ratios)), *map(float, np.percentile(ratios, (10, 90)))
-        about = 1000 * float(np.median(of_arm)), len(ratios), device, commit(places.root)
-        times.append(StepTime(arm, timed[arm].key, *middle, *about))
-    path = places.results / f"{name}-steps.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        text = lambda value: f"{value:.4g}" if isinstance(value, float) else value
-        writer.writerows([StepTime._fields, *[[text(value) for value in one] for one in times]])
-    return _markdown(times, baseline)
+        spread = np.percentile(of_arm / seconds[baseline], (50, 10, 90)).tolist()
+        times.append(
+            StepTime(arm, timed[arm].key, *spread, 1000 * float(np.median(of_arm)), *about)
+        )
+    paths.results.mkdir(parents=True, exist_ok=True)
+    write_csv(paths.results / f"{name}-steps.csv", StepTime, times, digits=4)
+    head = "arm", f"step over {baseline}'s", "10th to 90th percentile", "ms"
+    return markdown_table(head, [
+        (one.candidate, f"{one.ratio:.3f}", f"{one.low:.3f} to {one.high:.3f}",
+         f"{one.milliseconds:.1f}")
+        for one in times
+    ])  # fmt: skip
 
 
-class _Timed:
-    """A compiled step, its state and a batch; the first step is not counted."""
+class _Step:
+    """A compiled step, its state and a batch; the first call is not counted."""
 
     def __init__(self, config: Config):
         mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
         ids = make_batch(open_source(config).sequences(1))
         self._batch = [put_batch(mesh, array) for array in ids]
         self._state = init_state(config, optimizer, mesh)
-        run = jit_train_step(config, optimizer, mesh)
-        self._run = run.lower(self._state, *self._batch).compile()
+        step = jit_train_step(config, optimizer, mesh)
+        self._step = step.lower(self._state, *self._batch).compile()
         self.seconds: list[float] = []
-        self.step()
+        self.run()
 
-    def step(self) -> None:
+    def run(self) -> None:
+        """Run the step once and note its seconds."""
         began = time.perf_counter()
-        self._state, _ = jax.block_until_ready(self._run(self._state, *self._batch))
+        self._state, _ = jax.block_until_ready(self._step(self._state, *self._batch))
         self.seconds.append(time.perf_counter() - began)
-
-
-def _markdown(times: list[StepTime], baseline: str) -> str:
-    lines = [
-        f"| arm | step over {baseline}'s | 10th to 90th percentile | ms |",
-        "|---|---|---|---|",
-    ]
-    for one in times:
-        span = f"{one.low:.3f} to {one.high:.3f}"
-        lines.append(f"| {one.candidate} | {one.ratio:.3f} | {span} | {one.milliseconds:.1f} |")
-    return "\n".join(lines)
