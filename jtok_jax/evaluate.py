@@ -22,8 +22,8 @@ from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
 from jtok_jax.hosts import Hosts, code_and_versions, joined
 from jtok_jax.launch import recognise
-from jtok_jax.mesh import check_batches, fitting, make_mesh, replicated
-from jtok_jax.model.placement import describe
+from jtok_jax.mesh import check_batches, make_mesh, replicated
+from jtok_jax.model.placement import describe, fitting
 from jtok_jax.training.checkpoint import checkpoints_of, load_params, require_same_tokenizer
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import StallWatch

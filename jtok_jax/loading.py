@@ -16,8 +16,8 @@ from jtok_jax.data import manifest, tokenizer
 from jtok_jax.errors import ConfigError
 from jtok_jax.inference.generator import for_inference, for_mesh, generate
 from jtok_jax.inference.sampling import Sampling
-from jtok_jax.mesh import over_all
 from jtok_jax.model.params import Params, bind
+from jtok_jax.model.placement import over_all
 from jtok_jax.model.transformer import Transformer
 from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
 

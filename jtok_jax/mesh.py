@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
-from jtok_jax.model_config import ModelConfig
 
 AXES = ("data", "fsdp", "expert", "tensor")
 AUTO = (AxisType.Auto,) * len(AXES)
@@ -74,25 +73,6 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     shape = mesh_shape(config, jax.device_count())
     return jax.make_mesh(shape, AXES, axis_types=AUTO)
-
-
-def over_all(model: ModelConfig) -> MeshConfig:
-    """Parameters and tables split along one axis over as many devices here as D allows: tables by
-    columns where that leaves multiples of `COLUMNS`, else by rows if it can.
-    """
-    count = math.gcd(model.model_dim, jax.device_count())
-    by_rows = model.model_dim % (count * COLUMNS) and model.padded_vocab % count == 0
-    split = {"table_columns": "", "table_rows": "fsdp"} if by_rows else {"table_columns": "fsdp"}
-    return MeshConfig(fsdp=count, **split)
-
-
-def fitting(config: Config) -> MeshConfig:
-    """The mesh of a run if it fits the devices here, else `over_all`."""
-    try:
-        mesh_shape(config.mesh, jax.device_count())
-        return config.mesh
-    except ConfigError:
-        return over_all(config.model)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:

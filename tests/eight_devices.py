@@ -29,7 +29,6 @@ from jtok_jax.mesh import (
     make_mesh,
     mesh_shape,
     num_shards,
-    over_all,
     put_batch,
     sharding,
 )
@@ -37,7 +36,7 @@ from jtok_jax.model import moe
 from jtok_jax.model.attention import SIMULATED, causal
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import bind
-from jtok_jax.model.placement import parameter_sharding, table_layouts
+from jtok_jax.model.placement import over_all, parameter_sharding, table_layouts
 from jtok_jax.model_config import ModelConfig, MoeConfig
 from jtok_jax.training import step
 from jtok_jax.training.checkpoint import Checkpoints
@@ -334,7 +333,8 @@ def test_more_unique_ids_than_there_is_room_for_make_the_step_void():
 
 @pytest.mark.parametrize(("model", "layout"), [
     (MODELS["jtok"], LAYOUTS["columns"]),
-    (with_every_table(replace(MODELS["jtok_m"], moe=EXPERTS)), None),
+    (replace(with_every_table(replace(MODELS["jtok_m"], moe=EXPERTS)),
+             streams="bigram=2:40, trigram=3:48:2"), None),
 ])  # fmt: skip
 def test_text_is_that_of_one_device(model, layout):
     """Prompts of other lengths and number than the devices."""

@@ -13,6 +13,7 @@ import pytest
 from operations import IMPLEMENTATIONS
 from pythons import newest, oldest
 from small import (
+    JTOK,
     KINDS,
     one_device,
     random_ids,
@@ -36,14 +37,12 @@ from jtok_jax.mesh import (
     TableLayout,
     abstract_mesh,
     check_batches,
-    fitting,
     make_mesh,
-    over_all,
     sharding,
 )
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.params import declared_tables
-from jtok_jax.model.placement import describe, rules_of, table_layouts
+from jtok_jax.model.placement import describe, fitting, over_all, rules_of, table_layouts
 from jtok_jax.model.transformer import Across
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.planning.advice import changed
@@ -151,7 +150,7 @@ def test_tools_split_a_model_over_the_devices_there_are(monkeypatch):
     """By columns of whole lanes, else by rows where these divide, else by columns; D decides."""
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     model = lambda dim, vocab: ModelConfig(
-        model_dim=dim, vocab_size=vocab, num_heads=2, num_kv_heads=2
+        model_dim=dim, vocab_size=vocab, num_heads=2, num_kv_heads=2, jtok=JTOK
     )
     columns = {"table_columns": "fsdp"}
     rows = {"table_columns": "", "table_rows": "fsdp"}

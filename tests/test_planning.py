@@ -103,7 +103,7 @@ def test_topologies_that_are_none(text, says):
     ({"mesh.fsdp": 3}, "tensor is 3, which does not divide the 8 devices"),
     ({"mesh.fsdp": 8, "train.batch_size": 12}, "multiple of the 8 devices"),
     ({"evaluation.batch_size": 12}, r"evaluation\.batch_size .* is 12; expected a multiple of"),
-    ({"mesh.fsdp": 8, "mesh.table_experts": "fsdp"}, "do not divide the 1 experts"),
+    ({"mesh.fsdp": 8, "mesh.table_experts": "fsdp"}, "no layer has several tables to choose from"),
 ])  # fmt: skip
 def test_what_cannot_be_cut_is_refused_with_numbers(change, says):
     with pytest.raises(ConfigError, match=says):

@@ -312,13 +312,6 @@ def test_folders_that_cannot_be_written_are_told_before_anything_is_trained(tmp_
     assert not list(tmp_path.rglob("console.txt"))
 
 
-def test_an_arm_whose_optimizer_cannot_be_is_refused_before_anything_is_trained():
-    fields = {"optimizer.tables.kind": "lazy_adam"}
-    study = dataclasses.replace(STUDY, arms=(ARMS[0], dataclasses.replace(ARMS[1], fields=fields)))
-    with pytest.raises(ConfigError, match=r"bigram.*: optimizer.tables.kind is 'lazy_adam'"):
-        check_study(study, ROOT)
-
-
 def test_the_bar_leaves_out_the_record_before_the_first_step(tmp_path):
     metrics, bar = tmp_path / "metrics.jsonl", tqdm(total=9, file=io.StringIO(), initial=5)
     for lines, steps in ((0, 0), (1, 0), (2, 1), (3, 2)):

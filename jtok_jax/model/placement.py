@@ -6,13 +6,48 @@ import functools
 import math
 from collections.abc import Callable
 
+import jax
 from jax.sharding import Mesh, NamedSharding
 
-from jtok_jax.config import Config
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
-from jtok_jax.mesh import RULES, Rules, TableLayout, num_shards, sharding, table_layout, table_rules
+from jtok_jax.mesh import (
+    COLUMNS,
+    RULES,
+    Rules,
+    TableLayout,
+    mesh_shape,
+    num_shards,
+    sharding,
+    table_layout,
+    table_rules,
+)
 from jtok_jax.model.params import declared, declared_tables
 from jtok_jax.model.transformer import TABLES
+from jtok_jax.model_config import ModelConfig
+
+
+def over_all(model: ModelConfig) -> MeshConfig:
+    """Return a mesh of as many devices here as D allows, all of which split every parameter.
+
+    Tables are split by columns where that leaves multiples of `COLUMNS`, else by rows if it can,
+    else by columns; each table as it can if they differ.
+    """
+    count = math.gcd(model.model_dim, jax.device_count())
+    shapes = [table.shape for table in declared_tables(model).values()]
+    fits = lambda multiple, axis: all(shape[axis] % multiple == 0 for shape in shapes)
+    if not fits(count * COLUMNS, -1) and fits(count, -2):
+        return MeshConfig(fsdp=count, table_columns="", table_rows="fsdp")
+    return MeshConfig(fsdp=count, table_columns="fsdp" if fits(count, -1) else "auto")
+
+
+def fitting(config: Config) -> MeshConfig:
+    """Return the mesh of a run if it fits the devices here, else `over_all`."""
+    try:
+        mesh_shape(config.mesh, jax.device_count())
+        return config.mesh
+    except ConfigError:
+        return over_all(config.model)
 
 
 @functools.cache

@@ -81,6 +81,17 @@ class Reader(NamedTuple):
             table[...], layer, self.ids[table.stream], plan, row_grads, exchange, of_group
         )
 
+    def of_layer(
+        self, stacks: dict[str, jax.Array], row_grads: dict[str, jax.Array]
+    ) -> dict[str, Lookup]:
+        """Return the lookups of one layer by table.
+
+        Args:
+            stacks: the layer's index in the stack of each table.
+            row_grads: those of the layer by table; {}: not in training.
+        """
+        return {name: self.lookup(name, stacks[name], row_grads.get(name)) for name in stacks}
+
     def at_input(self, name: str) -> Lookup:
         """Return the lookup of a table that no layer has."""
         grads = self.training.grads[name][0] if self.training else None

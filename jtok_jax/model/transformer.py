@@ -195,22 +195,17 @@ class Transformer(nnx.Module):
         tables = self.named_tables
         reader = make_reader(tables, config.id_streams, ids_BT, before_BC, training, exchanges)
         in_layers = reader.in_layers
+        partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)
 
         def body(h_BTD, layer):
             params, stacks, row_grads, cache = layer
-            block = nnx.merge(graph, params)
             mine = {"by": by, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
-            lookups = {
-                name: reader.lookup(name, stacks[name], row_grads.get(name)) for name in in_layers
-            }
-            others = {name: one for name, one in lookups.items() if name != TABLES}
-            run = lambda lookups: block(h_BTD, lookups=lookups, with_health=with_health, **mine)
-            if TABLES not in lookups or min(in_layers[TABLES].layers) >= 0:
-                out_BTD, kept, aux = run(lookups)
-            else:  # some layers carry tables and some do not
-                carries = stacks[TABLES] >= 0
-                out_BTD, kept, aux = _either(carries, lambda: run(lookups), lambda: run(others))
+            lookups = reader.of_layer(stacks, row_grads)
+            run = functools.partial(
+                nnx.merge(graph, params), h_BTD, with_health=with_health, **mine
+            )
+            out_BTD, kept, aux = _with_or_without_tables(run, lookups, stacks.get(TABLES), partly)
             return split(out_BTD, split_batch), (kept, aux)
 
         h_BTD = split(self.embed[ids_BT].astype(config.compute_dtype), split_columns)
@@ -274,6 +269,14 @@ def _with_stds(health: dict[str, jax.Array], final_B2: jax.Array) -> dict[str, j
         return jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0))
 
     return health | {"hidden_std": std(health["hidden_std"]), "final_std": std(final_B2)}
+
+
+def _with_or_without_tables(run: Callable, lookups: dict, stack, partly: bool):
+    """Run a layer; if only some carry JTok's tables, `stack` is negative for the others."""
+    if not partly:
+        return run(lookups=lookups)
+    others = {name: lookup for name, lookup in lookups.items() if name != TABLES}
+    return _either(stack >= 0, lambda: run(lookups=lookups), lambda: run(lookups=others))
 
 
 def _either(condition: jax.Array, with_tables: Callable, without: Callable):
