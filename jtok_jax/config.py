@@ -127,9 +127,11 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 500  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
+    keep_best: int = 0  # also those of the lowest validation loss, of steps that have one
 
     def __post_init__(self):
         at_least(self, "checkpoint", 1, "every", "keep")
+        at_least(self, "checkpoint", 0, "keep_best")
 
 
 @dataclasses.dataclass(frozen=True)

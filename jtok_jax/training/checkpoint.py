@@ -19,7 +19,7 @@ import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
-from jtok_jax.config import Config, MeshConfig
+from jtok_jax.config import CheckpointConfig, Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.mesh import make_mesh
@@ -35,6 +35,7 @@ from jtok_jax.training.state import TrainState, non_finite
 orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
+_RANKED_BY = "val_loss"  # in the metrics of a checkpoint
 _PARAMS = "params/"  # leaves of a checkpoint that the tools read
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
 
@@ -43,12 +44,11 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
-        keep = ocp.training.preservation_policies.LatestN(config.checkpoint.keep)
         self._folder = workdir.absolute() / CHECKPOINTS
         self._config, self._data, self._pending, self._step = config, data, None, None
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
-            preservation_policy=keep,
+            preservation_policy=_preservation(config.checkpoint),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
@@ -58,8 +58,10 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state: TrainState, step: int, *, val_loss: float | None = None) -> None:
         """Start writing `state`; returns once the arrays may change.
+
+        val_loss: finite, by which checkpoint.keep_best ranks it; None: it is not ranked.
 
         Raises:
             CheckpointError: the save before this one failed.
@@ -83,7 +85,10 @@ class Checkpoints:
         self._step = step
         with self._failure(step):
             leaves = named_leaves(state)
-            response = self._checkpointer.save_async(step, leaves, custom_metadata=metadata)
+            ranked_by = None if val_loss is None else {_RANKED_BY: val_loss}
+            response = self._checkpointer.save_async(
+                step, leaves, metrics=ranked_by, custom_metadata=metadata
+            )
         self._pending = step, response
 
     def check(self, seconds: float = 0.0) -> None:
@@ -147,6 +152,21 @@ class Checkpoints:
         leaves = _load(self._checkpointer, step, wanted)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
+
+
+def _preservation(options: CheckpointConfig):
+    """Return Orbax's policy of what is kept: the newest checkpoints, and the best ones if asked."""
+    policies = ocp.training.preservation_policies
+    newest = policies.LatestN(options.keep)
+    if not options.keep_best:
+        return newest
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics[_RANKED_BY],
+        reverse=True,  # the lowest last, where Orbax takes the best from
+        n=options.keep_best,
+        keep_checkpoints_without_metrics=False,
+    )
+    return policies.AnyPreservationPolicy([newest, best])
 
 
 class _NotedFailure(logging.Filter):
