@@ -174,7 +174,7 @@ def console_line(
 
 
 def parameter_table(config: Config, *, column_shards: int = 1) -> str:
-    """Counts of the model and its tables, for the start of a run.
+    """Return the counts of the model and its tables, for the start of a run.
 
     column_shards: parts of a table's row, each on a device.
     """
@@ -233,7 +233,7 @@ def _duration(seconds: float) -> str:
 
 
 def _numbers(record: dict[str, object]) -> Iterator[tuple[str, float]]:
-    """Every number of a record by name; of a list of them as NAME/0, NAME/1, ..."""
+    """Yield every number of a record by name, those of a list as NAME/0, NAME/1, ..."""
     for name, value in record.items():
         if isinstance(value, list):
             yield from _numbers({f"{name}/{place}": part for place, part in enumerate(value)})
@@ -242,7 +242,7 @@ def _numbers(record: dict[str, object]) -> Iterator[tuple[str, float]]:
 
 
 def _plain(value: np.ndarray) -> object:
-    """A JSON value of a scalar or array; what is not finite becomes null."""
+    """Return the JSON value of a scalar or array; what is not finite becomes null."""
     if value.ndim:
         return [_plain(item) for item in value]
     number = value.item()
@@ -250,7 +250,7 @@ def _plain(value: np.ndarray) -> object:
 
 
 def validation_due(workdir: pathlib.Path, step: int | None, config: Config) -> bool:
-    """Whether the validation after `step`, the last saved, is yet to be made: a signal ended it."""
+    """Return whether the validation after `step`, the last saved, is missing: a signal ended it."""
     if step is None or (step < config.train.steps and step % config.evaluation.every):
         return False
     lines = _lines_up_to(workdir / FILE_NAME, step)
@@ -265,7 +265,7 @@ def _line(record: dict[str, object]) -> str:
 
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
-    """Lines of steps up to `step`, sought from the end; one cut short by a kill is dropped."""
+    """Return the lines of steps up to `step`, without one at the end that a kill cut short."""
     kept = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
         while kept and not (kept[-1].endswith("\n") and json.loads(kept[-1])["step"] <= step):
