@@ -105,7 +105,7 @@ def open_writers(config: Config, workdir: pathlib.Path, first_step: int) -> list
     return [JsonLinesWriter(workdir, first_step), *others]
 
 
-def step_values(metrics: StepMetrics, health: dict[str, object]) -> dict[str, object]:
+def step_record(metrics: StepMetrics, health: dict[str, object]) -> dict[str, object]:
     """Return the measurements of a step as JSON values; waits for it. Not finite becomes None."""
     values = jax.device_get(metrics)._asdict()
     words = values.pop("batch_hash")

@@ -36,7 +36,7 @@ from jtok_jax.training.metrics import (
     console_line,
     open_writers,
     parameter_table,
-    step_values,
+    step_record,
     validation_due,
 )
 from jtok_jax.training.optimizer import make_optimizer
@@ -265,7 +265,7 @@ class Run:
             return
         (step, metrics, health, data_wait), self._pending = self._pending, None
         with self._stall.waiting_for(f"end of step {step}"):
-            values = step_values(metrics, health)
+            values = step_record(metrics, health)
         values |= self._timer.step(data_wait=data_wait)
         if health or step == 1 or values["bad_in_row"]:
             self._tell_progress(step, values)
