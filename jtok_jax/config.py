@@ -99,7 +99,7 @@ class TrainConfig:
     max_unique_ids: int = 0  # of a step; fewer take less memory and time; 0: as many as tokens
     z_loss: float = 1e-4  # weight of mean(logsumexp(logits)^2)
     max_bad_steps: int = 5  # non-finite steps in a row that stop the run
-    stall_seconds: float = 1800.0  # longest wait for a batch, step or save; 0: no limit
+    stall_seconds: float = 1800.0  # longest wait: batch, compilation, step, save; 0: no limit
     start_seconds: float = 300.0  # longest wait for all processes to come, and to compare notes
     heartbeat_seconds: int = 100  # a process silent for so long is taken for dead
     log_every: int = 10  # steps between console lines; metrics.jsonl has every step
@@ -127,9 +127,11 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 500  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
+    keep_best: int = 0  # also those of the lowest validation loss, of steps that have one
 
     def __post_init__(self):
         at_least(self, "checkpoint", 1, "every", "keep")
+        at_least(self, "checkpoint", 0, "keep_best")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +194,14 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+
+    def __post_init__(self):
+        save, validate = self.checkpoint.every, self.evaluation.every
+        if self.checkpoint.keep_best and save % validate and validate % save:
+            raise ConfigError(
+                f"checkpoint.keep_best ranks steps that are saved and validated; checkpoint.every "
+                f"is {save}, evaluation.every {validate}. Make one a multiple of the other."
+            )
 
     @property
     def schedule_steps(self) -> int:

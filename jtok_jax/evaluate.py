@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     option = parser.add_argument
     option("--workdir", required=True, type=pathlib.Path, help="folder of a run of train.py")
     option("--data", default="", help="prepared corpus; default: data.path of the run")
+    option("--step", default="newest", help="of a checkpoint; or newest, best; default: newest")
     option("--batch_size", type=int, help="sequences at a time; default: evaluation.batch_size")
     option("--coordinator_address", help="HOST:PORT of process 0, of several")
     option("--num_processes", type=int, help="of several; 1: this one is alone")
@@ -53,15 +54,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, hosts: Hosts) -> None:
-    """Print the losses of the newest checkpoint."""
+    """Print the losses of a checkpoint."""
     hosts.agree("code and versions", code_and_versions(), ConfigError)
     asked = asked_mesh(options)
     facts = {
         "--config.mesh": asked and dataclasses.asdict(asked),
         "--batch_size": options.batch_size,
+        "--step": options.step,
     }
     hosts.agree("options", facts, ConfigError)
-    saved = load_params(options.workdir, lambda config: asked or fitting(config))
+    choose = lambda config: asked or fitting(config)
+    saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)
     source = open_source(config)
     hosts.agree("data and checkpoint", source.fingerprint | {"step": saved.step}, DataError)

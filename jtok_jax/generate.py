@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""python -m jtok_jax.generate: text from the newest checkpoint of a run.
+"""python -m jtok_jax.generate: text from a checkpoint of a run, the newest unless --step says.
 
     python -m jtok_jax.generate --workdir=runs/quickstart --prompt='def ' --tokens=60
 Several --prompt options are generated as one batch. The model is split over all devices of the
@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     option = parser.add_argument
     option("--workdir", required=True, type=pathlib.Path, help="folder of a run of train.py")
+    option("--step", default="newest", help="of a checkpoint; or newest, best (newest)")
     option("--prompt", required=True, action="append", help="may be given several times")
     option("--tokens", type=int, default=64, help="tokens to add (64)")
     option("--temperature", type=float, default=0.8, help="0: the most likely token (0.8)")
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top_p is {options.top_p}; expected more than 0 and at most 1.")
-    loaded = load(options.workdir, data=options.data)
+    loaded = load(options.workdir, data=options.data, step=options.step)
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     texts = loaded.generate(
         options.prompt, tokens=options.tokens, sampling=sampling, seed=options.seed

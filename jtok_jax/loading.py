@@ -23,7 +23,7 @@ from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
 
 
 class LoadedRun(NamedTuple):
-    """The newest checkpoint of a run, split over the devices here if there are several."""
+    """A checkpoint of a run, split over the devices here if there are several."""
 
     config: Config
     params: Params  # by name, such as "blocks/attention/query"
@@ -81,18 +81,25 @@ class LoadedRun(NamedTuple):
         return texts
 
 
-def load(workdir: pathlib.Path | str, *, data: pathlib.Path | str | None = None) -> LoadedRun:
-    """Return the newest checkpoint of a run of train.py with its tokenizer.
+def load(
+    workdir: pathlib.Path | str,
+    *,
+    data: pathlib.Path | str | None = None,
+    step: str = "newest",
+) -> LoadedRun:
+    """Return a checkpoint of a run of train.py with its tokenizer.
 
     Args:
         data: folder of a prepared corpus, for its tokenizer; None: data.path of the run.
+        step: "newest", "best" or a number, as of `load_params`.
 
     Raises:
         CheckpointError: there is no finished checkpoint, or it is damaged.
         ConfigError: the run has no tokenizer.
         DataError: the tokenizer is another one.
     """
-    saved = load_params(pathlib.Path(workdir), lambda config: over_all(config.model))
+    choose = lambda config: over_all(config.model)
+    saved = load_params(pathlib.Path(workdir), choose, step=step)
     if not data and not saved.config.data.path:
         raise ConfigError("The run used synthetic data and has no tokenizer to write text with.")
     folder = pathlib.Path(data or saved.config.data.path)

@@ -195,6 +195,7 @@ ELSEWHERE = {
     "train.heartbeat_seconds": "test_hosts_fail",
     "checkpoint.every": "test_train_loop",
     "checkpoint.keep": "test_train_loop",
+    "checkpoint.keep_best": "test_run",
     "evaluation.every": "test_train_loop",
     "evaluation.batch_size": "test_data",
     "evaluation.max_sequences": "test_data",

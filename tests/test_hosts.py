@@ -95,6 +95,7 @@ import functools
 import signal
 import sys
 import train
+from jtok_jax.training import run
 
 def ask(stop):
     signal.raise_signal(signal.SIGTERM)
@@ -104,7 +105,7 @@ def evaluate(*arguments, stop, **options):
     return real(*arguments, stop=functools.partial(ask, stop), **options)
 
 if "--process_id=1" in sys.argv:
-    real, train.evaluate = train.evaluate, evaluate
+    real, run.evaluate = run.evaluate, evaluate
 train.app.run(train.main, flags_parser=train.parse_flags)
 """
 

@@ -22,7 +22,8 @@ from test_train_loop import check_same_run, records, times_final_norm
 
 import train as train_module
 from jtok_jax.errors import CheckpointError, NonFiniteError, Preempted
-from jtok_jax.training.metrics import MetricsWriter, validation_due
+from jtok_jax.training import run as run_module
+from jtok_jax.training.metrics import open_writers, validation_due
 
 pytestmark = oldest
 train = train_module.train
@@ -46,7 +47,7 @@ def finished(config, tmp_path_factory):
 
 def signal_in_validation(monkeypatch, number: int) -> None:
     """SIGTERM after the first batch of the validation of that number, from 1."""
-    real, validations = train_module.evaluate, itertools.count(1)
+    real, validations = run_module.evaluate, itertools.count(1)
 
     def evaluate(*arguments, stop, **options):
         asked, now = itertools.count(), next(validations)
@@ -58,7 +59,7 @@ def signal_in_validation(monkeypatch, number: int) -> None:
 
         return real(*arguments, stop=ask, **options)
 
-    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
 
 
 @pytest.mark.parametrize(("validation", "step"), [(1, 0), (2, 5), (4, 11)])
@@ -126,16 +127,22 @@ def test_a_record_is_completed_at_once_or_not_at_all(config, tmp_path, monkeypat
     path.write_text('{"step": 4, "loss": 3.0}\n{"step": 5, "loss": 2.0}\n{"step": 6, "loss": 1.0}')
     assert validation_due(tmp_path, 5, config)
     assert not validation_due(tmp_path, 4, config)  # none was due
-    writer = MetricsWriter(tmp_path, resumed_at=5, tensorboard=True)
+    writers = open_writers(changed(config, {"logging.tensorboard": True}), tmp_path, first_step=6)
+
+    def write(step, values):
+        for writer in writers:
+            writer.write(step, values)
+
     with monkeypatch.context() as patched:
         patched.setattr("pathlib.Path.replace", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            writer.complete(5, {"val_loss": 0.5})
+            write(5, {"val_loss": 0.5})
     assert [record["step"] for record in records(tmp_path)] == [4, 5]
-    writer.complete(5, {"val_loss": 0.5})
+    write(5, {"val_loss": 0.5})
     assert records(tmp_path)[1:] == [{"step": 5, "loss": 2.0, "val_loss": 0.5}]
     board.add_scalar.assert_called_once_with("val_loss", 0.5, 5)
-    writer.close()
+    for writer in writers:
+        writer.close()
     assert not validation_due(tmp_path, 5, config)
 
 

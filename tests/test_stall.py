@@ -21,6 +21,7 @@ import train
 from small import KINDS
 from jtok_jax.config import Config, DataConfig, TrainConfig
 from jtok_jax.data.loader import SyntheticSource
+from jtok_jax.training import run
 
 def stuck(*args, **options):
     yield from (batch for batch, _ in zip(batches(*args, **options), "abc"))
@@ -31,7 +32,7 @@ config = Config(
     data=DataConfig(source="synthetic"),
     train=TrainConfig(steps=9, batch_size=2, seq_len=8, stall_seconds=5.0),
 )
-where = train if sys.argv[2] == "train_batches" else SyntheticSource
+where = run if sys.argv[2] == "train_batches" else SyntheticSource
 batches = getattr(where, sys.argv[2])
 setattr(where, sys.argv[2], stuck)
 train.train(config, pathlib.Path(sys.argv[1]))

@@ -30,7 +30,7 @@ from jtok_jax.errors import (
 from jtok_jax.training import step as step_module
 from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.guards import WorkdirLock
-from jtok_jax.training.metrics import MetricsWriter
+from jtok_jax.training.metrics import open_writers
 
 train = train_module.train
 
@@ -336,8 +336,8 @@ def test_tensorboard_files_are_written_if_asked(config, tmp_path, monkeypatch):
     starts = []  # what was written of these steps before does not count
     board = lambda folder, *, purge_step: starts.append(purge_step)
     monkeypatch.setattr("tensorboardX.SummaryWriter", board)
-    for done in (None, 2):
-        MetricsWriter(tmp_path, resumed_at=done, tensorboard=True).close()
+    for first in (0, 3):
+        open_writers(changed(config, {"logging.tensorboard": True}), tmp_path, first)[0].close()
     assert starts == [0, 3]
 
 

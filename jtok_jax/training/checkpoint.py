@@ -19,7 +19,7 @@ import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
-from jtok_jax.config import Config, MeshConfig
+from jtok_jax.config import CheckpointConfig, Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.mesh import make_mesh
@@ -35,31 +35,34 @@ from jtok_jax.training.state import TrainState, non_finite
 orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
+_RANKED_BY = "val_loss"  # in the metrics of a checkpoint
 _PARAMS = "params/"  # leaves of a checkpoint that the tools read
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
 
 
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """Saves and restores the checkpoints of one workdir."""
 
     def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
-        keep = ocp.training.preservation_policies.LatestN(config.checkpoint.keep)
         self._folder = workdir.absolute() / CHECKPOINTS
         self._config, self._data, self._pending, self._step = config, data, None, None
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
-            preservation_policy=keep,
+            preservation_policy=_preservation(config.checkpoint),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
         self._noted = _NotedFailure()
 
     def latest_step(self) -> int | None:
+        """Return the step of the newest checkpoint, None if there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state: TrainState, step: int, *, val_loss: float | None = None) -> None:
         """Start writing `state`; returns once the arrays may change.
+
+        val_loss: finite, by which checkpoint.keep_best ranks it; None: it is not ranked.
 
         Raises:
             CheckpointError: the save before this one failed.
@@ -83,7 +86,10 @@ class Checkpoints:
         self._step = step
         with self._failure(step):
             leaves = named_leaves(state)
-            response = self._checkpointer.save_async(step, leaves, custom_metadata=metadata)
+            ranked_by = None if val_loss is None else {_RANKED_BY: val_loss}
+            response = self._checkpointer.save_async(
+                step, leaves, metrics=ranked_by, custom_metadata=metadata
+            )
         self._pending = step, response
 
     def check(self, seconds: float = 0.0) -> None:
@@ -108,6 +114,7 @@ class Checkpoints:
             self.check(_POLL_SECONDS)
 
     def close(self) -> None:
+        """Wait for the save under way and let go of Orbax; after a failure here do not wait."""
         with contextlib.closing(self._noted):
             try:
                 self.wait()
@@ -130,7 +137,7 @@ class Checkpoints:
             ) from error
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The newest state, in the shardings of `abstract`, after comparing everything.
+        """Return the newest state, in the shardings of `abstract`, after comparing everything.
 
         Raises:
             ConfigError: the run was made with another configuration.
@@ -149,8 +156,23 @@ class Checkpoints:
         return state._replace(params=to_stored(self._config.model, state.params))
 
 
+def _preservation(options: CheckpointConfig):
+    """Return Orbax's policy of what is kept: the newest checkpoints, and the best ones if asked."""
+    policies = ocp.training.preservation_policies
+    newest = policies.LatestN(options.keep)
+    if not options.keep_best:
+        return newest
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics[_RANKED_BY],
+        reverse=True,  # the lowest last, where Orbax takes the best from
+        n=options.keep_best,
+        keep_checkpoints_without_metrics=False,
+    )
+    return policies.AnyPreservationPolicy([newest, best])
+
+
 class _NotedFailure(logging.Filter):
-    """Why a save in the background failed here, taken from Orbax's log when it says so.
+    """Notes why a save in the background failed here, from Orbax's log when it says so.
 
     Of several processes Orbax lets no save end before those of all others have, and the others
     wait for the one that failed: its response would tell it after Orbax's limit of 20 minutes.
@@ -177,7 +199,7 @@ class _NotedFailure(logging.Filter):
 
 
 class Saved(NamedTuple):
-    """What the tools read of a run's newest checkpoint."""
+    """What the tools read of a checkpoint."""
 
     step: int
     config: Config
@@ -186,7 +208,7 @@ class Saved(NamedTuple):
 
 
 def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
-    """The folder of a run's checkpoints. Raises CheckpointError if there is none."""
+    """Return the folder of a run's checkpoints. Raises CheckpointError if there is none."""
     folder = workdir.absolute() / CHECKPOINTS
     if not folder.is_dir():
         raise CheckpointError(
@@ -196,13 +218,17 @@ def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def load_params(
-    workdir: pathlib.Path, choose: Callable[[Config], MeshConfig] | None = None
+    workdir: pathlib.Path,
+    choose: Callable[[Config], MeshConfig] | None = None,
+    *,
+    step: str = "newest",
 ) -> Saved:
-    """Parameters of the newest checkpoint under `workdir`, without the optimizer.
+    """Return the parameters of a checkpoint under `workdir`, without the optimizer.
 
     Args:
         choose: a mesh of all devices here to split them over, by the configuration of the run; it
             becomes the `config.mesh` of what is returned. None: all of them on one device.
+        step: "newest", "best" (of those still there, the lowest validation loss) or a number.
 
     Raises:
         CheckpointError: there is none, it is damaged, or other code wrote it.
@@ -210,12 +236,8 @@ def load_params(
     """
     folder = checkpoints_of(workdir)
     with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
-        if checkpointer.latest is None:
-            raise CheckpointError(
-                f"No finished checkpoint in {folder}; train until the first save."
-            )
-        step = checkpointer.latest.step
-        found = _metadata(checkpointer, step, folder)
+        number = _choose_step(checkpointer, step, folder)
+        found = _metadata(checkpointer, number, folder)
         config = from_config_dict(completed(found.custom_metadata["config"]))
         if choose:
             config = dataclasses.replace(config, mesh=choose(config))
@@ -223,18 +245,36 @@ def load_params(
         config = _anywhere(config, column_shards)
         saved = {name: x for name, x in found.metadata.items() if name.startswith(_PARAMS)}
         expected = {_PARAMS + name: x for name, x in abstract_params(config.model).items()}
-        _compare_leaves(saved, expected, step)
+        _compare_leaves(saved, expected, number)
         place_of = lambda name, leaf: place(name.removeprefix(_PARAMS), leaf)
         wanted = dict.fromkeys(found.metadata, ...)  # Orbax skips those
         wanted |= {name: place_of(name, leaf) for name, leaf in saved.items()}
-        leaves = _load(checkpointer, step, wanted)
+        leaves = _load(checkpointer, number, wanted)
     params = {name.removeprefix(_PARAMS): leaves[name] for name in saved}
     params = to_stored(config.model, params)
-    return Saved(step, config, found.custom_metadata["data"], params)
+    return Saved(number, config, found.custom_metadata["data"], params)
+
+
+def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:
+    """Return the step of the checkpoint that `load_params` was asked for."""
+    losses = {one.step: (one.metrics or {}).get(_RANKED_BY) for one in checkpointer.checkpoints}
+    if not losses:
+        raise CheckpointError(f"No finished checkpoint in {folder}; train until the first save.")
+    if asked == "newest":
+        return max(losses)
+    ranked = {step: loss for step, loss in losses.items() if loss is not None}
+    if asked == "best" and ranked:
+        return min(ranked, key=ranked.get)
+    if asked.isdecimal() and int(asked) in losses:
+        return int(asked)
+    raise CheckpointError(
+        f"No checkpoint {asked!r} in {folder}; there are {', '.join(map(str, losses))}, with a "
+        f"validation loss {', '.join(map(str, ranked)) or 'none'}. Pass one of them, or newest."
+    )
 
 
 def _placing(config: Config, *, alone: bool) -> tuple[Callable, int]:
-    """(name, leaf -> where it is restored to, devices that split the columns of tables)."""
+    """Return (name, leaf -> where it is restored), and how many devices split table columns."""
     if alone:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return lambda _, leaf: _placed(leaf, device), 1
@@ -275,13 +315,13 @@ def require_same_tokenizer(saved: Saved, tokenizer_sha256: str, where: pathlib.P
 
 
 def named_leaves(state: TrainState) -> dict[str, jax.Array]:
-    """Every leaf of a state by its path, e.g. "params/embed"."""
+    """Return every leaf of a state by its path, such as "params/embed"."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
 def _logical(state: TrainState) -> TrainState:
-    """What is stored: tables in their logical shape, whatever the operations here hold."""
+    """Return the state as stored: tables in their logical shape, whatever is held here."""
     return state._replace(params=to_logical(state.params))
 
 
@@ -317,7 +357,7 @@ def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A failed load logs every leaf with a traceback; the error raised says it once."""
+    """Silence Orbax: a failed load logs a traceback per leaf, and the error says it once."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -330,7 +370,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
-    """Orbax casts dtypes silently; nothing is loaded unless all leaves agree."""
+    """Raise CheckpointError unless all leaves agree; Orbax would cast dtypes silently."""
     problems = [f"  {name}: missing" for name in wanted if name not in found]
     problems += [f"  {name}: not in this configuration" for name in found if name not in wanted]
     for name in wanted.keys() & found.keys():

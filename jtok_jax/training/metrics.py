@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""metrics.jsonl, TensorBoard and what the console shows."""
+"""Measures a run's steps and writes them: metrics.jsonl, TensorBoard and the console."""
 
+import contextlib
 import json
 import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -23,20 +25,97 @@ from jtok_jax.training.step import StepMetrics
 FILE_NAME = "metrics.jsonl"
 
 
-def step_record(
-    metrics: StepMetrics, health: dict[str, jax.Array], *, step: int
-) -> dict[str, object]:
-    """What metrics.jsonl says of one step; waits for the step. Values that are not finite: null."""
-    metrics, health = jax.device_get((metrics, health))
-    values = metrics._asdict()
+class Writer(Protocol):
+    """Where the numbers of a run go; the run's first process alone has writers."""
+
+    def write(self, step: int, values: dict[str, object]) -> None:
+        """Write `values` of `step`; a second call for the newest step adds to it."""
+
+    def close(self) -> None:
+        """Write what is held back; called once, also where the run fails."""
+
+
+class JsonLinesWriter:
+    """Writes metrics.jsonl, one JSON object a step; drops steps that a resumed run repeats."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int):
+        self._path, self._file = workdir / FILE_NAME, None
+        if first_step == 0 and self._path.exists() and self._path.stat().st_size:
+            self._path.rename(self._path.with_suffix(".before.jsonl"))  # of a run without a save
+        lines = _lines_up_to(self._path, first_step - 1)
+        self._newest = json.loads(lines[-1])["step"] if lines else None
+        self._replace(lines)
+
+    def write(self, step: int, values: dict[str, object]) -> None:
+        if step == self._newest:
+            *lines, newest = _lines_up_to(self._path, step)
+            self._replace([*lines, _line(json.loads(newest) | values)])
+            return
+        self._file.write(_line({"step": step} | values))
+        self._file.flush()
+        self._newest = step
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _replace(self, lines: list[str]) -> None:
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(lines))
+        partial.replace(self._path)
+        if self._file:
+            self._file.close()
+        self._file = self._path.open("a")
+
+
+class TensorBoardWriter:
+    """Writes DIR/tensorboard; its readers forget `first_step` and later of an earlier process."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int):
+        try:
+            import tensorboardX
+        except ImportError as error:
+            raise ConfigError(
+                "logging.tensorboard is set but tensorboardX is not installed; "
+                "pip install -e '.[tensorboard]', or leave it off: metrics.jsonl has everything."
+            ) from error
+        folder = str(workdir / "tensorboard")
+        self._board = tensorboardX.SummaryWriter(folder, purge_step=first_step)
+
+    def write(self, step: int, values: dict[str, object]) -> None:
+        for name, value in _numbers(values):
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+# Beside metrics.jsonl, by the field of `logging` that asks for it.
+WRITERS: dict[str, Callable[[pathlib.Path, int], Writer]] = {"tensorboard": TensorBoardWriter}
+
+
+def open_writers(config: Config, workdir: pathlib.Path, first_step: int) -> list[Writer]:
+    """Return the writers of a run whose first record is of `first_step`.
+
+    Raises:
+        ConfigError: a writer that was asked for is not installed; metrics.jsonl is as it was.
+        CheckpointError: metrics.jsonl is damaged.
+    """
+    asked = [make for name, make in WRITERS.items() if getattr(config.logging, name)]
+    others = [make(workdir, first_step) for make in asked]
+    return [JsonLinesWriter(workdir, first_step), *others]
+
+
+def step_record(metrics: StepMetrics, health: dict[str, object]) -> dict[str, object]:
+    """Return the measurements of a step as JSON values; waits for it. Not finite becomes None."""
+    values = jax.device_get(metrics)._asdict()
     words = values.pop("batch_hash")
-    record = {"step": step, "batch_hash": "".join(f"{word:08x}" for word in words)}
     values = {name: value for name, value in (values | health).items() if value is not None}
-    return record | {name: _plain(value) for name, value in values.items()}
+    plain = {name: _plain(value) for name, value in values.items()}
+    return {"batch_hash": "".join(f"{word:08x}" for word in words)} | plain
 
 
 class Timer:
-    """Speed of the steps since the last report."""
+    """Measures the steps, each from the end of the one before, without what was left out."""
 
     def __init__(self, config: Config):
         self._tokens = config.train.batch_size * config.train.seq_len
@@ -44,94 +123,58 @@ class Timer:
         peak = flops.peak_flops(jax.devices()[0].device_kind)
         self._flops_per_token = counts.train_flops
         self._peak = peak * jax.device_count() if peak else None
-        self.restart()
+        self._steps, self._seconds = 0, 0.0
+        self.start()
 
-    def restart(self) -> None:
-        """Leave out what happened since the last step (evaluation, saving)."""
+    def start(self) -> None:
+        """Begin the next step now."""
         self._last = time.perf_counter()
 
+    @contextlib.contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Context whose time belongs to no step, such as a validation."""
+        began = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - began
+
     def step(self, *, data_wait: float) -> dict[str, float]:
-        """Speed of the step that just finished, whose batch was waited for `data_wait` seconds."""
+        """Return the speed of the step that just ended, `data_wait` seconds after its batch."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        self._steps, self._seconds = self._steps + 1, self._seconds + seconds
         speed = self._tokens / seconds
         record = {"tokens_per_second": speed, "step_seconds": seconds, "data_wait": data_wait}
         if self._peak:
             record["mfu"] = speed * self._flops_per_token / self._peak
         return record
 
-
-class MetricsWriter:
-    """Appends one JSON object a line; a resumed run first drops the steps it will repeat.
-
-    workdir: None writes nothing.
-    """
-
-    def __init__(self, workdir: pathlib.Path | None, *, resumed_at: int | None, tensorboard: bool):
-        self._board = self._file = None
-        if workdir is None:
-            return
-        first = 0 if resumed_at is None else resumed_at + 1
-        self._board = _tensorboard(workdir / "tensorboard", first) if tensorboard else None
-        self._path = workdir / FILE_NAME
-        if resumed_at is None and self._path.exists() and self._path.stat().st_size:
-            self._path.rename(self._path.with_suffix(".before.jsonl"))  # of a run without a save
-        self._replace([] if resumed_at is None else _lines_up_to(self._path, resumed_at))
-
-    def write(self, record: dict[str, object]) -> None:
-        """Append the record of a step."""
-        if self._file:
-            self._file.write(_line(record))
-            self._file.flush()
-            self._show(record["step"], record)
-
-    def complete(self, step: int, values: dict[str, object]) -> None:
-        """Add `values` to the record of `step`, the last one; begin it if there is none."""
-        if self._file:
-            self._file.close()
-            lines = _lines_up_to(self._path, step)
-            record = json.loads(lines.pop()) if lines else {"step": step}
-            self._replace([*lines, _line(record | values)])
-            self._show(step, values)
-
-    def _show(self, step: int, values: dict[str, object]) -> None:
-        if self._board:
-            for name, value in _numbers(values):
-                self._board.add_scalar(name, value, step)
-
-    def _replace(self, lines: list[str]) -> None:
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(lines))
-        partial.replace(self._path)
-        self._file = self._path.open("a")
-
-    def close(self) -> None:
-        if self._file:
-            self._file.close()
-        if self._board:
-            self._board.close()
+    def seconds_for(self, steps: int) -> float | None:
+        """Return what so many more steps take by the mean of all; None before two were timed."""
+        return steps * self._seconds / self._steps if self._steps >= 2 else None
 
 
-def console_line(record: dict[str, object], *, steps: int) -> str:
-    """One line of progress."""
-    step, seconds = record["step"], record["step_seconds"]
-    loss = record["loss"]
+def console_line(
+    step: int, values: dict[str, object], *, steps: int, seconds_left: float | None
+) -> str:
+    """Return one line of progress."""
+    loss = values["loss"]
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
         "loss  not finite" if loss is None else f"loss {loss:.4f}",
-        f"{record['tokens_per_second']:,.0f} tokens/s",
-        f"MFU {100 * record['mfu']:.1f}%" if "mfu" in record else "MFU n/a",
-        f"{1000 * seconds:.0f} ms/step",
-        f"data wait {1000 * record['data_wait']:.0f} ms",
-        f"{_duration((steps - step) * seconds)} left",
+        f"{values['tokens_per_second']:,.0f} tokens/s",
+        f"MFU {100 * values['mfu']:.1f}%" if "mfu" in values else "MFU n/a",
+        f"{1000 * values['step_seconds']:.0f} ms/step",
+        f"data wait {1000 * values['data_wait']:.0f} ms",
     ]
-    if record["bad_steps"]:
-        parts.append(f"{record['bad_steps']} steps skipped")
+    if seconds_left is not None:
+        parts.append(f"{_duration(seconds_left)} left")
+    if values["bad_steps"]:
+        parts.append(f"{values['bad_steps']} steps skipped")
     return "  ".join(parts)
 
 
 def parameter_table(config: Config, *, column_shards: int = 1) -> str:
-    """Counts of the model and its tables, for the start of a run.
+    """Return the counts of the model and its tables, for the start of a run.
 
     column_shards: parts of a table's row, each on a device.
     """
@@ -190,16 +233,16 @@ def _duration(seconds: float) -> str:
 
 
 def _numbers(record: dict[str, object]) -> Iterator[tuple[str, float]]:
-    """Every number of a record by name; of a list of them as NAME/0, NAME/1, ..."""
+    """Yield every number of a record by name, those of a list as NAME/0, NAME/1, ..."""
     for name, value in record.items():
         if isinstance(value, list):
             yield from _numbers({f"{name}/{place}": part for place, part in enumerate(value)})
-        elif isinstance(value, int | float) and name != "step":
+        elif isinstance(value, int | float):
             yield name, value
 
 
 def _plain(value: np.ndarray) -> object:
-    """A JSON value of a scalar or array; what is not finite becomes null."""
+    """Return the JSON value of a scalar or array; what is not finite becomes null."""
     if value.ndim:
         return [_plain(item) for item in value]
     number = value.item()
@@ -207,7 +250,7 @@ def _plain(value: np.ndarray) -> object:
 
 
 def validation_due(workdir: pathlib.Path, step: int | None, config: Config) -> bool:
-    """Whether the validation after `step`, the last saved, is yet to be made: a signal ended it."""
+    """Return whether the validation after `step`, the last saved, is missing: a signal ended it."""
     if step is None or (step < config.train.steps and step % config.evaluation.every):
         return False
     lines = _lines_up_to(workdir / FILE_NAME, step)
@@ -222,7 +265,7 @@ def _line(record: dict[str, object]) -> str:
 
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
-    """Lines of steps up to `step`, sought from the end; one cut short by a kill is dropped."""
+    """Return the lines of steps up to `step`, without one at the end that a kill cut short."""
     kept = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
         while kept and not (kept[-1].endswith("\n") and json.loads(kept[-1])["step"] <= step):
@@ -233,15 +276,3 @@ def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
             "file away, and the same command goes on with a new one."
         ) from error
     return kept
-
-
-def _tensorboard(folder: pathlib.Path, first: int):
-    """A writer whose readers forget what an earlier process wrote of step `first` and later."""
-    try:
-        import tensorboardX
-    except ImportError as error:
-        raise ConfigError(
-            "logging.tensorboard is set but tensorboardX is not installed; "
-            "pip install -e '.[tensorboard]', or leave it off: metrics.jsonl has everything."
-        ) from error
-    return tensorboardX.SummaryWriter(str(folder), purge_step=first)

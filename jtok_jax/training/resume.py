@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""May a run go on? Its configuration and data, beside those its workdir was written with."""
+"""Compares a run's configuration and data with those that its workdir was written with."""
 
 import json
 import pathlib
@@ -72,6 +72,7 @@ def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> N
 
 
 def require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
+    """Raise DataError with a diff if the same step would give other examples."""
     keys = sorted(saved.keys() | now.keys())
     lines = [
         f"  {key}: {str(saved.get(key))[:32]} in the run, {str(now.get(key))[:32]} now"

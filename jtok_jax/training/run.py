@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The run that the loop of train.py drives: its devices, data, steps, checkpoints and metrics."""
+
+import contextlib
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jtok_jax.config import Config
+from jtok_jax.config_dict import flatten, to_dict
+from jtok_jax.data.loader import open_source, train_batches
+from jtok_jax.errors import ConfigError, DataError, Preempted
+from jtok_jax.hosts import Hosts, code_and_versions
+from jtok_jax.mesh import (
+    check_batches,
+    make_mesh,
+    put_batch,
+    replicated,
+    rows_here,
+    split_batch,
+)
+from jtok_jax.model.params import Params
+from jtok_jax.model.placement import describe, jtok_column_shards
+from jtok_jax.training import guards
+from jtok_jax.training.checkpoint import Checkpoints
+from jtok_jax.training.evaluate import evaluate
+from jtok_jax.training.metrics import (
+    Timer,
+    Writer,
+    console_line,
+    open_writers,
+    parameter_table,
+    step_record,
+    validation_due,
+)
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.resume import claim_workdir
+from jtok_jax.training.state import TrainState, abstract_state, init_state
+from jtok_jax.training.step import (
+    StepMetrics,
+    jit_train_step,
+    make_eval_step,
+    make_health_step,
+)
+
+
+@contextlib.contextmanager
+def open_run(config: Config, workdir: pathlib.Path, hosts: Hosts) -> Iterator["Run"]:
+    """Open the run of `workdir`, locked; at the end wait for its last save.
+
+    Raises:
+        WorkdirError: another trainer has the workdir; nothing was touched.
+        ConfigError, DataError, HostError: processes, devices, data or workdir do not fit.
+    """
+    with contextlib.ExitStack() as stack:
+        if not hosts.several:
+            stack.enter_context(guards.WorkdirLock(workdir))
+        hosts.agree("code and versions", code_and_versions(), ConfigError)
+        hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
+        hosts.check_shared(workdir / guards.LOCK_FILE)
+        stop = stack.enter_context(guards.StopSignal())
+        stall = guards.StallWatch(workdir, config.train.stall_seconds, hosts.announce)
+        run = Run(config, workdir, hosts, stop, stall)
+        stack.callback(stall.within, "end of the last save", run.checkpoints.close)
+        stack.push(hosts.leave_if_alone)
+        stack.callback(run.close_writers)
+        yield run
+
+
+class _Pending(NamedTuple):
+    """A step that was started and not yet reported."""
+
+    step: int
+    metrics: StepMetrics
+    health: dict[str, object]
+    data_wait: float  # seconds
+
+
+class Run:
+    """A run on its devices; the caller holds the state, as every step donates it.
+
+    What waits for devices, files or other processes does so under the stall watch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        hosts: Hosts,
+        stop: guards.StopSignal,
+        stall: guards.StallWatch,
+    ):
+        self.config, self.workdir, self.hosts = config, workdir, hosts
+        self.stop, self._stall = stop, stall
+        with stall.waiting_for("devices of all processes"):
+            self._mesh = make_mesh(config.mesh)
+        self._tell_devices()
+        check_batches(config, self._mesh)
+        self._source = open_source(config)
+        if hosts.lead:
+            claim_workdir(workdir, config)
+        self._tell_model()
+        self._optimizer = make_optimizer(config)
+        self.train_step = jit_train_step(config, self._optimizer, self._mesh)
+        everywhere = replicated(self._mesh)
+        self.health_step = jax.jit(make_health_step(config, self._mesh), out_shardings=everywhere)
+        self._eval_step = jax.jit(make_eval_step(config, self._mesh), out_shardings=everywhere)
+        self._timer = Timer(config)
+        self._writers: list[Writer] = []
+        self._pending: _Pending | None = None
+        self._val_loss: float | None = None  # after the newest step that was reported
+        self.checkpoints = Checkpoints(workdir, config, data=self._source.fingerprint)
+
+    def _tell_devices(self) -> None:
+        size = self.config.train.batch_size
+        self.hosts.stage(
+            f"has {jax.local_device_count()} of {jax.device_count()} devices and reads "
+            f"{len(rows_here(self._mesh, size))} of {size} sequences of a batch"
+        )
+
+    def _tell_model(self) -> None:
+        config, mesh, kind = self.config, self._mesh, jax.devices()[0].device_kind
+        self.hosts.say(f"{jax.device_count()} x {kind}, {describe(config, mesh)}")
+        shards = jtok_column_shards(config, mesh)
+        self.hosts.say(parameter_table(config, column_shards=shards))
+
+    # ------------------------------------------------------------------ before the loop
+
+    def restore_or_init(self) -> TrainState:
+        """Return the state of the newest checkpoint, or a fresh one; all processes agree on it."""
+        done = self.checkpoints.latest_step()
+        due = validation_due(self.workdir, done, self.config)
+        found = self._source.fingerprint | {"last step": done, "validation due": due}
+        self.hosts.agree("data and checkpoint", found, DataError)
+        self.first_step, self.validation_due = (done or 0) + 1, done is None or due
+        if done is None:
+            return init_state(self.config, self._optimizer, self._mesh)
+        with self._stall.waiting_for(f"restored checkpoint of step {done}"):
+            abstract = abstract_state(self.config, self._optimizer, self._mesh)
+            state = self.checkpoints.restore(abstract)
+        self.hosts.say(f"resumed at step {done}")
+        return state
+
+    def is_finished(self) -> bool:
+        """Return whether all steps are taken and the last validation is made."""
+        return self.first_step > self.config.train.steps and not self.validation_due
+
+    def open_writers(self) -> None:
+        """Open metrics.jsonl and the other writers, on one process of all."""
+        if self.hosts.lead:
+            first = self.first_step if self.first_step > 1 else 0  # 0: the validation before step 1
+            self._writers = open_writers(self.config, self.workdir, first)
+
+    def close_writers(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+    def compile(self, state: TrainState) -> None:
+        """Compile the training and the health step, so that the time of no step contains it."""
+        train = self.config.train
+        shape, split = (train.batch_size, train.seq_len), split_batch(self._mesh)
+        ids_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+        began = time.perf_counter()
+        self.hosts.say("compiling the step ...")
+        # For the state itself, not its shapes: an executable takes the very layouts it was made
+        # for, and raises where a jitted function would compile again.
+        with self._stall.waiting_for("compiled step"):
+            self.train_step = self.train_step.lower(state, ids_BT, ids_BT).compile()
+            self.health_step = self.health_step.lower(state.params, ids_BT).compile()
+        self.hosts.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
+
+    def validate_first(self, state: TrainState) -> None:
+        """Validate the state that the run goes on from.
+
+        Raises:
+            Preempted: a signal came meanwhile; nothing is lost.
+            NonFiniteError: the run is at its last step and the loss is not finite.
+        """
+        step = self.first_step - 1
+        values = self._validate(step, state.params)
+        if not values:
+            asked = self.stop.agreed
+            raise Preempted(f"{asked} while validating step {step}. Run the same command.")
+        loss, saved = values["val_loss"], self.checkpoints.latest_step
+        guards.require_finite(step, loss, self.config, saved)  # else it would count as made
+        self._write(step, values)
+
+    # ------------------------------------------------------------------ the loop
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of every step to take; its batches are read ahead from now on."""
+        rows = rows_here(self._mesh, self.config.train.batch_size)
+        first, last = self.first_step, self.config.train.steps
+        self._batches = train_batches(self._source, self.config, rows, first_step=first)
+        self._timer.start()
+        yield from range(first, last + 1)
+
+    def read_batch(self, step: int) -> tuple[jax.Array, jax.Array]:
+        """Return the ids and targets of `step`, int32 [B, T], on the devices."""
+        began, size = time.perf_counter(), self.config.train.batch_size
+        with self._stall.waiting_for(f"batch for step {step}"):
+            batch = next(self._batches)
+        self._data_wait = time.perf_counter() - began
+        return tuple(put_batch(self._mesh, array, size=size) for array in batch)
+
+    def log_due(self, step: int) -> bool:
+        """Return whether `step` is shown, with the health before it."""
+        return self.evaluation_due(step) or step % self.config.train.log_every == 0
+
+    def evaluation_due(self, step: int) -> bool:
+        """Return whether a validation follows `step`."""
+        return self._is_last(step) or step % self.config.evaluation.every == 0
+
+    def save_due(self, step: int) -> bool:
+        """Return whether a checkpoint follows `step`: it is its turn, or a signal asks to stop."""
+        regular = self._is_last(step) or step % self.config.checkpoint.every == 0
+        return regular or self.stop.agreed is not None
+
+    def _is_last(self, step: int) -> bool:
+        return step == self.config.train.steps
+
+    def report(self, step: int, metrics: StepMetrics, health: dict[str, jax.Array]) -> None:
+        """Report the step before `step`, which is queued: the device never waits for us.
+
+        The health of `step` is waited for as well, so that its time can be left out.
+        """
+        self._report_pending()
+        if health:
+            with self._timer.left_out(), self._stall.waiting_for(f"health before step {step}"):
+                health = jax.device_get(health)
+        self._pending = _Pending(step, metrics, health, self._data_wait)
+
+    def evaluate(self, state: TrainState) -> None:
+        """Report the step that led to `state`, with a validation unless a signal ends it."""
+        self._report_pending(state.params)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Save `state` in the background, but wait for the last save of the process."""
+        self._report_pending()  # what is not sound is not saved
+        finite = self._val_loss is not None and math.isfinite(self._val_loss)
+        with self._timer.left_out():
+            with self._stall.waiting_for(f"end of the save before step {step}"):
+                self.checkpoints.wait()
+            with self._stall.waiting_for(f"completed save at step {step}"):
+                self.checkpoints.save(state, step, val_loss=self._val_loss if finite else None)
+                if self._is_last(step) or self.stop.agreed:
+                    self.checkpoints.wait()
+
+    def raise_if_stopped(self, step: int) -> None:
+        """Raise Preempted if a signal asked to stop, unless the run has ended anyway."""
+        ended = self._is_last(step) and self._val_loss is not None
+        if self.stop.agreed and not ended:
+            asked = self.stop.agreed
+            raise Preempted(f"{asked}: saved step {step}. Run the same command to go on.")
+
+    def _report_pending(self, params: Params | None = None) -> None:
+        """Wait for the pending step and write it, with a validation of `params` if given."""
+        if self._pending is None:
+            return
+        (step, metrics, health, data_wait), self._pending = self._pending, None
+        with self._stall.waiting_for(f"end of step {step}"):
+            values = step_record(metrics, health)
+        values |= self._timer.step(data_wait=data_wait)
+        if health or step == 1 or values["bad_in_row"]:
+            self._tell_progress(step, values)
+        if params is not None:
+            with self._timer.left_out():
+                values |= self._validate(step, params)
+        self._val_loss = values.get("val_loss")
+        self._write(step, values)
+        record = {"step": step} | values
+        guards.require_sound(record, self.config, self.checkpoints.latest_step)
+
+    def _tell_progress(self, step: int, values: dict[str, object]) -> None:
+        steps = self.config.train.steps
+        left = self._timer.seconds_for(steps - step)
+        self.hosts.say(console_line(step, values, steps=steps, seconds_left=left))
+
+    def _validate(self, step: int, params: Params) -> dict[str, float]:
+        """Return the validation of `params`, those after `step`; {} if a signal ended it."""
+        validation = evaluate(
+            self._eval_step,
+            params,
+            self._source,
+            self._mesh,
+            batch_size=self.config.evaluation.batch_size,
+            waiting_for=self._stall.waiting_for,
+            stop=self.stop.reached,
+        )
+        if validation is None:
+            return {}
+        self.hosts.say(f"step {step}: {validation}")
+        return validation._asdict()
+
+    def _write(self, step: int, values: dict[str, object]) -> None:
+        for writer in self._writers:
+            writer.write(step, values)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""What a run times, and which of its checkpoints it keeps."""
+
+import dataclasses
+import json
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from pythons import oldest
+from small import KINDS
+from test_config import changed
+from test_data import run_config
+
+from jtok_jax.errors import CheckpointError, ConfigError
+from jtok_jax.hosts import Hosts
+from jtok_jax.training import run as run_module
+from jtok_jax.training.checkpoint import load_params
+from jtok_jax.training.evaluate import Validation
+from train import train
+
+pytestmark = oldest
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    start = run_config(corpus, steps=8)
+    return dataclasses.replace(start, model=dataclasses.replace(KINDS["dense"], vocab_size=300))
+
+
+@jax.jit
+def much_work(number: jax.Array) -> jax.Array:
+    """Return zero, after half a second or so."""
+    matrix = jnp.full((400, 400), number)
+    return 0 * jax.lax.fori_loop(0, 300, lambda _, x: jnp.tanh(x @ x), matrix).sum()
+
+
+def test_steps_are_compiled_before_the_loop_and_timed_without_their_health(
+    config, tmp_path, monkeypatch
+):
+    """And the time left is not told before two steps were timed."""
+    real = run_module.make_health_step
+
+    def slow(config, mesh):
+        step = real(config, mesh)
+
+        def wrapped(params, ids):
+            health = step(params, ids)
+            return health | {"slow": much_work(health["final_std"])}
+
+        return wrapped
+
+    counts, told = [], []
+    listener = lambda name, *_, **__: counts.append(name) if "backend_compile" in name else None
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    monkeypatch.setattr(run_module, "make_health_step", slow)
+    monkeypatch.setattr(Hosts, "say", lambda _, text: told.append((text, len(counts))))
+    train(changed(config, {"train.log_every": 1, "evaluation.every": 100}), tmp_path)
+
+    texts = [text for text, _ in told]
+    start = texts.index("compiling the step ...")
+    assert re.fullmatch(r"compiled the step in \d+\.\d s", texts[start + 1])
+    (validation, compiled), *steps = [one for one in told[start:] if one[0].startswith("step ")]
+    assert validation.startswith("step 0: validation loss")
+    assert [count for _, count in steps[:8]] == [compiled] * 8
+    assert [" left" in text for text, _ in steps[:8]] == [False] + 7 * [True]
+    much_work(1.0).block_until_ready()
+    began = time.perf_counter()
+    much_work(1.0).block_until_ready()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()[1:]
+    seconds = sorted(json.loads(line)["step_seconds"] for line in lines)
+    assert seconds[4] < (time.perf_counter() - began) / 2
+
+
+def test_the_best_checkpoint_survives_though_it_is_early(config, tmp_path, monkeypatch):
+    """Also over a restart; neither a loss that is not finite nor a missing one counts."""
+    losses = iter([0.1, 1.0, math.nan, 3.0, 2.0])  # of steps 0, 2, 4, 5 and 7; 0 is not saved
+    monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: Validation(next(losses), 0.0))
+    changes = {"checkpoint.keep": 1, "checkpoint.keep_best": 1, "checkpoint.every": 1}
+    changes |= {"evaluation.every": 2, "schedule.steps": 8}
+    for steps, kept in ((5, [2, 5]), (7, [2, 7])):
+        train(changed(config, changes | {"train.steps": steps}), tmp_path)
+        assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == kept
+        changes["evaluation.every"] = 100
+    found = [load_params(tmp_path, step=step).step for step in ("newest", "best", "2")]
+    assert found == [7, 2, 2]
+    with pytest.raises(CheckpointError, match=r"No checkpoint '6' in .*there are 2, 7, with a"):
+        load_params(tmp_path, step="6")
+
+
+def test_checkpoints_that_are_never_ranked_are_refused(config):
+    changes = {"checkpoint.every": 4, "evaluation.every": 6}
+    changed(config, changes)
+    with pytest.raises(ConfigError, match=r"every is 4, evaluation.every 6\. Make one a multiple"):
+        changed(config, changes | {"checkpoint.keep_best": 1})
