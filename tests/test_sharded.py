@@ -74,7 +74,7 @@ def test_operations_are_differentiable_in_shard_map():
 
 def test_the_split_step_of_the_documents_is_that_of_one_device():
     text = (ROOT / "kernels" / "README.md").read_text()
-    whole, split, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    whole, split = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     run_on_eight_devices(f"import numpy as np\n{whole}\n{split}\n{STEP}")
 
 

@@ -19,7 +19,7 @@ from test_config import changed
 from test_data import run_config
 from test_documents import blocks
 
-from jtok_jax import generate
+from jtok_jax import generate, loading
 from jtok_jax.data import manifest
 from jtok_jax.errors import CheckpointError
 from jtok_jax.evaluate import main as evaluate_main
@@ -176,7 +176,7 @@ def test_other_code_is_refused_by_the_tools(workdir):
 def test_generate_ends_where_the_text_ends(finished, monkeypatch, corpus):
     asked = {}
     monkeypatch.setattr(
-        generate, "generate", lambda *_, **options: asked.update(options) or np.zeros((1, 1), int)
+        loading, "generate", lambda *_, **options: asked.update(options) or np.zeros((1, 1), int)
     )
     generate_main([f"--workdir={finished}", "--prompt=abc"])
     assert asked["end_id"] == manifest.read_manifest(corpus).end_id
