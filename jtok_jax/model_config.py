@@ -82,10 +82,6 @@ class JtokConfig:
             )
 
     @property
-    def tables_per_layer(self) -> int:
-        return self.num_tables if self.kind == "jtok_m" else 1
-
-    @property
     def rows_per_token(self) -> int:
         return self.top_k if self.kind == "jtok_m" else 1
 
