@@ -257,7 +257,7 @@ def test_mixtures_have_the_same_bits_in_every_layout():
         config = run_config("jtok_m", layout)
         mesh = make_mesh(config.mesh)
         ids = np.asarray(random_ids(config.model, *BATCH))
-        exchange = step.across_devices(config, mesh).exchange
+        exchange = step.across_devices(config, mesh).exchanges["tables"]
 
         def fetch(ids, choice, weights, exchange=exchange):
             of_group = exchange.gather_ids(ids)

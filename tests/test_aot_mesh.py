@@ -187,7 +187,8 @@ def test_decoding_on_eight_devices_sends_activations_alone(target, split):
     put = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
     kept = put((model.num_layers, prompts, places, 8, DIM // 16), jnp.bfloat16)
     ids, key = put((prompts,), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
-    arguments = ids, Cache(kept, kept, ids), put((), key.dtype), Sampling(), mesh
+    cache = Cache(kept, kept, ids, put((prompts, 0), jnp.int32))
+    arguments = ids, cache, put((), key.dtype), Sampling(), mesh
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), not_cached():
         program = generator._decode.lower(model, params, *arguments).compile()
     sent = [size(*shape) for _, _, shapes in results(program.as_text()) for shape in shapes]

@@ -161,6 +161,7 @@ def test_the_comparison_with_maxtext_says_what_to_install(monkeypatch, capsys):
     assert compare.main() == 2
     assert capsys.readouterr().err.startswith("MaxText is not installed; pip install 'maxtext[tpu]")
     found = {"peak": 3 << 29, "accessed": 2e9, "cycles": count(TEXT, num_layers=3)._asdict()}
+    found["kernels_at_peak"] = 4e6
     assert compare.line(compare.ROWS["xla"], found) == (
-        "| ours, xla | 1.50 | 0 + 3 kernels | 0 | 0 | 0 | 2.0 |  |"
+        "| ours, xla | 1.50 | 0 + 3 kernels | 4 | 0 | 0 | 0 | 2.0 |  |"
     )

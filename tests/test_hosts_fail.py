@@ -93,15 +93,16 @@ def test_the_same_start_twice_leaves_the_first_run_alone(corpus, tmp_path):
 BROKEN = """
 import sys
 import train
+from jtok_jax.training import run
 
 def batches(*arguments, **options):
     for number, batch in enumerate(real(*arguments, **options)):
         if number == 5:
-            raise train.DataError("made up")
+            raise run.DataError("made up")
         yield batch
 
 if "--process_id=1" in sys.argv:
-    real, train.train_batches = train.train_batches, batches
+    real, run.train_batches = run.train_batches, batches
 train.app.run(train.main, flags_parser=train.parse_flags)
 """
 
