@@ -184,7 +184,7 @@ class ModelConfig:
             for name in names:
                 if name not in streams:
                     raise ConfigError(
-                        f"{where} is {name!r}, which no id stream has; there are "
+                        f"{where} names {name!r}, but the id streams are "
                         f"{', '.join(streams)}. Declare it: model.streams={name}=2:65536"
                     )
         if self.jtok.kind != "none" and streams[self.jtok.stream].heads > 1:
@@ -207,7 +207,10 @@ class ModelConfig:
     @property
     def streams_read(self) -> dict[str, tuple[str, ...]]:
         """Names of the streams that tables read, by the option that says so; {} without tables."""
-        arms = {f"model.arms.{arm}": names for arm, names in self.arms.table_streams.items()}
+        arms = {
+            f"model.arms.{arm}.{'streams' if arm == 'ngram' else 'stream'}": names
+            for arm, names in self.arms.table_streams.items()
+        }
         jtok = {} if self.jtok.kind == "none" else {"model.jtok.stream": (self.jtok.stream,)}
         return jtok | arms
 

@@ -326,8 +326,8 @@ def test_names_that_are_no_arms_are_refused(names):
     ({"streams": "token=2:9"}, "declares 'token' twice, or it is the token's own"),
     ({"streams": "bigram=2:9999999999"}, "9999999999 rows; ids are int32"),
     ({"streams": "bigram=2:9"}, "declares bigram, which no table reads"),
-    ({"arms": ArmsConfig(names="ngram")}, "model.arms.ngram is 'bigram', which no id stream has"),
-    ({"jtok": dataclasses.replace(JTOK, stream="x")}, "model.jtok.stream is 'x'"),
+    ({"arms": ArmsConfig(names="ngram")}, "ngram.streams names 'bigram', but the id streams are"),
+    ({"jtok": dataclasses.replace(JTOK, stream="x")}, "model.jtok.stream names 'x'"),
     ({"jtok": dataclasses.replace(JTOK, stream="x"), "streams": "x=2:9:2"}, "several hash heads"),
 ])  # fmt: skip
 def test_streams_that_cannot_be_are_refused(changes, message):
