@@ -56,7 +56,7 @@ def anatomy(workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40) -
     removed: so many of the most frequent tokens are taken out of the tables, one at a time.
 
     Raises:
-        ConfigError: the model has no tables, `removed` is negative, or matplotlib is missing.
+        ConfigError: the model has no tables by token, `removed` is negative, or matplotlib is missing.
         DataError: the data is not what the run was trained on.
     """
     if removed < 0:
@@ -64,6 +64,11 @@ def anatomy(workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40) -
     saved, figure = load_params(workdir), new_figure(13, 8)
     if saved.config.model.tables_shape is None:
         raise ConfigError(f"{workdir} has no token tables: its model.jtok.kind is none.")
+    if (stream := saved.config.model.jtok.stream) != "token":
+        raise ConfigError(
+            f"The tables of {workdir} are looked up by {stream!r} (model.jtok.stream); the anatomy "
+            "is of tables by token."
+        )
     source = open_source(saved.config)
     if source.fingerprint != saved.data:
         raise DataError(
