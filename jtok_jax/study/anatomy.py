@@ -56,7 +56,8 @@ def anatomy(workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40) -
     removed: so many of the most frequent tokens are taken out of the tables, one at a time.
 
     Raises:
-        ConfigError: the model has no tables by token, `removed` is negative, or matplotlib is missing.
+        ConfigError: the model has no tables by token, `removed` is negative, or matplotlib is
+            missing.
         DataError: the data is not what the run was trained on.
     """
     if removed < 0:
