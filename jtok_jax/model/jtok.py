@@ -26,14 +26,14 @@ HEALTH_TOKENS = 256  # at most so many tokens, spread over the batch, stand for 
 
 
 class Prefetched(NamedTuple):
-    """What is known of a layer's rows before its feed-forward is done."""
+    """Holds what is known of a layer's rows before its feed-forward is done."""
 
     routed: Route | None  # JTok-M
     rows_BTD: jax.Array | None  # rows or mixtures, where they come from other devices
 
 
 class _TableLayer(nnx.Module):
-    """What JTok and JTok-M share: the scale s, the form of their equations, and a table."""
+    """The part that JTok and JTok-M share: the scale s, the form of their equations, a table."""
 
     depth_scale: float | None = None
 

@@ -19,7 +19,7 @@ Params = dict[str, jax.Array]
 
 
 class Declared(NamedTuple):
-    """What a parameter says of itself, see jtok_jax.model.variables."""
+    """The metadata of a parameter, see jtok_jax.model.variables."""
 
     kind: type[Parameter]
     shape: tuple[int, ...]

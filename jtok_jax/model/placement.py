@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Where every parameter lies on a mesh, read off what it declares."""
+"""Layouts of tables and shardings of parameters on a mesh, read off what they declare."""
 
 import functools
 import math

@@ -23,7 +23,7 @@ GOLDEN = 0x9E3779B9  # sets the hash functions of a stream apart
 
 
 class Rows(NamedTuple):
-    """What a training step hands a model, so that gradients of tables are those of unique rows."""
+    """Plans and zeros that a training step hands a model, for gradients by unique row."""
 
     plans: dict[str, RowPlan]  # by `plan_key`
     grads: dict[str, jax.Array]  # zeros by table, see `zero_row_grads`; their cotangents count
