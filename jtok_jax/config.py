@@ -167,7 +167,8 @@ class MeshConfig:
     fsdp: int = 1  # splits D of parameters
     expert: int = 1  # splits the experts of a mixture
     tensor: int = 1  # splits heads, the feed-forward's width and the vocabulary
-    # Axes that split the tables that way, as "fsdp,tensor"; auto: that leave 128 n columns each.
+    # Axes that split the tables that way, as "fsdp,tensor"; auto: that leave 128 n columns each;
+    # fit: that leave any number, table by table.
     table_columns: str = "auto"
     table_experts: str = ""  # the n_e tables of JTok-M
     table_rows: str = ""

@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """A trained run in Python: its model, tokenizer and configuration; losses and text."""
 
+import dataclasses
 import functools
 import pathlib
 from typing import NamedTuple
@@ -44,6 +45,8 @@ class LoadedRun(NamedTuple):
         """Return float32 [T, V]: row i predicts the token after the first i + 1 of `encode`."""
         ids_BT = jnp.asarray([self.encode(text)], jnp.int32)
         config = for_mesh(self.config.model, self.params)
+        if config.attention == "splash":  # asked for windows: a text has another length
+            config = dataclasses.replace(config, attention="auto")
         return np.asarray(_logits(config, self.params, ids_BT)[0])
 
     def token_losses(self, text: str) -> list[tuple[str, float]]:

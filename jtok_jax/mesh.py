@@ -91,8 +91,9 @@ def table_layout(options: MeshConfig, mesh: Mesh, name: str, shape: tuple[int, .
     """
     experts, rows = _names(options.table_experts), _names(options.table_rows)
     experts = experts if len(shape) == 4 else ()
-    if options.table_columns == "auto":
-        columns = _columns_that_fit(shape[-1], mesh, taken=experts + rows)
+    if options.table_columns in ("auto", "fit"):
+        multiple = COLUMNS if options.table_columns == "auto" else 1
+        columns = _columns_that_fit(shape[-1], mesh, taken=experts + rows, multiple=multiple)
     else:
         columns = _names(options.table_columns)
     layout = TableLayout(columns, experts, rows)
@@ -203,11 +204,13 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _columns_that_fit(dim: int, mesh: Mesh, *, taken: tuple[str, ...]) -> tuple[str, ...]:
-    """As many axes as leave a multiple of `COLUMNS` on a device, those of parameters first."""
+def _columns_that_fit(
+    dim: int, mesh: Mesh, *, taken: tuple[str, ...], multiple: int
+) -> tuple[str, ...]:
+    """Return as many axes as leave a multiple of columns on a device, those of parameters first."""
     chosen, left = (), dim
     for name in ("fsdp", "tensor", "expert", "data"):
         size = mesh.shape[name]
-        if name not in taken and size > 1 and left % (size * COLUMNS) == 0:
+        if name not in taken and size > 1 and left % (size * multiple) == 0:
             chosen, left = (*chosen, name), left // size
     return chosen

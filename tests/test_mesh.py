@@ -24,6 +24,7 @@ from small import (
 from test_configs import load
 from test_resume import final_state, records, start
 
+from jtok_jax.arms_config import ArmsConfig, LowRankConfig
 from jtok_jax.config import (
     Config,
     EvaluationConfig,
@@ -158,6 +159,13 @@ def test_tools_split_a_model_over_the_devices_there_are(monkeypatch):
     assert over_all(model(768, 152064)) == MeshConfig(fsdp=8, **rows)
     assert over_all(model(768, 50257)) == MeshConfig(fsdp=8, **columns)
     assert over_all(model(12, 29)) == MeshConfig(fsdp=4, **columns)
+    uneven = dataclasses.replace(  # one small table cannot be cut, the others still are
+        model(768, 50257), arms=ArmsConfig(names="low_rank", low_rank=LowRankConfig(rank=12))
+    )
+    split = Config(model=uneven, mesh=over_all(uneven))
+    layouts = table_layouts(split, abstract_mesh(split.mesh, 8))
+    assert layouts["tables"].columns == ("fsdp",)
+    assert layouts["arms/low_rank/table"].columns == ()
     of_run = MeshConfig(fsdp=4, tensor=2)
     assert fitting(Config(model=model(2048, 29), mesh=of_run)) == of_run
     elsewhere = Config(model=model(2048, 29), mesh=MeshConfig(fsdp=16))

@@ -77,7 +77,9 @@ class LowRank(Arm):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, options = config.model_dim, config.arms.low_rank
-        self.out = normal(rngs, options.rank, dim, axes="rD", std=options.rank**-0.5)
+        self.out = normal(
+            rngs, options.rank, dim, axes="rD", std=options.rank**-0.5, full_precision=True
+        )
         self.scale = Vector(jnp.full(dim, options.scale_init, jnp.float32), "D")
         self.form = options.norm, options.eps
 
@@ -142,9 +144,10 @@ def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
     }  # fmt: skip
 
     def table(stream: str, layers: tuple[int, ...], columns: int, std: float) -> Table:
-        shape = max(len(layers), 1), config.id_streams[stream].num_rows, columns
-        noise = std * jax.random.normal(rngs.params(), shape) if std else jnp.zeros(shape)
-        return Table(noise.astype(options.table_dtype), "GRC", stream=stream, layers=layers)
+        pad = config.padded_vocab - config.vocab_size if stream == "token" else 0
+        shape = max(len(layers), 1), config.id_streams[stream].num_rows - pad, columns
+        told = {"axes": "GRC", "kind": Table, "stream": stream, "layers": layers}
+        return normal(rngs, *shape, std=std, dtype=options.table_dtype, pad=(pad, 0), **told)
 
     found = {}
     for arm, streams in options.table_streams.items():

@@ -38,7 +38,7 @@ def over_all(model: ModelConfig) -> MeshConfig:
     fits = lambda multiple, axis: all(shape[axis] % multiple == 0 for shape in shapes)
     if not fits(count * COLUMNS, -1) and fits(count, -2):
         return MeshConfig(fsdp=count, table_columns="", table_rows="fsdp")
-    return MeshConfig(fsdp=count, table_columns="fsdp" if fits(count, -1) else "auto")
+    return MeshConfig(fsdp=count, table_columns="fsdp" if fits(count, -1) else "fit")
 
 
 def fitting(config: Config) -> MeshConfig:

@@ -60,7 +60,9 @@ def normal(
     **metadata,
 ) -> Parameter:
     """Return a parameter drawn from normal(0, std), with `pad` zeros after the last two axes."""
-    value = (std * jax.random.normal(rngs.params(), shape)).astype(dtype)
+    key = rngs.params()
+    value = std * jax.random.normal(key, shape) if std else jnp.zeros(shape)
+    value = value.astype(dtype)
     if any(pad):
         widths = [(0, 0)] * (len(shape) - 2) + [(0, extra) for extra in pad]
         value = jnp.pad(value, widths)
