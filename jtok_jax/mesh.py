@@ -22,6 +22,7 @@ TOKENS = PartitionSpec(BATCH, "tensor")  # of [B, T] in shard_map: every device 
 COLUMNS = 128  # "auto" leaves a multiple on a device: a TPU's lanes, what kernels take
 
 _PAD = ", or set model.vocab_multiple"
+_PAD_ROWS = ", or set model.vocab_multiple (n-grams: another number of rows in model.streams)"
 Rules = Mapping[str, tuple[str, ...]]  # axis letter -> mesh axes
 
 # Every matrix has one D. Letters of the tables (X, R, C) follow `TableLayout`.
@@ -108,7 +109,7 @@ def table_layout(options: MeshConfig, mesh: Mesh, name: str, shape: tuple[int, .
             axes = ",".join(getattr(layout, what))
             raise ConfigError(
                 f"mesh.table_{what} is {axes!r}, {count} devices, which do not divide the {size} "
-                f"{what} of {name}; name axes whose sizes do{_PAD if what == 'rows' else ''}."
+                f"{what} of {name}; name axes whose sizes do{_PAD_ROWS if what == 'rows' else ''}."
             )
     return layout
 

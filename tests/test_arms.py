@@ -65,7 +65,7 @@ def run_with(model: ModelConfig, kind: str = "lazy_adam", **train) -> Config:
 
 
 def moved(params: dict, size: float = 0.3) -> dict:
-    """What starts at zero must count."""
+    """Return parameters with noise added, so that what starts at zero counts."""
     rng = np.random.default_rng(0)
     return {
         name: value + size * np.float32(rng.standard_normal(value.shape))

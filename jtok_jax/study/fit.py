@@ -27,7 +27,7 @@ RESAMPLES = 1000
 
 
 class Gain(NamedTuple):
-    """What one candidate is worth, mean over seeds."""
+    """The gain of one candidate, mean over seeds."""
 
     name: str
     loss: float

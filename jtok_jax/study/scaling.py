@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What the two scaling lines that arXiv 2602.00800 prints imply, beside what it claims."""
+"""The two scaling lines that arXiv 2602.00800 prints, and what they imply beside its claims."""
 
 import math
 from typing import NamedTuple

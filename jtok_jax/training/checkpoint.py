@@ -199,7 +199,7 @@ class _NotedFailure(logging.Filter):
 
 
 class Saved(NamedTuple):
-    """What the tools read of a checkpoint."""
+    """The part of a checkpoint that the tools read."""
 
     step: int
     config: Config

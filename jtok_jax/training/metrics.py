@@ -26,7 +26,7 @@ FILE_NAME = "metrics.jsonl"
 
 
 class Writer(Protocol):
-    """Where the numbers of a run go; the run's first process alone has writers."""
+    """Takes the numbers of a run; the run's first process alone has writers."""
 
     def write(self, step: int, values: dict[str, object]) -> None:
         """Write `values` of `step`; a second call for the newest step adds to it."""

@@ -24,7 +24,7 @@ from jtok_jax.model_config import ModelConfig
 
 
 def across_devices(config: Config, mesh: Mesh) -> Across | None:
-    """What the step needs to know of several devices; None on one."""
+    """Return how a step reads its tables on several devices; None on one."""
     if mesh.size == 1:
         return None
     tables, layouts = declared_tables(config.model), table_layouts(config, mesh)
@@ -46,11 +46,16 @@ def implementation(model: ModelConfig, name: str, *, column_shards: int = 1) -> 
     return choose_operations("auto", dim=table.shape[-1] // column_shards, dtype=table.dtype).name
 
 
+def _exchange(across: Across | None, name: str) -> Exchange | None:
+    """Return how a table is read on several devices; None on one."""
+    return across.exchanges.get(name) if across else None
+
+
 def make_plans(config: Config, ids_NBT: jax.Array, across: Across | None) -> dict[str, RowPlan]:
     """Return one plan for all microbatches of a step, for each stream, see `plan_key`."""
     plans, count = {}, ids_NBT.shape[0]
     for name, table in declared_tables(config.model).items():
-        exchange = across.exchanges.get(name) if across else None
+        exchange = _exchange(across, name)
         key = plan_key(table.stream, exchange)
         if key in plans:
             continue
@@ -77,7 +82,7 @@ def zero_row_grads(
     """Return float32 zeros by table, [L, (M,) U, D]: one for every layer, or [1, U, D]."""
     found = {}
     for name, table in declared_tables(config.model).items():
-        exchange = across.exchanges.get(name) if across else None
+        exchange = _exchange(across, name)
         plan = plans[plan_key(table.stream, exchange)]
         _, *several, _, dim = table.shape
         zeros = jnp.zeros((len(table.layers) or 1, *several, plan.unique_U.size, dim), jnp.float32)
@@ -114,7 +119,7 @@ def update_tables(
     new_params, new_states = {}, {}
     for name, grads in row_grads.items():
         table = declared_tables(config.model)[name]
-        exchange = across.exchanges.get(name) if across else None
+        exchange = _exchange(across, name)
         if exchange:
             update = exchange.update
         else:
