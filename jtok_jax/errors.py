@@ -6,7 +6,6 @@ Every message says what failed, where, what was expected and found, and what to 
 """
 
 import contextlib
-import re
 import sys
 from typing import NoReturn
 
@@ -81,13 +80,11 @@ def exit_on_error():
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
-        _exit(
-            1,
-            f"{reason}\nA device has too little memory. python -m jtok_jax.plan says what takes it "
-            "and what would fit: model.remat=full, model.loss_chunk, train.grad_accumulation, "
-            "another mesh.",
+        advice = (
+            "A device has too little memory. python -m jtok_jax.plan says what takes it and what "
+            "would fit: model.remat=full, model.loss_chunk, train.grad_accumulation, another mesh."
         )
+        _exit(1, f"{str(error).splitlines()[0]}\n{advice}")
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -104,21 +101,9 @@ def parse_flags(arguments: list[str]) -> list[str]:
                 hasattr(flags.FLAGS["config"].value, "model")  # raises if it could not be loaded
             return rest
         except Exception as error:  # also whatever a config file raises: it is Python
-            raise ConfigError(_reason(error, arguments)) from error
-
-
-def _reason(error: Exception, arguments: list[str]) -> str:
-    text = " ".join(map(str, error.args))
-    if isinstance(error, flags.UnrecognizedFlagError):
-        return f"{text}. Fields of the configuration are --config.GROUP.NAME=VALUE."
-    if isinstance(error, OSError):
-        files = [one for one in arguments if one.startswith("--config=")]
-        return f"{' '.join(files)} cannot be loaded: there is no such file, or it fails. {text}"
-    name = re.match(r"\W*(\w+)", text)
-    if isinstance(error, AttributeError) and name:
-        options = [one for one in arguments if re.match(rf"--config\..*\b{name[1]}\b", one)]
-        meant = re.search(r'Did you mean "(\w+)"', text)
-        known = "jtok_jax/config.py and model_config.py have all of them."
-        hint = f"Did you mean {meant[1]!r}?" if meant else known
-        return f"{' '.join(options)}: there is no field {name[1]!r}. {hint}"
-    return f"{text} ({type(error).__name__})"
+            reason = " ".join(" ".join(map(str, error.args)).split())
+            given = " ".join(one for one in arguments if one.startswith("--config"))
+            raise ConfigError(
+                f"{reason} ({type(error).__name__}), in: {given}. A field is passed as "
+                "--config.GROUP.NAME=VALUE; jtok_jax/config.py and model_config.py have all."
+            ) from error

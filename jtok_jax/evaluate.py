@@ -9,7 +9,6 @@ mesh.fsdp. Several processes are started as for train.py (docs/hosts.md).
 """
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -48,8 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
         given = options.coordinator_address, options.num_processes, options.process_id
         launch = recognise(os.environ, *given)
         checkpoints_of(options.workdir)  # processes that look for each other would make the folder
-        unlocked = lambda workdir: contextlib.nullcontext()  # a run may go on meanwhile
-        with joined(launch, options.workdir, TrainConfig(), unlocked) as hosts:
+        # Not locked: a run may go on meanwhile.
+        with joined(launch, options.workdir, TrainConfig(), lock=False) as hosts:
             run(options, hosts)
 
 
@@ -76,8 +75,8 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     if mesh.size > 1:
         hosts.say(describe(config, mesh))
     eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
-    seconds, told = config.train.stall_seconds, {"file": "stall-evaluate.txt", "after": ""}
-    stall = StallWatch(options.workdir, seconds, hosts.announce, **told)
+    file = options.workdir / "stall-evaluate.txt"
+    stall = StallWatch(file, config.train.stall_seconds, hosts.announce)
     result = evaluate(
         eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for
     )

@@ -66,7 +66,7 @@ def test_a_process_that_never_comes_is_named_by_all(corpus, tmp_path, order):
         time.sleep(2)
     for code, _, err in ends(processes):
         assert code == 8, err
-        assert re.search(r"Missing: process 2 \(.*\); here: 0-.*, 1-", err), err
+        assert re.search(r"Missing: process 2 \(.*\n  0: .*\n  1: ", err), err
 
 
 @newest
@@ -80,7 +80,7 @@ def test_the_same_start_twice_leaves_the_first_run_alone(corpus, tmp_path):
     other = start_two(settings(tmp_path / "other", corpus, short), address=address)
     (code, _, err), (code_1, _, err_1) = ends(again)
     assert (code, code_1) == (3, 8), err + err_1
-    assert f"in use by a trainer with pid {running[0].pid}" in err
+    assert f"in use by a process with pid {running[0].pid}" in err
     assert "Missing: process 0" in err_1
     (code, _, err), (code_1, _, err_1) = ends(other)
     assert (code, code_1) == (8, 8), err + err_1

@@ -128,7 +128,7 @@ def test_second_trainer_exits_3_and_a_killed_one_can_restart_at_once(corpus, tmp
     second = start(tmp_path / "run", corpus, {})
     _, err = second.communicate(timeout=120)
     assert second.returncode == 3
-    assert f"in use by a trainer with pid {first.pid}" in err
+    assert f"in use by a process with pid {first.pid}" in err
     assert first.poll() is None
     first.kill()
     first.communicate()

@@ -27,9 +27,9 @@ from jtok_jax.errors import (
     NonFiniteError,
     WorkdirError,
 )
+from jtok_jax.lock import locked
 from jtok_jax.training import step as step_module
 from jtok_jax.training.checkpoint import load_params
-from jtok_jax.training.guards import WorkdirLock
 from jtok_jax.training.metrics import open_writers
 
 train = train_module.train
@@ -205,12 +205,12 @@ def test_more_different_ids_than_there_is_room_for_are_refused(config, tmp_path)
 
 def test_a_second_trainer_is_refused_before_it_touches_anything(config, workdir):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    with WorkdirLock(workdir):
-        locked = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-        with pytest.raises(WorkdirError, match=r"in use by a trainer with pid \d+ on"):
+    with locked(workdir / "lock"):
+        with_lock = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+        with pytest.raises(WorkdirError, match=r"in use by a process with pid \d+ on"):
             train(config, workdir)
-        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == locked
-    assert before.keys() == locked.keys()
+        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == with_lock
+    assert before.keys() == with_lock.keys()
     train(config, workdir)  # the lock went with its holder
 
 

@@ -8,7 +8,9 @@ the resolved configuration, the data fingerprint and the versions that wrote it.
 
 import contextlib
 import dataclasses
+import json
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -19,7 +21,7 @@ import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
-from jtok_jax.config import CheckpointConfig, Config, MeshConfig
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.mesh import make_mesh
@@ -45,14 +47,28 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
         self._folder = workdir.absolute() / CHECKPOINTS
-        self._config, self._data, self._pending, self._step = config, data, None, None
-        self._checkpointer = ocp.training.Checkpointer(
+        self._config, self._data, self._pending = config, data, None
+        self._checkpointer = self._open()
+        self._log = _FailureLog()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        options, policies = self._config.checkpoint, ocp.training.preservation_policies
+        preserved = [policies.LatestN(options.keep)]
+        if options.keep_best:
+            preserved.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[_RANKED_BY],
+                    reverse=True,  # the lowest last, where Orbax takes the best from
+                    n=options.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return ocp.training.Checkpointer(
             self._folder,
-            preservation_policy=_preservation(config.checkpoint),
+            preservation_policy=policies.AnyPreservationPolicy(preserved),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
-        self._noted = _NotedFailure()
 
     def latest_step(self) -> int | None:
         """Return the step of the newest checkpoint, None if there is none."""
@@ -62,7 +78,7 @@ class Checkpoints:
     def save(self, state: TrainState, step: int, *, val_loss: float | None = None) -> None:
         """Start writing `state`; returns once the arrays may change.
 
-        val_loss: finite, by which checkpoint.keep_best ranks it; None: it is not ranked.
+        val_loss: by which checkpoint.keep_best ranks it; None or not finite: it is not ranked.
 
         Raises:
             CheckpointError: the save before this one failed.
@@ -83,14 +99,30 @@ class Checkpoints:
             "jax": jax.__version__,
             "flax": flax.__version__,
         }
-        self._step = step
         with self._failure(step):
-            leaves = named_leaves(state)
-            ranked_by = None if val_loss is None else {_RANKED_BY: val_loss}
+            leaves, metrics = named_leaves(state), _metrics(val_loss)
             response = self._checkpointer.save_async(
-                step, leaves, metrics=ranked_by, custom_metadata=metadata
+                step, leaves, metrics=metrics, custom_metadata=metadata
             )
         self._pending = step, response
+
+    def rank(self, val_loss: float) -> None:
+        """Rank the newest checkpoint, whose validation a signal had cut short.
+
+        All processes call this, while no save is under way. Orbax cannot add metrics to a
+        checkpoint: process 0 writes them where Orbax does, and all read them again.
+        """
+        metrics, step = _metrics(val_loss), self.latest_step()
+        if metrics is None or step is None:
+            return
+        self._checkpointer.close()
+        if jax.process_index() == 0:
+            path = self._folder / str(step) / "metrics" / "metrics"
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(metrics))
+            partial.replace(path)
+        self._checkpointer = self._open()  # which waits for process 0
 
     def check(self, seconds: float = 0.0) -> None:
         """Wait so long for the save under way. Raises CheckpointError if it failed."""
@@ -98,8 +130,8 @@ class Checkpoints:
             return
         step, response = self._pending
         with self._failure(step):
-            if self._noted.error:
-                raise self._noted.error
+            if self._log.error:
+                raise self._log.error
             try:
                 response.result(timeout=seconds)
             except TimeoutError as error:
@@ -115,13 +147,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the save under way and let go of Orbax; after a failure here do not wait."""
-        with contextlib.closing(self._noted):
-            try:
-                self.wait()
-            finally:
-                if not self._noted.error:  # else Orbax waits for the other processes
-                    with self._failure(self._step):  # a failed save is told again here
-                        self._checkpointer.close()
+        with contextlib.closing(self._log):
+            self.wait()
+            self._checkpointer.close()
 
     @contextlib.contextmanager
     def _failure(self, step: int) -> Iterator[None]:
@@ -145,7 +173,7 @@ class Checkpoints:
             CheckpointError: names, shapes or dtypes differ, or the files are damaged.
         """
         step = self.latest_step()
-        found = _metadata(self._checkpointer, step, self._folder)
+        found = _metadata(self._checkpointer, step)
         require_same_config(found.custom_metadata["config"], self._config, self._folder.parent)
         require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
         logical = _logical(abstract)
@@ -156,22 +184,13 @@ class Checkpoints:
         return state._replace(params=to_stored(self._config.model, state.params))
 
 
-def _preservation(options: CheckpointConfig):
-    """Return Orbax's policy of what is kept: the newest checkpoints, and the best ones if asked."""
-    policies = ocp.training.preservation_policies
-    newest = policies.LatestN(options.keep)
-    if not options.keep_best:
-        return newest
-    best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics[_RANKED_BY],
-        reverse=True,  # the lowest last, where Orbax takes the best from
-        n=options.keep_best,
-        keep_checkpoints_without_metrics=False,
-    )
-    return policies.AnyPreservationPolicy([newest, best])
+def _metrics(val_loss: float | None) -> dict[str, float] | None:
+    """Return the metrics that rank a checkpoint; None: it is not ranked."""
+    finite = val_loss is not None and math.isfinite(val_loss)
+    return {_RANKED_BY: val_loss} if finite else None
 
 
-class _NotedFailure(logging.Filter):
+class _FailureLog(logging.Filter):
     """Notes why a save in the background failed here, from Orbax's log when it says so.
 
     Of several processes Orbax lets no save end before those of all others have, and the others
@@ -237,21 +256,19 @@ def load_params(
     folder = checkpoints_of(workdir)
     with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
         number = _choose_step(checkpointer, step, folder)
-        found = _metadata(checkpointer, number, folder)
+        found = _metadata(checkpointer, number)
         config = from_config_dict(completed(found.custom_metadata["config"]))
         if choose:
             config = dataclasses.replace(config, mesh=choose(config))
         place, column_shards = _placing(config, alone=choose is None)
         config = _anywhere(config, column_shards)
+        expected = abstract_params(config.model)
         saved = {name: x for name, x in found.metadata.items() if name.startswith(_PARAMS)}
-        expected = {_PARAMS + name: x for name, x in abstract_params(config.model).items()}
-        _compare_leaves(saved, expected, number)
-        place_of = lambda name, leaf: place(name.removeprefix(_PARAMS), leaf)
+        _compare_leaves(saved, {_PARAMS + name: x for name, x in expected.items()}, number)
         wanted = dict.fromkeys(found.metadata, ...)  # Orbax skips those
-        wanted |= {name: place_of(name, leaf) for name, leaf in saved.items()}
+        wanted |= {_PARAMS + name: place(name, leaf) for name, leaf in expected.items()}
         leaves = _load(checkpointer, number, wanted)
-    params = {name.removeprefix(_PARAMS): leaves[name] for name in saved}
-    params = to_stored(config.model, params)
+    params = to_stored(config.model, {name: leaves[_PARAMS + name] for name in expected})
     return Saved(number, config, found.custom_metadata["data"], params)
 
 
@@ -277,15 +294,17 @@ def _placing(config: Config, *, alone: bool) -> tuple[Callable, int]:
     """Return (name, leaf -> where it is restored), and how many devices split table columns."""
     if alone:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return lambda _, leaf: _placed(leaf, device), 1
-    mesh = make_mesh(config.mesh)
-    of_parameter = parameter_sharding(config, mesh)
-    place = lambda name, leaf: _placed(leaf, of_parameter(name, leaf.shape))
-    return place, jtok_column_shards(config, mesh)
+        sharding_of, column_shards = lambda name, shape: device, 1
+    else:
+        mesh = make_mesh(config.mesh)
+        sharding_of = parameter_sharding(config, mesh)
+        column_shards = jtok_column_shards(config, mesh)
 
+    def place(name: str, leaf) -> jax.ShapeDtypeStruct:
+        sharding = sharding_of(name, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-def _placed(leaf, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return place, column_shards
 
 
 def _anywhere(config: Config, column_shards: int = 1) -> Config:
@@ -325,48 +344,37 @@ def _logical(state: TrainState) -> TrainState:
     return state._replace(params=to_logical(state.params))
 
 
-def _metadata(checkpointer, step: int, folder: pathlib.Path):
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
+    """Raise CheckpointError where the checkpoint of `step` is damaged.
+
+    Orbax is silent meanwhile: it logs a traceback per leaf, and the error says it once.
+    """
+    logging.disable(logging.CRITICAL)
     try:
-        with _quiet():
-            found = checkpointer.metadata(step)
+        yield
+    except Exception as error:
+        older = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) < step]
+        before = f"step {max(older)}" if older else "step 0: there is no checkpoint before it"
+        raise CheckpointError(
+            f"Checkpoint {folder / str(step)} cannot be read: {error}. Move that folder away to "
+            f"go on from {before}."
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _metadata(checkpointer, step: int):
+    with _reading(checkpointer.directory, step):
+        found = checkpointer.metadata(step)
         if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
             raise ValueError("its metadata is incomplete")
         return found
-    except Exception as error:
-        raise CheckpointError(
-            f"Checkpoint {folder / str(step)} cannot be read: {error}. Move that folder away to "
-            f"go on from {_before(folder, step)}."
-        ) from error
-
-
-def _before(folder: pathlib.Path, step: int) -> str:
-    older = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) < step]
-    return f"step {max(older)}" if older else "step 0: there is no checkpoint before it"
 
 
 def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
-    try:
-        with _quiet():
-            return checkpointer.load(step, wanted)
-    except Exception as error:
-        raise CheckpointError(
-            f"Checkpoint step {step} is damaged: {error}. Move its folder away to go on from "
-            f"{_before(pathlib.Path(checkpointer.directory), step)}."
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Orbax: a failed load logs a traceback per leaf, and the error says it once."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with _reading(checkpointer.directory, step):
+        return checkpointer.load(step, wanted)
 
 
 def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:

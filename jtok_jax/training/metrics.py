@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Measures a run's steps and writes them: metrics.jsonl, TensorBoard and the console."""
 
+import collections
 import contextlib
 import json
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jtok_jax import flops
@@ -18,8 +20,8 @@ from jtok_jax.config import Config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.operations import operations
-from jtok_jax.model.params import declared_tables
-from jtok_jax.training.optimizer import Optimizer, make_optimizer
+from jtok_jax.model.params import abstract_params, declared_tables
+from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.step import StepMetrics
 
 FILE_NAME = "metrics.jsonl"
@@ -179,29 +181,29 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
     column_shards: parts of a table's row, each on a device.
     """
     counts = flops.count(config.model, seq_len=config.train.seq_len)
-    optimizer, tables = make_optimizer(config), declared_tables(config.model)
-    rows = [
+    numbers = [
         ("backbone", counts.backbone, "parameters"),
         ("tables", counts.tables, f"parameters, {_mebibytes(counts.table_bytes)} MiB"),
         ("total", counts.total, "parameters"),
         ("active", counts.active, "parameters a token, tables left out"),
-        ("optimizer", 8 * counts.backbone, "bytes of AdamW moments of the backbone"),
-        *_table_state(config, optimizer),
+        ("optimizer", _optimizer_bytes(config), "bytes of state"),
         ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
     ]
-    lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows]
+    lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in numbers]
     attention = choice_of(config.model, config.train.seq_len)
     lines.append(f"{'attention':>10} {attention.kind:>18} of tokens: {attention.reason}")
     if config.train.compiler_options:
         lines.append(f"{'compiler':>10} {config.train.compiler_options}")
-    for stream in sorted({table.stream for table in tables.values()}):
-        mine = [table for table in tables.values() if table.stream == stream]
-        entries = sum((len(x.layers) or 1) * math.prod(x.shape[1:-2]) * x.shape[-1] for x in mine)
+    entries = collections.Counter()  # of all rows of an id, by stream
+    for table in declared_tables(config.model).values():
+        rows_of_an_id = (len(table.layers) or 1) * math.prod(table.shape[1:-2])
+        entries[table.stream] += rows_of_an_id * table.shape[-1]
+    for stream, size in sorted(entries.items()):
         rows = config.unique_rows(stream)
         limit = " (train.max_unique_ids)" if stream == "token" else ""
         lines.append(
             f"{'rows':>10} {rows:>18,} by {stream} at most of each table in a step{limit}, "
-            f"gradients {_mebibytes(4 * rows * entries)} MiB"
+            f"gradients {_mebibytes(4 * rows * size)} MiB"
         )
     if config.model.tables_shape:
         choice = operations(config.model, column_shards=column_shards)
@@ -209,17 +211,13 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
     return "\n".join(lines)
 
 
-def _table_state(config: Config, optimizer: Optimizer) -> list[tuple]:
-    tables = [
-        jax.ShapeDtypeStruct(table.shape, table.dtype)
-        for table in declared_tables(config.model).values()
-    ]
-    if not tables:
-        return []
-    leaves = jax.tree.leaves([jax.eval_shape(optimizer.rows.init, table) for table in tables])
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    share, kind = size / sum(table.size for table in tables), config.optimizer.tables.kind
-    return [("", size, f"bytes of {kind} state, {share:.2f} a table parameter")]
+def _optimizer_bytes(config: Config) -> int:
+    masters = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        for name, leaf in abstract_params(config.model).items()
+    }
+    leaves = jax.tree.leaves(jax.eval_shape(make_optimizer(config).init, masters))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _mebibytes(size: int) -> str:
@@ -266,13 +264,13 @@ def _line(record: dict[str, object]) -> str:
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
     """Return the lines of steps up to `step`, without one at the end that a kill cut short."""
-    kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
-        while kept and not (kept[-1].endswith("\n") and json.loads(kept[-1])["step"] <= step):
-            kept.pop()
+        while lines and not (lines[-1].endswith("\n") and json.loads(lines[-1])["step"] <= step):
+            lines.pop()
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
-            f"{path}, line {len(kept)} is damaged ({error!r}). Checkpoints are whole: move that "
+            f"{path}, line {len(lines)} is damaged ({error!r}). Checkpoints are whole: move that "
             "file away, and the same command goes on with a new one."
         ) from error
-    return kept
+    return lines
