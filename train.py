@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
                 raise ConfigError(f"--{name} is missing. Example: {__doc__.splitlines()[0]}")
         config, workdir = from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value)
         launch = recognise(os.environ, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        with joined(launch, workdir, config.train, lock=True) as hosts:
+        with joined(launch, workdir, config.train) as hosts:
             train(config, workdir, hosts)
 
 

@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         given = options.coordinator_address, options.num_processes, options.process_id
         launch = recognise(os.environ, *given)
         checkpoints_of(options.workdir)  # processes that look for each other would make the folder
-        # Not locked: a run may go on meanwhile.
-        with joined(launch, options.workdir, TrainConfig(), lock=False) as hosts:
+        with joined(launch, options.workdir, TrainConfig()) as hosts:
             run(options, hosts)
 
 

@@ -32,7 +32,6 @@ from jtok_jax.console import say
 from jtok_jax.errors import HostError, JtokError, NonFiniteError, Preempted
 from jtok_jax.heartbeat import GRACE_SECONDS, heartbeat
 from jtok_jax.launch import Launch
-from jtok_jax.lock import LOCK_FILE, locked
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml-collections")
 STARTING = "starting"  # folder of the workdir with heartbeats
@@ -279,9 +278,7 @@ def code_and_versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def joined(
-    launch: Launch | None, workdir: pathlib.Path, config: TrainConfig, *, lock: bool
-) -> Iterator[Hosts]:
+def joined(launch: Launch | None, workdir: pathlib.Path, config: TrainConfig) -> Iterator[Hosts]:
     """Connect the processes of a run, which fail and end together. JAX must not have devices yet.
 
     Args:
@@ -289,28 +286,21 @@ def joined(
         workdir: a folder that all processes share, where they are looked for if one is late.
         config: its start_seconds are the longest wait for all to connect, and for each comparison;
             JAX takes a process silent for heartbeat_seconds for dead and ends the others.
-        lock: whether process 0 of several locks `workdir`, before it connects if it can.
     """
     if launch is None:
         yield ALONE
         return
-    rank, address, seconds = launch.process_id, launch.coordinator_address, config.start_seconds
-    hold = lambda: locked(workdir / LOCK_FILE) if lock else contextlib.nullcontext()
-    with contextlib.ExitStack() as stack:
-        if rank == 0:
-            stack.enter_context(hold())
-            _require_free(address)
-        with heartbeat(launch, workdir / STARTING, seconds):
-            _initialize(launch, config)
-        hosts = Hosts(distributed.global_state, start_seconds=seconds)
-        hosts.stage(f"connected ({launch})")
-        try:
-            if hosts.lead and rank is None:
-                stack.enter_context(hold())
-            yield hosts
-        except BaseException as error:
-            hosts.leave(error)
-        hosts.finish()
+    if launch.process_id == 0 and launch.coordinator_address:
+        _require_free(launch.coordinator_address)
+    with heartbeat(launch, workdir / STARTING, config.start_seconds):
+        _initialize(launch, config)
+    hosts = Hosts(distributed.global_state, start_seconds=config.start_seconds)
+    hosts.stage(f"connected ({launch})")
+    try:
+        yield hosts
+    except BaseException as error:
+        hosts.leave(error)
+    hosts.finish()
 
 
 def _initialize(launch: Launch, config: TrainConfig) -> None:
@@ -330,10 +320,8 @@ def _initialize(launch: Launch, config: TrainConfig) -> None:
         ) from error
 
 
-def _require_free(address: str | None) -> None:
+def _require_free(address: str) -> None:
     """Refuse the port of another program: JAX would crash, or take over another run's processes."""
-    if address is None:
-        return
     port = int(address.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()

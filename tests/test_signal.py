@@ -23,6 +23,8 @@ from test_train_loop import check_same_run, records, times_final_norm
 import train as train_module
 from jtok_jax.errors import CheckpointError, NonFiniteError, Preempted
 from jtok_jax.training import run as run_module
+from jtok_jax.training.checkpoint import load_params
+from jtok_jax.training.evaluate import Validation
 from jtok_jax.training.metrics import open_writers, validation_due
 
 pytestmark = oldest
@@ -99,6 +101,23 @@ def test_a_run_whose_last_validation_is_not_finite_does_not_end_as_finished(
     for _ in range(2):
         with pytest.raises(NonFiniteError, match=r"Step 11, the last: .* last checkpoint: 11"):
             train(config, tmp_path)
+
+
+def test_a_checkpoint_is_ranked_by_the_validation_that_the_same_command_makes_first(
+    config, tmp_path, monkeypatch
+):
+    config = changed(
+        config, {"checkpoint.every": 5, "checkpoint.keep": 1, "checkpoint.keep_best": 1}
+    )
+    with monkeypatch.context() as patched:
+        signal_in_validation(patched, 2)
+        with pytest.raises(Preempted, match="saved step 5"):
+            train(config, tmp_path)
+    losses = iter([1.0, 2.0, 3.0])  # of steps 5, 10 and 11
+    monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: Validation(next(losses), 0.0))
+    train(config, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "11"}
+    assert load_params(tmp_path, step="best").step == 5
 
 
 def test_ctrl_c_of_a_run_with_its_tee_saves(corpus, tmp_path):

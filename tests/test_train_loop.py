@@ -316,7 +316,7 @@ def test_a_save_that_failed_in_the_log_alone_stops_the_run(
     with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*disk full") as told:
         train(config, tmp_path)
     assert isinstance(told.value.__cause__.__context__, NonFiniteError) == also_not_finite
-    assert caplog.messages == ["A save failed: OSError('disk full')"]
+    assert not caplog.messages
     assert not closed
 
 

@@ -47,7 +47,7 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
         self._folder = workdir.absolute() / CHECKPOINTS
-        self._config, self._data, self._pending = config, data, None
+        self._config, self._data, self._pending, self._failed = config, data, None, False
         self._checkpointer = self._open()
         self._log = _FailureLog()
 
@@ -146,17 +146,18 @@ class Checkpoints:
             self.check(_POLL_SECONDS)
 
     def close(self) -> None:
-        """Wait for the save under way and let go of Orbax; after a failure here do not wait."""
+        """Wait for the save under way; after a failure here Orbax would wait for the others."""
         with contextlib.closing(self._log):
             self.wait()
-            self._checkpointer.close()
+            if not self._failed:
+                self._checkpointer.close()
 
     @contextlib.contextmanager
     def _failure(self, step: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._pending = None
+            self._pending, self._failed = None, True
             what = f"Save of step {step} under {self._folder} failed: {error!r}. Earlier ones are"
             if (self._folder / str(step)).exists():  # it gets its name when all of it is there
                 what = f"After the save of step {step} under {self._folder}: {error!r}. It is"
@@ -178,8 +179,7 @@ class Checkpoints:
         require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
         logical = _logical(abstract)
         wanted = named_leaves(logical)
-        _compare_leaves(found.metadata, wanted, step)
-        leaves = _load(self._checkpointer, step, wanted)
+        leaves = _load(self._checkpointer, found, wanted)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
 
@@ -191,11 +191,10 @@ def _metrics(val_loss: float | None) -> dict[str, float] | None:
 
 
 class _FailureLog(logging.Filter):
-    """Notes why a save in the background failed here, from Orbax's log when it says so.
+    """Takes from Orbax's log the first error of a save in the background.
 
     Of several processes Orbax lets no save end before those of all others have, and the others
-    wait for the one that failed: its response would tell it after Orbax's limit of 20 minutes.
-    Of the same failure told several times the first is left in the log, on one line.
+    wait for the one that failed: its response would say so after Orbax's limit of 20 minutes.
     """
 
     def __init__(self):
@@ -204,16 +203,14 @@ class _FailureLog(logging.Filter):
         logging.getLogger("absl").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether `record` is logged: not what becomes an error of ours."""
         if record.levelno < logging.ERROR or not record.exc_info or record.module not in _SAVING:
             return True
-        error, first = record.exc_info[1], self.error is None
-        self.error = self.error or error
-        if isinstance(error, OSError | ValueError):  # of file systems; others keep their traceback
-            record.msg, record.args = f"A save failed: {error!r}", ()
-            record.exc_info = record.exc_text = None
-        return first
+        self.error = self.error or record.exc_info[1]
+        return False
 
     def close(self) -> None:
+        """Let the log be as it was."""
         logging.getLogger("absl").removeFilter(self)
 
 
@@ -262,13 +259,10 @@ def load_params(
             config = dataclasses.replace(config, mesh=choose(config))
         place, column_shards = _placing(config, alone=choose is None)
         config = _anywhere(config, column_shards)
-        expected = abstract_params(config.model)
-        saved = {name: x for name, x in found.metadata.items() if name.startswith(_PARAMS)}
-        _compare_leaves(saved, {_PARAMS + name: x for name, x in expected.items()}, number)
-        wanted = dict.fromkeys(found.metadata, ...)  # Orbax skips those
-        wanted |= {_PARAMS + name: place(name, leaf) for name, leaf in expected.items()}
-        leaves = _load(checkpointer, number, wanted)
-    params = to_stored(config.model, {name: leaves[_PARAMS + name] for name in expected})
+        names = abstract_params(config.model)
+        wanted = {_PARAMS + name: place(name, leaf) for name, leaf in names.items()}
+        leaves = _load(checkpointer, found, wanted, below=_PARAMS)
+    params = to_stored(config.model, {name: leaves[_PARAMS + name] for name in names})
     return Saved(number, config, found.custom_metadata["data"], params)
 
 
@@ -372,25 +366,27 @@ def _metadata(checkpointer, step: int):
         return found
 
 
-def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
-    with _reading(checkpointer.directory, step):
-        return checkpointer.load(step, wanted)
+def _load(checkpointer, found, wanted: dict, *, below: str = "") -> dict[str, jax.Array]:
+    """Return the leaves of a checkpoint whose name begins with `below`.
 
-
-def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
-    """Raise CheckpointError unless all leaves agree; Orbax would cast dtypes silently."""
-    problems = [f"  {name}: missing" for name in wanted if name not in found]
-    problems += [f"  {name}: not in this configuration" for name in found if name not in wanted]
-    for name in wanted.keys() & found.keys():
-        ours, saved = wanted[name], found[name]
-        if tuple(saved.shape) != ours.shape or saved.dtype != ours.dtype:
-            problems.append(
-                f"  {name}: saved {saved.dtype}{tuple(saved.shape)}, "
-                f"configuration gives {ours.dtype}{ours.shape}"
-            )
+    Raises:
+        CheckpointError: they are not those of `wanted`, or damaged. Orbax would cast dtypes.
+    """
+    saved = {name: leaf for name, leaf in found.metadata.items() if name.startswith(below)}
+    problems = [f"  {name}: missing" for name in wanted.keys() - saved.keys()]
+    problems += [f"  {name}: not in this configuration" for name in saved.keys() - wanted.keys()]
+    describe = lambda leaf: f"{leaf.dtype}{tuple(leaf.shape)}"
+    problems += [
+        f"  {name}: saved {describe(saved[name])}, configuration gives {describe(wanted[name])}"
+        for name in wanted.keys() & saved.keys()
+        if describe(wanted[name]) != describe(saved[name])
+    ]
     if problems:
         raise CheckpointError(
-            f"Checkpoint step {step} does not fit this configuration:\n"
+            f"Checkpoint step {found.step} does not fit this configuration:\n"
             + "\n".join(sorted(problems))
             + "\nNothing was loaded. Use the code and the configuration that wrote it."
         )
+    with _reading(checkpointer.directory, found.step):
+        skipped = dict.fromkeys(found.metadata, ...)
+        return checkpointer.load(found.step, skipped | wanted)

@@ -17,14 +17,7 @@ from jtok_jax.data.loader import open_source, train_batches
 from jtok_jax.errors import ConfigError, DataError, Preempted
 from jtok_jax.hosts import Hosts, code_and_versions
 from jtok_jax.lock import LOCK_FILE, locked
-from jtok_jax.mesh import (
-    check_batches,
-    make_mesh,
-    put_batch,
-    replicated,
-    rows_here,
-    split_batch,
-)
+from jtok_jax.mesh import check_batches, make_mesh, put_batch, replicated, rows_here, split_batch
 from jtok_jax.model.params import Params
 from jtok_jax.model.placement import describe, jtok_column_shards
 from jtok_jax.training import guards
@@ -42,12 +35,7 @@ from jtok_jax.training.metrics import (
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import claim_workdir
 from jtok_jax.training.state import TrainState, abstract_state, init_state
-from jtok_jax.training.step import (
-    StepMetrics,
-    jit_train_step,
-    make_eval_step,
-    make_health_step,
-)
+from jtok_jax.training.step import StepMetrics, jit_train_step, make_eval_step, make_health_step
 
 
 @contextlib.contextmanager
@@ -59,7 +47,7 @@ def open_run(config: Config, workdir: pathlib.Path, hosts: Hosts) -> Iterator["R
         ConfigError, DataError, HostError: processes, devices, data or workdir do not fit.
     """
     with contextlib.ExitStack() as stack:
-        if not hosts.several:
+        if hosts.lead:
             stack.enter_context(locked(workdir / LOCK_FILE))
         hosts.agree("code and versions", code_and_versions(), ConfigError)
         hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
