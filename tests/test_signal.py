@@ -25,7 +25,7 @@ from jtok_jax.errors import CheckpointError, NonFiniteError, Preempted
 from jtok_jax.training import run as run_module
 from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.evaluate import Validation
-from jtok_jax.training.metrics import open_writers, validation_due
+from jtok_jax.training.metrics import open_writers
 
 pytestmark = oldest
 train = train_module.train
@@ -144,8 +144,6 @@ def test_a_record_is_completed_at_once_or_not_at_all(config, tmp_path, monkeypat
     path, board = tmp_path / "metrics.jsonl", mock.Mock()
     monkeypatch.setattr("tensorboardX.SummaryWriter", lambda *_, **__: board)
     path.write_text('{"step": 4, "loss": 3.0}\n{"step": 5, "loss": 2.0}\n{"step": 6, "loss": 1.0}')
-    assert validation_due(tmp_path, 5, config)
-    assert not validation_due(tmp_path, 4, config)  # none was due
     writers = open_writers(changed(config, {"logging.tensorboard": True}), tmp_path, first_step=6)
 
     def write(step, values):
@@ -162,11 +160,10 @@ def test_a_record_is_completed_at_once_or_not_at_all(config, tmp_path, monkeypat
     board.add_scalar.assert_called_once_with("val_loss", 0.5, 5)
     for writer in writers:
         writer.close()
-    assert not validation_due(tmp_path, 5, config)
 
 
 def test_metrics_that_are_damaged_are_told(config, finished, tmp_path):
     lines = (finished / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:-1], "garbage"]) + "\n")
     with pytest.raises(CheckpointError, match=r"metrics.jsonl, line 12 is damaged .* move that"):
-        validation_due(tmp_path, 11, config)
+        open_writers(config, tmp_path, first_step=12)

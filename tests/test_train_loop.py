@@ -98,7 +98,7 @@ def test_console_shows_counts_progress_and_validation(config, tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("backbone", "tables", "total", "active", "optimizer", "FLOPs"):
         assert re.search(rf"^ *{name} +[\d,]+ ", out, re.MULTILINE), name
-    line = r"step 3/4  loss \d\.\d+  [\d,]+ tokens/s  MFU n/a  \d+ ms/step  data wait \d+ ms  \d+m"
+    line = r"step 3/4  loss \d\.\d+  [\d,]+ tokens/s  MFU n/a  \d+ ms/step  data wait \d+ ms  0:"
     assert re.search(line, out), out
     assert re.search(r"step 4: validation loss \d\.\d+ nats/token, \d\.\d+ bits/byte", out)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]

@@ -75,6 +75,11 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    def is_ranked(self) -> bool:
+        """Return whether the newest checkpoint has a validation that is finite."""
+        latest = self._checkpointer.latest
+        return latest is not None and bool(latest.metrics)
+
     def save(self, state: TrainState, step: int, *, val_loss: float | None = None) -> None:
         """Start writing `state`; returns once the arrays may change.
 
@@ -99,10 +104,11 @@ class Checkpoints:
             "jax": jax.__version__,
             "flax": flax.__version__,
         }
+        finite = val_loss is not None and math.isfinite(val_loss)
+        metrics = {_RANKED_BY: val_loss} if finite else None
         with self._failure(step):
-            leaves, metrics = named_leaves(state), _metrics(val_loss)
             response = self._checkpointer.save_async(
-                step, leaves, metrics=metrics, custom_metadata=metadata
+                step, named_leaves(state), metrics=metrics, custom_metadata=metadata
             )
         self._pending = step, response
 
@@ -112,15 +118,15 @@ class Checkpoints:
         All processes call this, while no save is under way. Orbax cannot add metrics to a
         checkpoint: process 0 writes them where Orbax does, and all read them again.
         """
-        metrics, step = _metrics(val_loss), self.latest_step()
-        if metrics is None or step is None:
+        step = self.latest_step()
+        if step is None or not math.isfinite(val_loss):
             return
         self._checkpointer.close()
         if jax.process_index() == 0:
             path = self._folder / str(step) / "metrics" / "metrics"
             path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(metrics))
+            partial.write_text(json.dumps({_RANKED_BY: val_loss}))
             partial.replace(path)
         self._checkpointer = self._open()  # which waits for process 0
 
@@ -182,12 +188,6 @@ class Checkpoints:
         leaves = _load(self._checkpointer, found, wanted)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
-
-
-def _metrics(val_loss: float | None) -> dict[str, float] | None:
-    """Return the metrics that rank a checkpoint; None: it is not ranked."""
-    finite = val_loss is not None and math.isfinite(val_loss)
-    return {_RANKED_BY: val_loss} if finite else None
 
 
 class _FailureLog(logging.Filter):

@@ -4,6 +4,7 @@
 
 import collections
 import contextlib
+import datetime
 import json
 import math
 import pathlib
@@ -125,8 +126,7 @@ class Timer:
         peak = flops.peak_flops(jax.devices()[0].device_kind)
         self._flops_per_token = counts.train_flops
         self._peak = peak * jax.device_count() if peak else None
-        self._steps, self._seconds = 0, 0.0
-        self.start()
+        self._steps, self._seconds, self._last = 0, 0.0, time.perf_counter()
 
     def start(self) -> None:
         """Begin the next step now."""
@@ -169,7 +169,7 @@ def console_line(
         f"data wait {1000 * values['data_wait']:.0f} ms",
     ]
     if seconds_left is not None:
-        parts.append(f"{_duration(seconds_left)} left")
+        parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
     if values["bad_steps"]:
         parts.append(f"{values['bad_steps']} steps skipped")
     return "  ".join(parts)
@@ -224,12 +224,6 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
 def _numbers(record: dict[str, object]) -> Iterator[tuple[str, float]]:
     """Yield every number of a record by name, those of a list as NAME/0, NAME/1, ..."""
     for name, value in record.items():
@@ -245,15 +239,6 @@ def _plain(value: np.ndarray) -> object:
         return [_plain(item) for item in value]
     number = value.item()
     return number if math.isfinite(number) else None
-
-
-def validation_due(workdir: pathlib.Path, step: int | None, config: Config) -> bool:
-    """Return whether the validation after `step`, the last saved, is missing: a signal ended it."""
-    if step is None or (step < config.train.steps and step % config.evaluation.every):
-        return False
-    lines = _lines_up_to(workdir / FILE_NAME, step)
-    record = json.loads(lines[-1]) if lines else {}
-    return record.get("step") == step and "val_loss" not in record
 
 
 def _line(record: dict[str, object]) -> str:

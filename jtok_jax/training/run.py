@@ -30,7 +30,6 @@ from jtok_jax.training.metrics import (
     open_writers,
     parameter_table,
     step_record,
-    validation_due,
 )
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import claim_workdir
@@ -106,9 +105,10 @@ class Run:
         self.health_step = jax.jit(make_health_step(config, self._mesh), out_shardings=everywhere)
         self._eval_step = jax.jit(make_eval_step(config, self._mesh), out_shardings=everywhere)
         self.checkpoints = Checkpoints(workdir, config, data=self._source.fingerprint)
-        saved = self.checkpoints.latest_step()
-        self.first_step = 1 + (saved or 0)
-        self.validation_due = saved is None or validation_due(workdir, saved, config)
+        saved = self.checkpoints.latest_step() or 0
+        self.first_step = saved + 1
+        ranked = self.checkpoints.is_ranked()  # else a signal ended the validation
+        self.validation_due = self.evaluation_due(saved) and not ranked
         self._timer, self._data_wait = Timer(config), 0.0
         self._writers: list[Writer] = []
         self._pending: _Pending | None = None
@@ -182,9 +182,9 @@ class Run:
             raise Preempted(f"{asked} while validating step {step}. Run the same command.")
         record, saved = {"step": step} | values, self.checkpoints.latest_step
         guards.require_sound(record, self.config, saved)  # else it would count as made
+        self._write(step, values)
         with self._stall.waiting_for(f"rank of checkpoint {step}"):
             self.checkpoints.rank(values["val_loss"])
-        self._write(step, values)
 
     # ------------------------------------------------------------------ the loop
 
