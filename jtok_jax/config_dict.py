@@ -38,6 +38,15 @@ def completed(saved: dict, default: dict | None = None) -> dict:
     return default | known | groups
 
 
+def differences(left: dict, right: dict, of_left: str, of_right: str) -> list[str]:
+    """Return a line "KEY: VALUE of_left, VALUE of_right" for each key whose values differ."""
+    return [
+        f"{key}: {left.get(key)!r} {of_left}, {right.get(key)!r} {of_right}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
     """{'train.steps': 10, ...} of nested dicts."""
     flat = {}

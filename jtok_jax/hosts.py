@@ -28,6 +28,7 @@ import jtok_kernels
 from jax._src import distributed  # the key-value store and barriers have no public name
 
 from jtok_jax.config import TrainConfig
+from jtok_jax.config_dict import differences
 from jtok_jax.console import say
 from jtok_jax.errors import HostError, JtokError, NonFiniteError, Preempted
 from jtok_jax.heartbeat import GRACE_SECONDS, heartbeat
@@ -97,13 +98,9 @@ class Hosts:
             self._put(f"{what}/{self.process}", text)
             self._wait_for_all(what)
             lead, own = json.loads(self._get(f"{what}/0")), json.loads(text)
-            lines = [
-                f"  {key}: {lead.get(key)!r} on {self.name(0)}, {own.get(key)!r} on "
-                f"{self.name(self.process)}"
-                for key in sorted(lead.keys() | own.keys())
-                if lead.get(key) != own.get(key)
-            ]
-            self._put(f"differences in {what}/{self.process}", "\n".join(lines))
+            processes = f"on {self.name(0)}", f"on {self.name(self.process)}"
+            lines = differences(lead, own, *processes)
+            self._put(f"differences in {what}/{self.process}", "\n  ".join(lines))
             self._wait_for_all(f"differences in {what}")
         except jax.errors.JaxRuntimeError as late:
             present = self._of_processes(what)
@@ -113,10 +110,10 @@ class Hosts:
                 f"(train.start_seconds) to compare {what}. Look at what it printed, then start "
                 "all processes again."
             ) from late
-        differences = filter(None, self._of_processes(f"differences in {what}").values())
-        text = "\n".join(differences)
+        texts = filter(None, self._of_processes(f"differences in {what}").values())
+        text = "\n  ".join(texts)
         if text:
-            raise error(f"The processes of this run differ in {what}:\n{text}\nStart all alike.")
+            raise error(f"The processes of this run differ in {what}:\n  {text}\nStart all alike.")
         self._names = self._of_processes("name")  # kept: the store ends with process 0
         self.stage(f"agreed with all on {what}")
 

@@ -242,7 +242,7 @@ def test_changed_data_is_refused_with_a_diff(config, workdir, tmp_path, corpus):
     found = manifest.read_manifest(other)
     valid = dataclasses.replace(found.valid, targets=found.valid.targets - 1)
     manifest.write_manifest(other, dataclasses.replace(found, valid=valid))
-    with pytest.raises(DataError, match=r"valid: [0-9a-f]{32} in the run, [0-9a-f]{32} now"):
+    with pytest.raises(DataError, match=r"valid: '[0-9a-f]{64}' in the run, '[0-9a-f]{64}' now"):
         train(changed(config, {"data.path": str(other), "train.steps": 11}), workdir)
     moved = shutil.copytree(corpus, tmp_path / "moved")
     train(changed(config, {"data.path": str(moved)}), workdir)  # the same data elsewhere is fine

@@ -259,7 +259,9 @@ class Run:
             values = step_record(metrics, health)
         values |= self._timer.step(data_wait=data_wait)
         if health or step == 1 or values["bad_in_row"]:
-            self._print_progress(step, values)
+            steps = self.config.train.steps
+            left = self._timer.seconds_for(steps - step)
+            self.hosts.say(console_line(step, values, steps=steps, seconds_left=left))
         if params is not None:
             with self._timer.left_out():
                 values |= self._validate(step, params)
@@ -267,11 +269,6 @@ class Run:
         self._write(step, values)
         record = {"step": step} | values
         guards.require_sound(record, self.config, self.checkpoints.latest_step)
-
-    def _print_progress(self, step: int, values: dict[str, object]) -> None:
-        steps = self.config.train.steps
-        left = self._timer.seconds_for(steps - step)
-        self.hosts.say(console_line(step, values, steps=steps, seconds_left=left))
 
     def _validate(self, step: int, params: Params) -> dict[str, float]:
         """Return the validation of `params`, those after `step`; {} if a signal ended it."""
