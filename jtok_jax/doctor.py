@@ -8,13 +8,13 @@ import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jtok_jax import flops
 from jtok_jax.hosts import PACKAGES
 from jtok_jax.model.attention import cudnn_lacks
-from jtok_jax.model.operations import operations
+from jtok_jax.model.operations import choose_operations
 from jtok_jax.model.splash import LANES
-from jtok_jax.model_config import JtokConfig, ModelConfig
 
 SUPPORTED = ((0, 10, 2), (0, 13))  # jax: from, below
 GPU_FROM = (0, 11, 1)  # earlier jaxlib compiles float32 scatter-add to a very slow loop
@@ -76,7 +76,7 @@ def implementations(device: jax.Device) -> list[Finding]:
 
 
 def _tables(dtype: str) -> Finding:
-    choice = operations(ModelConfig(model_dim=1024, jtok=JtokConfig(table_dtype=dtype)))
+    choice = choose_operations("auto", dim=1024, dtype=jnp.dtype(dtype))
     return Finding(f"{dtype} tables", f"{choice.name} ({choice.reason})", "")
 
 

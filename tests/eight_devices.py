@@ -237,8 +237,8 @@ def test_the_forward_pass_has_the_same_bits_in_every_layout_of_a_mesh(kind):
         mesh = make_mesh(config.mesh)
         params = init_state(config, make_optimizer(config), mesh).params
         ids = put_batch(mesh, np.asarray(random_ids(config.model, *BATCH)))
-        across = step.across_devices(config, mesh)
-        run = lambda params, ids: bind(config.model, params)(ids, across=across).hidden_BTD
+        parallel = step.parallel_reads(config, mesh)
+        run = lambda params, ids: bind(config.model, params)(ids, parallel=parallel).hidden_BTD
         return np.asarray(jax.jit(run)(params, ids))
 
     layouts = of_one_mesh(kind)
@@ -257,7 +257,7 @@ def test_mixtures_have_the_same_bits_in_every_layout():
         config = run_config("jtok_m", layout)
         mesh = make_mesh(config.mesh)
         ids = np.asarray(random_ids(config.model, *BATCH))
-        exchange = step.across_devices(config, mesh).exchanges["tables"]
+        exchange = step.parallel_reads(config, mesh).exchanges["tables"]
 
         def fetch(ids, choice, weights, exchange=exchange):
             of_group = exchange.gather_ids(ids)
@@ -300,7 +300,7 @@ def test_bfloat16_tables_are_rounded_alike_in_every_layout():
     for layout in LAYOUTS.values():
         config = run_config("jtok_m", layout)
         mesh = make_mesh(config.mesh)
-        update = step.across_devices(config, mesh).exchanges["tables"].update
+        update = step.parallel_reads(config, mesh).exchanges["tables"].update
         shards = num_shards(mesh, table_layouts(config, mesh)["tables"].rows)
         ids = jnp.tile(jnp.arange(32 // shards), shards)  # counted from each device's first row
         found = jax.jit(functools.partial(update, *arguments, ids, grads, **options))()

@@ -86,7 +86,7 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
 def check_unique(found: int, config: Config, step: int) -> None:
     """Refuse a step with more different ids than there is room for row gradients: it was void."""
     read = config.model.streams_read.values()
-    if any("token" in names for names in read) and found > config.rows_per_step:
+    if any("token" in names for names in read) and found > config.unique_rows("token"):
         raise DataError(
             f"Step {step} uses {found} different ids, train.max_unique_ids is "
             f"{config.train.max_unique_ids}. It was not applied. Pass "

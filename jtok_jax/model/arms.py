@@ -81,12 +81,13 @@ class LowRank(Arm):
             rngs, options.rank, dim, axes="rD", std=options.rank**-0.5, full_precision=True
         )
         self.scale = Vector(jnp.full(dim, options.scale_init, jnp.float32), "D")
-        self.form = options.norm, options.eps
+        self.options = options
 
     def increment(self, dm_BTD, normed_BTD, rows_BTD):
-        norm, eps = self.form
         e_BTD = rows_BTD.astype(jnp.float32) @ self.out[...]
-        gate_BTD = reference.gate(e_BTD, self.scale[...], norm=norm, eps=eps)
+        gate_BTD = reference.gate(
+            e_BTD, self.scale[...], norm=self.options.norm, eps=self.options.eps
+        )
         return (dm_BTD.astype(jnp.float32) * gate_BTD).astype(dm_BTD.dtype)
 
 
@@ -143,19 +144,20 @@ def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
         ),
     }  # fmt: skip
 
-    def table(stream: str, layers: tuple[int, ...], columns: int, std: float) -> Table:
+    def table(arm: str, stream: str, layers: tuple[int, ...], columns: int, std: float) -> Table:
         pad = config.padded_vocab - config.vocab_size if stream == "token" else 0
         shape = max(len(layers), 1), config.id_streams[stream].num_rows - pad, columns
-        told = {"axes": "GRC", "kind": Table, "stream": stream, "layers": layers}
-        return normal(rngs, *shape, std=std, dtype=options.table_dtype, pad=(pad, 0), **told)
+        metadata = {"axes": "GRC", "kind": Table, "stream": stream, "layers": layers}
+        metadata["owner"] = arm
+        return normal(rngs, *shape, std=std, dtype=options.table_dtype, pad=(pad, 0), **metadata)
 
     found = {}
     for arm, streams in options.table_streams.items():
         if arm in in_layers:
             layers = tuple(range(config.num_layers))
-            found[arm] = {"table": table(*streams, layers, *in_layers[arm])}
+            found[arm] = {"table": table(arm, *streams, layers, *in_layers[arm])}
         else:
-            found[arm] = {name: table(name, (), dim, 0.0) for name in streams}
+            found[arm] = {name: table(arm, name, (), dim, 0.0) for name in streams}
     return Arms({arm: ArmTables(tables) for arm, tables in found.items()})
 
 

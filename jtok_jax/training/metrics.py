@@ -17,7 +17,7 @@ from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.attention import choice_of
-from jtok_jax.model.operations import operations
+from jtok_jax.model.operations import Operations
 from jtok_jax.model.params import declared_tables
 from jtok_jax.training.optimizer import Optimizer, make_optimizer
 from jtok_jax.training.step import StepMetrics
@@ -173,10 +173,11 @@ def console_line(
     return "  ".join(parts)
 
 
-def parameter_table(config: Config, *, column_shards: int = 1) -> str:
+def parameter_table(config: Config, operations: dict[str, Operations]) -> str:
     """Return the counts of the model and its tables, for the start of a run.
 
-    column_shards: parts of a table's row, each on a device.
+    Args:
+        operations: by table, see `table_operations`.
     """
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     optimizer, tables = make_optimizer(config), declared_tables(config.model)
@@ -196,30 +197,33 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
         lines.append(f"{'compiler':>10} {config.train.compiler_options}")
     for stream in sorted({table.stream for table in tables.values()}):
         mine = [table for table in tables.values() if table.stream == stream]
-        entries = sum((len(x.layers) or 1) * math.prod(x.shape[1:-2]) * x.shape[-1] for x in mine)
+        entries = sum(math.prod(table.grads_shape) * table.shape[-1] for table in mine)
         rows = config.unique_rows(stream)
         limit = " (train.max_unique_ids)" if stream == "token" else ""
         lines.append(
             f"{'rows':>10} {rows:>18,} by {stream} at most of each table in a step{limit}, "
             f"gradients {_mebibytes(4 * rows * entries)} MiB"
         )
-    if config.model.tables_shape:
-        choice = operations(config.model, column_shards=column_shards)
-        lines.append(f"{'operations':>10} {choice.name:>18} on tables: {choice.reason}")
+    for choice in dict.fromkeys(operations.values()):
+        named = [tables[name].owner for name, one in operations.items() if one == choice]
+        names = ", ".join(dict.fromkeys(named))
+        lines.append(f"{'operations':>10} {choice.name:>18} on tables of {names}: {choice.reason}")
     return "\n".join(lines)
 
 
 def _table_state(config: Config, optimizer: Optimizer) -> list[tuple]:
-    tables = [
-        jax.ShapeDtypeStruct(table.shape, table.dtype)
-        for table in declared_tables(config.model).values()
-    ]
-    if not tables:
-        return []
-    leaves = jax.tree.leaves([jax.eval_shape(optimizer.rows.init, table) for table in tables])
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    share, kind = size / sum(table.size for table in tables), config.optimizer.tables.kind
-    return [("", size, f"bytes of {kind} state, {share:.2f} a table parameter")]
+    by_kind: dict[str, list[tuple[int, int]]] = {}
+    for name, table in declared_tables(config.model).items():
+        shape = jax.ShapeDtypeStruct(table.shape, table.dtype)
+        leaves = jax.tree.leaves(jax.eval_shape(optimizer.rows[name].init, shape))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        kind = config.optimizer.tables.of(table.owner).kind
+        by_kind.setdefault(kind, []).append((size, shape.size))
+    lines = []
+    for kind, found in by_kind.items():
+        size, entries = map(sum, zip(*found, strict=True))
+        lines.append(("", size, f"bytes of {kind} state, {size / entries:.2f} a table parameter"))
+    return lines
 
 
 def _mebibytes(size: int) -> str:

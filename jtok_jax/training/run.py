@@ -26,7 +26,7 @@ from jtok_jax.mesh import (
     split_batch,
 )
 from jtok_jax.model.params import Params
-from jtok_jax.model.placement import describe, jtok_column_shards
+from jtok_jax.model.placement import describe, table_operations
 from jtok_jax.training import guards
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
@@ -127,8 +127,7 @@ class Run:
     def _tell_model(self) -> None:
         config, mesh, kind = self.config, self._mesh, jax.devices()[0].device_kind
         self.hosts.say(f"{jax.device_count()} x {kind}, {describe(config, mesh)}")
-        shards = jtok_column_shards(config, mesh)
-        self.hosts.say(parameter_table(config, column_shards=shards))
+        self.hosts.say(parameter_table(config, table_operations(config, mesh)))
 
     # ------------------------------------------------------------------ before the loop
 
