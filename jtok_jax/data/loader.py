@@ -89,7 +89,7 @@ def check_unique(found: int, config: Config, step: int) -> None:
     if any("token" in names for names in read) and found > config.unique_rows("token"):
         raise DataError(
             f"Step {step} uses {found} different ids, train.max_unique_ids is "
-            f"{config.train.max_unique_ids}. It was not applied. Pass "
+            f"{config.train.max_unique_ids}. Pass "
             f"--config.train.max_unique_ids={found} or more, or 0 for no limit; the run goes on "
             "from its last checkpoint with another value."
         )

@@ -36,9 +36,9 @@ class Adapter(Arm):
     """A parallel adapter: dm + gelu(x down) up, where up starts at zero."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dim, options = config.model_dim, config.arms.adapter
-        self.down = normal(rngs, dim, options.width, axes="Da", std=options.init_std)
-        self.up = Weight(jnp.zeros((options.width, dim)), "aD")
+        dim, options, dtype = config.model_dim, config.arms.adapter, config.param_dtype
+        self.down = normal(rngs, dim, options.width, axes="Da", std=options.init_std, dtype=dtype)
+        self.up = Weight(jnp.zeros((options.width, dim), dtype), "aD")
 
     def increment(self, dm_BTD, normed_BTD, rows_BTD):
         dtype = dm_BTD.dtype
@@ -50,10 +50,10 @@ class Film(Arm):
     """FiLM: dm (1 + c gain) + c shift with c = x down, where gain and shift start at zero."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dim, options = config.model_dim, config.arms.film
-        self.down = normal(rngs, dim, options.rank, axes="Df", std=options.init_std)
-        self.gain = Weight(jnp.zeros((options.rank, dim)), "fD")
-        self.shift = Weight(jnp.zeros((options.rank, dim)), "fD")
+        dim, options, dtype = config.model_dim, config.arms.film, config.param_dtype
+        self.down = normal(rngs, dim, options.rank, axes="Df", std=options.init_std, dtype=dtype)
+        self.gain = Weight(jnp.zeros((options.rank, dim), dtype), "fD")
+        self.shift = Weight(jnp.zeros((options.rank, dim), dtype), "fD")
 
     def increment(self, dm_BTD, normed_BTD, rows_BTD):
         dtype = dm_BTD.dtype
@@ -78,13 +78,14 @@ class LowRank(Arm):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, options = config.model_dim, config.arms.low_rank
         self.out = normal(
-            rngs, options.rank, dim, axes="rD", std=options.rank**-0.5, full_precision=True
-        )
+            rngs, options.rank, dim, axes="rD", std=options.rank**-0.5, dtype=config.param_dtype,
+            full_precision=True,
+        )  # fmt: skip
         self.scale = Vector(jnp.full(dim, options.scale_init, jnp.float32), "D")
         self.options = options
 
     def increment(self, dm_BTD, normed_BTD, rows_BTD):
-        e_BTD = rows_BTD.astype(jnp.float32) @ self.out[...]
+        e_BTD = rows_BTD.astype(jnp.float32) @ self.out[...].astype(jnp.float32)
         gate_BTD = reference.gate(
             e_BTD, self.scale[...], norm=self.options.norm, eps=self.options.eps
         )
