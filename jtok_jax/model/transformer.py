@@ -207,7 +207,13 @@ class Transformer(nnx.Module):
             run = functools.partial(
                 nnx.merge(graph, params), h_BTD, with_health=with_health, **mine
             )
-            out_BTD, cached, aux = _with_or_without_tables(run, lookups, stacks.get(TABLES), partly)
+            if not partly:
+                out_BTD, cached, aux = run(lookups=lookups)
+            else:  # the index is negative in layers without JTok's tables
+                others = {name: one for name, one in lookups.items() if name != TABLES}
+                out_BTD, cached, aux = _either(
+                    stacks[TABLES] >= 0, lambda: run(lookups=lookups), lambda: run(lookups=others)
+                )
             return split(out_BTD, split_batch), (cached, aux)
 
         h_BTD = split(self.embed[ids_BT].astype(config.compute_dtype), split_columns)
@@ -274,16 +280,11 @@ def _with_stds(health: dict[str, jax.Array], final_B2: jax.Array) -> dict[str, j
     return health | {"hidden_std": std(health["hidden_std"]), "final_std": std(final_B2)}
 
 
-def _with_or_without_tables(run: Callable, lookups: dict, stack, partly: bool):
-    """Run a layer; if only some carry JTok's tables, `stack` is negative for the others."""
-    if not partly:
-        return run(lookups=lookups)
-    others = {name: lookup for name, lookup in lookups.items() if name != TABLES}
-    return _either(stack >= 0, lambda: run(lookups=lookups), lambda: run(lookups=others))
-
-
 def _either(condition: jax.Array, with_tables: Callable, without: Callable):
-    """lax.cond of a layer with tables and one without, whose health lacks some entries."""
+    """Return what a layer returns: with tables if the condition holds, else without.
+
+    Without them some entries of its health are missing; they are NaN.
+    """
     _, _, aux = jax.eval_shape(with_tables)
     fill = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), aux.health)
 

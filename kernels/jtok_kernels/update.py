@@ -76,17 +76,17 @@ def update_rows(
     rounding = _rounding(table, seed, shard or Shard())
     if optimizer.dense:
         return _update_all(optimizer, table, state, of, scalars, rounding)
-    scalars = {}
+    counters = {}
     if "log_decay" in state:
-        scalars = {"log_decay": jnp.where(apply, total, state["log_decay"])}
-    arrays = {name: value for name, value in state.items() if name not in scalars}
+        counters = {"log_decay": jnp.where(apply, total, state["log_decay"])}
+    arrays = {name: value for name, value in state.items() if name not in counters}
     if chosen.startswith("mosaic_gpu") and shard is None:
         update = mosaic_gpu_update.updater(interpret=is_simulated(chosen))
         table, arrays = update(optimizer, table, arrays, of, scalars, seed)
     else:
         columns = shard.columns if shard else ()
         table, arrays = _update_touched(optimizer, table, arrays, of, scalars, rounding, columns)
-    return table, arrays | scalars
+    return table, arrays | counters
 
 
 def _check(optimizer: RowOptimizer, table, state: State, unique_U, row_grads) -> None:
