@@ -67,13 +67,12 @@ class Stage:
 
     def __post_init__(self):
         for key, values in self.vary.items():
-            several = values if isinstance(values, tuple) else ()
-            plain = several and not any(isinstance(value, list | dict) for value in several)
-            said = f"A stage varies {key!r} over {values!r}; expected a tuple of plain values."
-            _require(plain, said)
+            message = f"A stage varies {key!r} over {values!r}; expected a tuple of plain values."
+            _require(values and isinstance(values, tuple), message)
+            _require(not any(isinstance(value, list | dict) for value in values), message)
         _require(self.keep >= 0, f"A stage keeps {self.keep} candidates; expected at least 0.")
         _require(
-            self.steps >= 1 and self.seeds and len(set(self.seeds)) == len(self.seeds),
+            self.steps >= 1 and 0 < len(self.seeds) == len(set(self.seeds)),
             f"A stage has {self.steps} steps and seeds {self.seeds}; expected at least 1 step and "
             "seeds that are each named once.",
         )
@@ -94,17 +93,21 @@ class Study:
     baseline: str = "dense"
 
     def __post_init__(self):
-        names, known = [arm.name for arm in self.arms], ", ".join(arm.name for arm in self.arms)
+        names = [arm.name for arm in self.arms]
+        known = ", ".join(names)
         _require(len(set(names)) == len(names), f"Two arms have one name: {known}.")
         _require(self.baseline in names, f"The baseline {self.baseline!r} is none of {known}.")
-        said = "Every stage but the last chooses: `keep` at least 1, and 0 there."
-        *choosing, last = self.stages
-        _require(all(stage.keep for stage in choosing) and not last.keep, said)
-        varied = [key.rpartition(":") for stage in self.stages for key in stage.vary]
-        for only, _, _ in varied:
-            unknown = {name for name in only.split(",") if name} - {*names}
+        chooses = [stage.keep > 0 for stage in self.stages]
+        _require(
+            chooses == [True] * (len(chooses) - 1) + [False],
+            "Every stage but the last chooses: `keep` at least 1, and 0 there.",
+        )
+        fields = {*self.common}.union(*(arm.fields for arm in self.arms))
+        for key in (key for stage in self.stages for key in stage.vary):
+            only, _, field = key.rpartition(":")
+            fields.add(field)
+            unknown = only and {*only.split(",")} - {*names}
             _require(not unknown, f"{only!r} in `vary` names no arm: there are {known}.")
-        fields = {field for *_, field in varied}.union(self.common, *(a.fields for a in self.arms))
         _require(
             not fields & OF_STAGE,
             f"{' and '.join(sorted(fields & OF_STAGE))}: every Stage has its own (`steps`, "
@@ -154,16 +157,21 @@ def study_name(text: str) -> str:
 
 def load_study(text: str) -> Study:
     """Return the study of FILE or FILE:ARGUMENT. Raises ConfigError if it cannot be read."""
+    study = _call_file(text, "get_study")
+    _require(isinstance(study, Study), f"{text} gives no study: get_study() returned {study!r}.")
+    return study
+
+
+def _call_file(text: str, function: str) -> object:
+    """Return what `function` of the Python file returns, by FILE or FILE:ARGUMENT."""
     path, _, argument = text.partition(":")
     try:
-        study = runpy.run_path(path)["get_study"](*([argument] if argument else []))
-        if not isinstance(study, Study):
-            raise TypeError(f"get_study() returned {study!r}")
+        return runpy.run_path(path)[function](*([argument] if argument else []))
     except JtokError:
         raise
     except Exception as error:  # whatever the file raises: it is Python
-        raise ConfigError(f"{text} gives no study: {error!r}.") from error
-    return study
+        kind = function.removeprefix("get_")
+        raise ConfigError(f"{text} gives no {kind}: {error!r}.") from error
 
 
 def expand(candidates: list[Candidate], stage: Stage) -> list[Candidate]:
@@ -173,13 +181,13 @@ def expand(candidates: list[Candidate], stage: Stage) -> list[Candidate]:
     """
     found = {}  # a combination may come up twice
     for arm, chosen in candidates:
-        axes = []
+        varied = {}
         for key, values in stage.vary.items():
             only, _, field = key.rpartition(":")
             if not only or arm.name in only.split(","):
-                axes.append([(field, value) for value in values])
-        for values in itertools.product(*axes):
-            fields = dict(chosen) | dict(values)
+                varied[field] = values
+        for values in itertools.product(*varied.values()):
+            fields = dict(chosen) | dict(zip(varied, values, strict=True))
             found[arm.name, frozenset(fields.items())] = Candidate(arm, tuple(fields.items()))
     return list(found.values()) if len(found) > 1 or not stage.keep else []
 
@@ -200,28 +208,16 @@ def cells(study: Study, stage: Stage, candidates: list[Candidate]) -> list[Cell]
 
 
 def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
-    """The configuration of a run, on the corpus `data` if one is given.
+    """Return the configuration of a run, on the corpus `data` if one is given.
 
     Raises:
         ConfigError: the arm's file is none, a field unknown or a value impossible.
     """
     fields = dict(cell.fields) | ({"data.path": data} if data else {})
-    path, _, argument = cell.candidate.arm.config.partition(":")
-    if not (root / path).exists():
-        raise ConfigError(
-            f"Arm {cell.candidate.arm.name}: there is no {root / path}; is this the folder of the "
-            "repository?"
-        )
-    try:
-        get_config = runpy.run_path(str(root / path))["get_config"]
-        values = get_config(*([argument] if argument else []))
-    except Exception as error:
-        raise ConfigError(f"Arm {cell.candidate.arm.name}: {root / path}: {error!r}.") from error
-    known = flatten(values.to_dict())
-    for key in fields:
-        if key not in known:
-            raise ConfigError(f"Arm {cell.candidate.arm.name}: there is no field {key!r}.")
     with named_errors(cell.name):
+        values = _call_file(str(root / cell.candidate.arm.config), "get_config")
+        unknown = fields.keys() - flatten(values.to_dict()).keys()
+        _require(not unknown, f"there is no field {', '.join(map(repr, sorted(unknown)))}.")
         values.update_from_flattened_dict(fields)
         return from_config_dict(values)
 
@@ -233,36 +229,38 @@ def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
         ConfigError: as `resolve` and `make_optimizer`; runs of one stage differ in data, tokens or
             evaluation; two candidates have one name.
     """
-    every = [Candidate(arm) for arm in study.arms]
+    candidates = [Candidate(arm) for arm in study.arms]
     for number, stage in enumerate(study.stages):
         if number and not stage.vary:
             continue  # steps alone differ
-        every = expand(every, dataclasses.replace(stage, keep=0))
-        named = {}
-        for cell in cells(study, dataclasses.replace(stage, seeds=stage.seeds[:1]), every):
-            said = f"Two candidates are called {cell.name!r}: they differ in what it hides."
-            _require(cell.name not in named, said)
-            named[cell.name] = resolve(cell, root, data=data)
-        for name, config in named.items():
+        candidates = expand(candidates, dataclasses.replace(stage, keep=0))
+        configs = {}
+        for cell in cells(study, dataclasses.replace(stage, seeds=stage.seeds[:1]), candidates):
+            message = f"Two candidates are called {cell.name!r}: they differ in what it hides."
+            _require(cell.name not in configs, message)
+            configs[cell.name] = resolve(cell, root, data=data)
+        for name, config in configs.items():
             with named_errors(name):
                 make_optimizer(config)
-        _require_comparable(named)
+        _require_comparable(configs)
 
 
-def _require_comparable(named: Mapping[str, Config]) -> None:
-    compared = {}
-    for name, config in named.items():
-        flat = identity(config) | {"data.path": config.data.path}
-        compared[name] = {k: v for k, v in flat.items() if k.startswith(SAME) and k not in OWN}
-    (first, base), *others = compared.items()
+def _require_comparable(configs: Mapping[str, Config]) -> None:
+    (first, base), *others = (
+        (name, identity(config) | {"data.path": config.data.path})
+        for name, config in configs.items()
+    )
     lines = [
         f"  {key}: {base[key]!r} in {first}, {value!r} in {name}\n"
         for name, fields in others
         for key, value in fields.items()
-        if base[key] != value
+        if key.startswith(SAME) and key not in OWN and base[key] != value
     ]
-    said = f"These runs cannot be compared:\n{''.join(lines[:10])}Set such fields in `common` of "
-    _require(not lines, f"{said}the study, not in an arm.")
+    _require(
+        not lines,
+        f"These runs cannot be compared:\n{''.join(lines[:10])}Set such fields in `common` of the "
+        "study, not in an arm.",
+    )
 
 
 @contextlib.contextmanager
