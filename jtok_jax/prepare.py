@@ -94,7 +94,7 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
     result = manifest.Manifest(
         format=manifest.FORMAT,
         vocab_size=size,
-        tokenizer_sha256=tokenizer.tokenizer_sha256(partial / tokenizer.FILE_NAME),
+        tokenizer_sha256=manifest.file_sha256(partial / tokenizer.FILE_NAME),
         train=writers["train"].close(pad_tail=False),
         valid=writers["valid"].close(pad_tail=True),
         recipe={**dataclasses.asdict(recipe), "version": jtok_jax.__version__},
@@ -124,24 +124,20 @@ class _Source:
             raise DataError(f"All files of --input={recipe.input} are held out by --valid_input.")
 
     def documents(self, skipped: Skipped, label: str) -> Iterator[tuple[str, Document]]:
-        """(split, document) of the whole input, with a progress bar over its bytes.
+        """Yield (split, document) of the whole input, with a progress bar over its bytes.
 
         Bad documents are counted in `skipped` where the recipe, or an input's nature, allows it.
         """
-        skip = self._recipe.on_bad_text == "skip"
-
-        def allowed(pattern: str) -> Skipped | None:  # the embedded corpus has bad files on purpose
-            return skipped if skip or pattern == corpus.STDLIB else None
-
         total = sum(path.stat().st_size for path in (*self._train, *self._valid))
         with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
             advance = lambda path: bar.update(path.stat().st_size)
-            counted = allowed(self._recipe.input)
-            for document in corpus.read_documents(self._train, skipped=counted, on_file=advance):
-                yield self._split(document), document
-            counted = allowed(self._recipe.valid_input)
-            for document in corpus.read_documents(self._valid, skipped=counted, on_file=advance):
-                yield "valid", document
+            recipe = self._recipe
+            for files, pattern in ((self._train, recipe.input), (self._valid, recipe.valid_input)):
+                # The embedded corpus has bad files on purpose.
+                skip = recipe.on_bad_text == "skip" or pattern == corpus.STDLIB
+                counted = skipped if skip else None
+                for document in corpus.read_documents(files, skipped=counted, on_file=advance):
+                    yield "valid" if files is self._valid else self._split(document), document
 
     def _split(self, document: Document) -> str:
         """Held out by the document's own hash, so equal documents fall on the same side."""

@@ -2,7 +2,6 @@
 # Copyright 2026 The jtok_jax authors
 """Byte-level BPE with the `tokenizers` library: train one, or take a tokenizer.json."""
 
-import hashlib
 import pathlib
 from collections.abc import Iterable
 
@@ -59,7 +58,3 @@ def end_token_id(tokenizer: tokenizers.Tokenizer, end_token: str) -> int:
             "tokens with --end_token."
         )
     return token_id
-
-
-def tokenizer_sha256(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -111,20 +111,21 @@ def _gains(study: Study, sizes: list[Ranked], last: StageResults, paths: Paths) 
     curves = {seed: [size[seed] for size in of_size] for seed in seeds}
     if not all(map(_falls, curves.values())):
         curves = {}  # noise is larger; to leave out such a seed alone would leave out the noise
-    found, arms = [], {one.candidate.arm.name for one in sizes}
+    gains, arms = [], {one.candidate.arm.name for one in sizes}
     for one in (one for name, some in last.items() if name not in arms for one in some):
-        first, inside = one.results[0], losses[-1] <= one.loss <= losses[0]
-        logs = [
-            log_size_at(result.val_loss, counts, curves[result.seed])
-            for result in one.results
-            if result.seed in curves
-        ]
-        half = estimate(logs).half if logs else math.nan
+        (cell,), first = cells(study, study.stages[-1], [one.candidate])[:1], one.results[0]
+        jtok = resolve(cell, paths.root).model.jtok
+        rho = jtok.top_k / jtok.num_tables if jtok.kind == "jtok_m" else 1.0
+        in_curve = [result for result in one.results if result.seed in curves]
+        logs = [log_size_at(result.val_loss, counts, curves[result.seed]) for result in in_curve]
         with np.errstate(over="ignore"):
             gain = float(np.exp(log_size_at(one.loss, counts, losses) - math.log(first.backbone)))
-        eta, rho = first.tables / first.backbone, _rho(study, one, paths)
-        found.append(Gain(one.candidate.name, one.loss, eta, rho, gain, inside, half))
-    return found
+        gains.append(Gain(
+            name=one.candidate.name, loss=one.loss, eta=first.tables / first.backbone, rho=rho,
+            gain=gain, inside=losses[-1] <= one.loss <= losses[0],
+            half=estimate(logs).half if logs else math.nan,
+        ))  # fmt: skip
+    return gains
 
 
 def log_size_at(loss: float, counts: np.ndarray, losses: list[float]) -> float:
@@ -138,13 +139,8 @@ def log_size_at(loss: float, counts: np.ndarray, losses: list[float]) -> float:
     return float(y0 + (at - x0) * (y1 - y0) / (x1 - x0))
 
 
-def _rho(study: Study, one: Ranked, paths: Paths) -> float:
-    model = resolve(cells(study, study.stages[-1], [one.candidate])[0], paths.root).model
-    jtok = model.jtok
-    return jtok.top_k / jtok.num_tables if jtok.kind == "jtok_m" else 1.0
-
-
 def _gamma_law(found: list[Gain]) -> str:
+    """Return the law of gamma over eta and rho with its intervals, or why there is none."""
     points = np.reshape([(one.eta, one.rho, one.gain) for one in found], (-1, 3)).T
     try:
         scale, eta, rho, r2 = fit_gamma(*points)
