@@ -15,7 +15,7 @@ import pathlib
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from typing import IO, NamedTuple
+from typing import IO
 
 import pyarrow
 import pyarrow.parquet
@@ -23,13 +23,6 @@ import pyarrow.parquet
 from jtok_jax.errors import DataError
 
 STDLIB = "stdlib"  # the embedded corpus: the source code of Python's own standard library
-
-
-class Document(NamedTuple):
-    """One text and where it came from."""
-
-    origin: str
-    text: str
 
 
 @dataclasses.dataclass
@@ -52,16 +45,11 @@ class BadText(Exception):
 
 
 def find_files(pattern: str) -> list[pathlib.Path]:
-    """Files of a glob pattern, or of the embedded corpus for "stdlib", sorted by name.
-
-    Raises:
-        DataError: nothing matches.
-    """
+    """Return the files of a glob pattern or of STDLIB by name. Raises DataError if none matches."""
     if pattern == STDLIB:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
-        files = [
-            p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & {*p.parts}
-        ]
+        others = {"site-packages", "dist-packages"}
+        files = [path for path in root.rglob("*.py") if not others & {*path.parts}]
     else:
         files = [pathlib.Path(name) for name in glob.glob(pattern, recursive=True)]
     files = sorted(path for path in files if path.is_file())
@@ -72,21 +60,20 @@ def find_files(pattern: str) -> list[pathlib.Path]:
 
 def read_documents(
     files: list[pathlib.Path], *, skipped: Skipped | None, on_file=lambda path: None
-) -> Iterator[Document]:
-    """Yield every document of `files` in order.
+) -> Iterator[str]:
+    """Yield the text of every document of `files` in order.
 
     Args:
         skipped: takes empty and badly encoded documents; None refuses them.
         on_file: called with each path after it has been read.
 
-    Raises:
-        DataError: an empty or non-UTF-8 document with `skipped` None, or a damaged file.
+    Raises DataError: an empty or non-UTF-8 document with `skipped` None, or a damaged file.
     """
     for path in files:
         with _readable(path):
             for origin, content in _contents(path):
                 try:
-                    yield Document(origin, _text(origin, content))
+                    yield _text(origin, content)
                 except BadText as error:
                     reason, message = error.args
                     if skipped is None:
@@ -117,7 +104,7 @@ def _text(origin: str, content: bytes | str) -> str:
 
 
 def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
-    """(origin, raw content) of each document in one file."""
+    """Yield (origin, raw content) of each document in one file."""
     *_, before, suffix = "", "", *(suffix.lower() for suffix in path.suffixes)
     kind = before if suffix in (".gz", ".xz", ".zst") else suffix
     if suffix == ".parquet":

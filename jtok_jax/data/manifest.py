@@ -92,8 +92,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 def verify_shards(folder: pathlib.Path, manifest: Manifest, *, hashes: bool) -> None:
     """Compare the size, and with `hashes` the SHA-256, of every shard and the tokenizer.
 
-    Raises:
-        DataError: a file is missing, shorter, or has other contents.
+    Raises DataError: a file is missing, shorter, or has other contents.
     """
     for shard in (*manifest.train.shards, *manifest.valid.shards):
         path = folder / shard.name

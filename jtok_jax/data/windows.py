@@ -143,8 +143,7 @@ class _Whole(NamedTuple):
 def allow_open_files(shards: int) -> None:
     """Raise this process's limit of open files: a reader keeps every shard open.
 
-    Raises:
-        DataError: the machine allows fewer.
+    Raises DataError: the machine allows fewer.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fewest, wanted = (shards + others for others in OTHER_FILES)

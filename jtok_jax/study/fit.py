@@ -55,8 +55,7 @@ def write_fit(study: Study, paths: Paths, file: str) -> str:
 
     The arms that share the baseline's config file are its sizes.
 
-    Raises:
-        ConfigError: fewer than `SIZES` of these, or runs are missing.
+    Raises ConfigError: fewer than `SIZES` of these, or runs are missing.
     """
     progress = load_progress(study, paths)
     progress.require(not progress.missing, paths)

@@ -21,8 +21,7 @@ FINAL = ("arm", "chosen", "seeds", "val loss, nats/token", "against the baseline
 def write_report(study: Study, paths: Paths, file: str) -> str:
     """Return Markdown of the study of `file`; RESULTS/NAME.md has it, with plots beside it.
 
-    Raises:
-        ConfigError: there is no run of the baseline in the last stage; or matplotlib is missing.
+    Raises ConfigError: there is no run of the baseline in the last stage; or matplotlib is missing.
     """
     name, progress = study_name(file), load_progress(study, paths)
     progress.require(progress.stages[-1][study.baseline], paths)

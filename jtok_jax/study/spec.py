@@ -2,14 +2,13 @@
 # Copyright 2026 The jtok_jax authors
 """What a study trains: arms, stages and seeds, and the configuration of each of its runs."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import pathlib
 import runpy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jtok_jax.config import Config
@@ -208,81 +207,71 @@ def cells(study: Study, stage: Stage, candidates: list[Candidate]) -> list[Cell]
 
 
 def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
-    """Return the configuration of a run, on the corpus `data` if one is given.
+    """Return the checked configuration of a run, on the corpus `data` if one is given.
 
-    Raises:
-        ConfigError: the arm's file is none, a field unknown or a value impossible.
+    Raises ConfigError: the arm's file is none, a field unknown or a value impossible.
     """
     fields = dict(cell.fields) | ({"data.path": data} if data else {})
-    with named_errors(cell.name):
-        values = _call_file(str(root / cell.candidate.arm.config), "get_config")
-        unknown = fields.keys() - flatten(values.to_dict()).keys()
-        _require(not unknown, f"there is no field {', '.join(map(repr, sorted(unknown)))}.")
+    values = _call_file(str(root / cell.candidate.arm.config), "get_config")
+    unknown = fields.keys() - flatten(values.to_dict()).keys()
+    _require(
+        not unknown, f"{cell.name}: there is no field {', '.join(map(repr, sorted(unknown)))}."
+    )
+    try:
         values.update_from_flattened_dict(fields)
-        return from_config_dict(values)
+        config = from_config_dict(values)
+        make_optimizer(config)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{cell.name}: {error}") from error
+    return config
 
 
 def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
     """Build and compare all configurations that stages may come to train.
 
-    Raises:
-        ConfigError: as `resolve` and `make_optimizer`; runs of one stage differ in data, tokens or
-            evaluation; two candidates have one name.
+    Raises ConfigError: as `resolve`; runs of one stage differ in data, tokens or evaluation; two
+    candidates have one name.
     """
     candidates = [Candidate(arm) for arm in study.arms]
     for number, stage in enumerate(study.stages):
         if number and not stage.vary:
             continue  # steps alone differ
-        candidates = expand(candidates, dataclasses.replace(stage, keep=0))
+        stage = dataclasses.replace(stage, keep=0, seeds=stage.seeds[:1])
+        candidates = expand(candidates, stage)
         configs = {}
-        for cell in cells(study, dataclasses.replace(stage, seeds=stage.seeds[:1]), candidates):
+        for cell in cells(study, stage, candidates):
             message = f"Two candidates are called {cell.name!r}: they differ in what it hides."
             _require(cell.name not in configs, message)
             configs[cell.name] = resolve(cell, root, data=data)
-        for name, config in configs.items():
-            with named_errors(name):
-                make_optimizer(config)
         _require_comparable(configs)
 
 
 def _require_comparable(configs: Mapping[str, Config]) -> None:
-    (first, base), *others = (
-        (name, identity(config) | {"data.path": config.data.path})
-        for name, config in configs.items()
-    )
+    """Raise ConfigError with the fields in which runs differ from the first but must not."""
+    flat = {name: identity(config) | {"data.path": config.data.path}
+            for name, config in configs.items()}  # fmt: skip
+    (first, base), *others = flat.items()
     lines = [
         f"  {key}: {base[key]!r} in {first}, {value!r} in {name}\n"
         for name, fields in others
         for key, value in fields.items()
         if key.startswith(SAME) and key not in OWN and base[key] != value
     ]
-    _require(
-        not lines,
-        f"These runs cannot be compared:\n{''.join(lines[:10])}Set such fields in `common` of the "
-        "study, not in an arm.",
-    )
-
-
-@contextlib.contextmanager
-def named_errors(name: str) -> Iterator[None]:
-    """Put the name of a candidate or run before errors of its configuration."""
-    try:
-        yield
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+    advice = "Set such fields in `common` of the study, not in an arm."
+    _require(not lines, f"These runs cannot be compared:\n{''.join(lines[:10])}{advice}")
 
 
 def identity(config: Config) -> dict[str, object]:
     """Return what decides a run's result, flat; options of what is off are left out."""
     jtok, moe, arms = config.model.jtok.kind, config.model.moe, config.model.arms
     idle = ["model.ffn_dim" if moe.num_experts else "model.moe.", *IDLE[jtok]]
-    idle += [f"model.arms.{field.name}." for field in dataclasses.fields(arms)
-             if field.name not in arms.chosen()]  # fmt: skip
+    unused = {field.name for field in dataclasses.fields(arms)} - {*arms.chosen()}
+    idle += [f"model.arms.{name}." for name in unused]
     if not config.model.streams_read:
         idle.append("optimizer.tables.")
     flat = flatten(to_dict(config)) | {"schedule.steps": config.schedule_steps}
-    kept = {key: value for key, value in flat.items() if not key.startswith((*PATHS, *idle))}
-    return kept | {"model.jtok.kind": jtok, "model.moe.num_experts": moe.num_experts}
+    used = {key: value for key, value in flat.items() if not key.startswith((*PATHS, *idle))}
+    return used | {"model.jtok.kind": jtok, "model.moe.num_experts": moe.num_experts}
 
 
 def short_hash(value: object, digits: int = 12) -> str:
