@@ -117,7 +117,7 @@ class Table:
             )
         return result
 
-    def add(self, result: Result, config: Config, curve: list[CurvePoint]) -> None:
+    def add(self, result: Result, config: Config, curve: list[tuple]) -> None:
         """Write down a run that has ended. Raises DataError: the others had other data."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / ".lock").open("a") as file:  # NFS locks only what is open for writing
@@ -128,8 +128,8 @@ class Table:
             self._base = self._base or flat
             differs = {key: value for key, value in flat.items() if self._base.get(key) != value}
             self._results[result.cell], self._configs[result.cell] = result, differs
-            points = [point for point in self._curve_points() if point.cell != result.cell] + curve
-            points = [(cell, step, f"{loss:.4f}") for cell, step, loss in points]
+            curves = self.curves() | {result.cell: curve}
+            points = [(cell, step, f"{loss:.4f}") for cell in curves for step, loss in curves[cell]]
             write_csv(self._folder / "curves.csv", CurvePoint, points)
             cells = (f'"{key}": {json.dumps(one)}' for key, one in self._configs.items())
             base, cells = json.dumps(self._base, indent=1), ",\n".join(cells)
@@ -141,12 +141,9 @@ class Table:
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Return (step, mean training loss around it) of every cell."""
         curves = {}
-        for cell, step, loss in self._curve_points():
+        for cell, step, loss in read_csv(self._folder / "curves.csv", CurvePoint):
             curves.setdefault(cell, []).append((step, loss))
         return curves
-
-    def _curve_points(self) -> list[CurvePoint]:
-        return read_csv(self._folder / "curves.csv", CurvePoint)
 
     def _require_data(self, data: str | None = None) -> None:
         known = {data, *(result.data for result in self._results.values())} - {None}
@@ -165,8 +162,8 @@ def _plain(fields: dict[str, object]) -> dict[str, object]:
 
 def make_result(
     cell: Cell, config: Config, records: list[dict], *, diverged: bool = False, **about: str
-) -> tuple[Result, list[CurvePoint]]:
-    """Return the line of a run and its curve, from what it wrote into metrics.jsonl.
+) -> tuple[Result, list[tuple]]:
+    """Return the line of a run and its curve, (step, loss), from the lines of metrics.jsonl.
 
     diverged: the run said so, whatever its last loss is. about: device, data, commit, jax.
     """
@@ -192,7 +189,7 @@ def make_result(
     losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
     size = -(-config.train.steps // CURVE_POINTS)
     means = [np.mean(losses[i : i + size], axis=0) for i in range(0, len(losses), size)]
-    return result, [CurvePoint(cell.key, round(step), float(loss)) for step, loss in means]
+    return result, [(round(step), float(loss)) for step, loss in means]
 
 
 def require_writable(option: str, folder: pathlib.Path) -> None:

@@ -21,7 +21,7 @@ from jtok_jax.config import Config, TrainConfig
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError, JtokError, NonFiniteError, Preempted, WorkdirError
 from jtok_jax.model_config import ModelConfig
-from jtok_jax.study.results import CurvePoint, Result, make_result
+from jtok_jax.study.results import Result, make_result
 from jtok_jax.study.spec import Cell, short_hash
 from jtok_jax.training.guards import StopSignal
 
@@ -75,7 +75,7 @@ def command(cell: Cell, paths: Paths) -> list[str]:
 
 def train_cell(
     cell: Cell, config: Config, paths: Paths, bar: tqdm, stop: StopSignal, *, data: str
-) -> tuple[Result, list[CurvePoint]]:
+) -> tuple[Result, list[tuple]]:
     """Return result and curve of a run; goes on where a run of this cell was stopped.
 
     Raises:
