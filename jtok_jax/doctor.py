@@ -30,13 +30,13 @@ class Finding(NamedTuple):
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """(0, 10, 2) of "0.10.2" or "0.10.2.dev3"."""
+    """Return (0, 10, 2) of "0.10.2" or "0.10.2.dev3"."""
     parts = version.split("+")[0].split(".")
     return tuple(int(part) for part in parts if part.isdigit())
 
 
 def judge_versions(jax_version: str, flax_version: str, backend: str) -> list[Finding]:
-    """Findings on the pair of JAX and Flax for a backend ("cpu", "gpu", "tpu")."""
+    """Return findings on the pair of JAX and Flax for a backend ("cpu", "gpu", "tpu")."""
     found_jax, found_flax = version_tuple(jax_version), version_tuple(flax_version)
     advice = ""
     if not SUPPORTED[0] <= found_jax < SUPPORTED[1]:
@@ -53,9 +53,7 @@ def judge_versions(jax_version: str, flax_version: str, backend: str) -> list[Fi
 def describe_device(device: jax.Device) -> list[Finding]:
     """Return what training would use, what the automatic choices come to, and why."""
     peak = None if device.platform == "cpu" else flops.peak_flops(device.device_kind)
-    speed = (
-        f"{peak / 1e12:.0f} TFLOP/s bfloat16 each" if peak else "no known peak: MFU not reported"
-    )
+    speed = f"{peak / 1e12:.0f} TFLOP/s bfloat16 each" if peak else "no peak known, MFU not shown"
     lacks = cudnn_lacks(device)
     attention = f"xla ({lacks})" if lacks else "cudnn for bfloat16, xla for float32"
     experts = "row blocks (ragged_dot grows with experts off TPU)"

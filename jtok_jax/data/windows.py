@@ -106,7 +106,7 @@ class Windows:
         return self.split.windows * self._parts
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Sequence `index` as int32 ids [seq_len + 1]."""
+        """Return sequence `index` as int32 ids [seq_len + 1]."""
         record, part = divmod(index, self._parts)
         try:
             ids = np.frombuffer(self._source[record], self._dtype)
@@ -119,7 +119,7 @@ class Windows:
         return ids[start : start + self.seq_len + 1].astype(np.int32)
 
     def locate(self, index: int) -> str:
-        """'shard record position' of the first id of sequence `index`, for messages."""
+        """Return 'shard record position' of the first id of sequence `index`, for messages."""
         record, part = divmod(index, self._parts)
         for shard in self.split.shards:
             if record < shard.windows:

@@ -101,18 +101,18 @@ def train_cell(
         )  # fmt: skip
         code = wait(process, stop, lambda: _show(bar, before, metrics))
         output.seek(begun)
-        said = output.read()[-1000:].strip()
+        printed = output.read()[-1000:].strip()
     if code == Preempted.exit_code or (code and stop.name):
-        last_line = said.rpartition("\n")[2]
+        last_line = printed.rpartition("\n")[2]
         raise Preempted(f"Stopped in {cell.name}: {last_line}")
     if code == WorkdirError.exit_code:
         raise WorkdirError(
-            f"{cell.name}: {said} Another study is training it, or what is left of one that was "
+            f"{cell.name}: {printed} Another study is training it, or what is left of one that was "
             "killed: wait, or stop it."
         )
     diverged = code == NonFiniteError.exit_code
     if code and not diverged:
-        raise StudyError(f"exit code {code}; the end of {console}:\n{said}")
+        raise StudyError(f"exit code {code}; the end of {console}:\n{printed}")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     return make_result(cell, config, records, device=_devices(), diverged=diverged, **about)
 
