@@ -54,7 +54,7 @@ class Manifest:
     skipped: dict
 
     def fingerprint(self) -> dict[str, str]:
-        """Return what training depends on: the tokenizer and the windows, not where they came from."""
+        """Return what training depends on: tokenizer and windows, not where they came from."""
         form = f"{self.seq_len} {self.dtype} {self.end_id}"
         return {
             "tokenizer": self.tokenizer_sha256,

@@ -15,10 +15,9 @@ import pathlib
 
 from jtok_jax.errors import exit_on_error
 from jtok_jax.study.anatomy import anatomy
-from jtok_jax.study.fit import write_fit
+from jtok_jax.study.fit import published_table, write_fit
 from jtok_jax.study.report import write_report
 from jtok_jax.study.run import run_study
-from jtok_jax.study.scaling import published_table
 from jtok_jax.study.spec import load_study, study_name
 from jtok_jax.study.timing import time_candidates
 from jtok_jax.study.trainer import Paths

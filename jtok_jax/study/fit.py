@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What size of dense model each arm is worth: N_eff, gamma and how it depends on eta and rho.
+"""What size of dense model each arm is worth: N_eff, gamma, its law; the paper's scaling lines.
 
 All runs of a study see the same tokens, so the baseline's losses over its sizes are one curve; the
 size at which it meets an arm's loss is N_eff = N_c (1 + eta gamma), Eq. 14 of arXiv 2602.00800.
@@ -24,6 +24,11 @@ from jtok_jax.study.trainer import Paths
 
 SIZES = 3  # of the baseline, at least
 RESAMPLES = 1000
+# The two lines as printed, log2 L = slope * log10 C + intercept with C in training FLOPs; the
+# budgets; and what the paper claims, the gap in log2 L.
+BASE, JTOK_M = (-0.2016, 5.1334), (-0.2009, 5.0881)
+BUDGETS = np.array([3e18, 1e19, 3e19, 1e20, 3e20])
+REDUCTION, GAP, SAVED = 0.022, 0.038, 0.352
 
 
 class Gain(NamedTuple):
@@ -203,3 +208,23 @@ def gamma_intervals(
     if failed > RESAMPLES / 2:
         raise ValueError(f"{failed} of {RESAMPLES} resamples fail ({reason}). Bring more points.")
     return *np.quantile(laws, [0.025, 0.975], axis=0), failed
+
+
+def published_table() -> str:
+    """Return Markdown of what the printed lines imply at the five budgets, beside the claims."""
+    base, tables = (2 ** np.polyval(line, np.log10(BUDGETS)) for line in (BASE, JTOK_M))
+    saved = 1 - 10 ** ((np.log2(base) - JTOK_M[1]) / JTOK_M[0]) / BUDGETS  # Eq. 17
+    head = "compute, FLOPs", "base loss", "JTok-M loss", "loss reduction", "compute saved"
+    rows = [
+        (f"{c:.0e}".replace("e+", "e"), f"{b:.4f}", f"{t:.4f}", f"{1 - t / b:.2%}", f"{s:.1%}")
+        for c, b, t, s in zip(BUDGETS, base, tables, saved, strict=True)
+    ]
+    gaps, implied = np.log2(base / tables), 1 - 10 ** (-math.log2(1 - REDUCTION) / BASE[0])
+    return (
+        f"{markdown_table(head, rows)}\n| claimed | | | {REDUCTION:.1%} | {SAVED:.1%} |\n\n"
+        f"The claimed saving is 1 - 10^({GAP} / {BASE[0]}), from a gap of {GAP} in log2 L. The "
+        f"printed lines differ by {max(gaps):.4f} to {min(gaps):.4f} at these budgets, and by "
+        f"{BASE[1] - JTOK_M[1]:.4f} at log10 C = 0. A gap of {GAP} would be "
+        f"{1 - 2**-GAP:.1%} less loss, not the {REDUCTION:.1%} claimed, which is worth "
+        f"{implied:.1%}.\n"
+    )

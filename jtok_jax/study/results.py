@@ -165,7 +165,7 @@ def make_result(
 ) -> tuple[Result, list[tuple]]:
     """Return the line of a run and its curve, (step, loss), from the lines of metrics.jsonl.
 
-    diverged: the run ended as not finite, whatever its last loss is. about: device, data, commit, jax.
+    diverged: the run ended as not finite, whatever its last loss. about: device, data, commit, jax.
     """
     steps = [record for record in records if record["step"] > 0]
     last = steps[-1] if steps else {"step": 0}
