@@ -99,10 +99,8 @@ def paired(results: list[Result], baseline: list[Result]) -> Estimate | None:
 
 
 def _lacking(names: list[str]) -> str:
-    if not names:
-        return ""
     more = f"; and {len(names) - 6} more" * (len(names) > 6)
-    return f" Failed or not yet run: {'; '.join(names[:6])}{more}."
+    return f" Failed or not yet run: {'; '.join(names[:6])}{more}." * bool(names)
 
 
 def _loss(one: Ranked) -> str:

@@ -161,16 +161,17 @@ def load_study(text: str) -> Study:
     return study
 
 
-def _call_file(text: str, function: str) -> object:
-    """Return what `function` of the Python file returns, by FILE or FILE:ARGUMENT."""
+def _call_file(text: str, function: str, root: pathlib.Path = pathlib.Path()) -> object:
+    """Return what `function` of the Python file returns, by FILE or FILE:ARGUMENT from `root`."""
     path, _, argument = text.partition(":")
     try:
-        return runpy.run_path(path)[function](*([argument] if argument else []))
+        return runpy.run_path(str(root / path))[function](*([argument] if argument else []))
     except JtokError:
         raise
     except Exception as error:  # whatever the file raises: it is Python
         kind = function.removeprefix("get_")
-        raise ConfigError(f"{text} gives no {kind}: {error!r}.") from error
+        hint = " Is this the repository's folder?" * isinstance(error, FileNotFoundError)
+        raise ConfigError(f"{text} gives no {kind}: {error!r}.{hint}") from error
 
 
 def expand(candidates: list[Candidate], stage: Stage) -> list[Candidate]:
@@ -212,11 +213,10 @@ def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
     Raises ConfigError: the arm's file is none, a field unknown or a value impossible.
     """
     fields = dict(cell.fields) | ({"data.path": data} if data else {})
-    values = _call_file(str(root / cell.candidate.arm.config), "get_config")
+    values = _call_file(cell.candidate.arm.config, "get_config", root)
     unknown = fields.keys() - flatten(values.to_dict()).keys()
-    _require(
-        not unknown, f"{cell.name}: there is no field {', '.join(map(repr, sorted(unknown)))}."
-    )
+    names = ", ".join(map(repr, sorted(unknown)))
+    _require(not unknown, f"{cell.name}: there is no field {names}.")
     try:
         values.update_from_flattened_dict(fields)
         config = from_config_dict(values)
@@ -248,9 +248,10 @@ def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
 
 def _require_comparable(configs: Mapping[str, Config]) -> None:
     """Raise ConfigError with the fields in which runs differ from the first but must not."""
-    flat = {name: identity(config) | {"data.path": config.data.path}
-            for name, config in configs.items()}  # fmt: skip
-    (first, base), *others = flat.items()
+    (first, base), *others = (
+        (name, identity(config) | {"data.path": config.data.path})
+        for name, config in configs.items()
+    )
     lines = [
         f"  {key}: {base[key]!r} in {first}, {value!r} in {name}\n"
         for name, fields in others
