@@ -22,7 +22,7 @@ from jtok_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.mesh import make_mesh, put_batch
 from jtok_jax.model.placement import describe
-from jtok_jax.model.transformer import Across
+from jtok_jax.model.transformer import Parallel
 from jtok_jax.model_config import JtokConfig, ModelConfig
 from jtok_jax.training import step
 
@@ -64,7 +64,7 @@ def main() -> None:
         batches.append((put_batch(mesh, batch.ids_BT), put_batch(mesh, batch.targets_BT)))
     arms: dict[str, Arm] = {"dense": our_arm(dense, mesh, batches[0])}
     arms["exchange"] = our_arm(config, mesh, batches[0])
-    with mock.patch.object(step, "across_devices", return_value=Across({}, mesh)):
+    with mock.patch.object(step, "parallel_reads", return_value=Parallel({}, mesh)):
         # XLA would gather what a kernel of ours reads: it cannot split one.
         plain = make_config(arguments, arguments.kind, "xla")
         arms["gspmd"] = our_arm(plain, mesh, batches[0])

@@ -8,6 +8,7 @@ Those of the model are in `model_config.py`. A file in configs/ changes fields o
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import ml_collections
 
@@ -26,12 +27,42 @@ class TableOptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     stochastic_rounding: bool = True  # of bfloat16 tables; False: to the nearest
+    # Other values for the tables of one layer: "jtok.kind=adamw, ngram.weight_decay=0.1".
+    overrides: str = ""
 
     def __post_init__(self):
         kinds = ("adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad")
         one_of(self.kind, "optimizer.tables.kind", kinds)
         at_least(self, "optimizer.tables", 0, "learning_rate_multiplier", "weight_decay")
         check_betas(self, "optimizer.tables")
+        for owner in self.owners:
+            self.of(owner)
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Layers whose tables have values of their own."""
+        return tuple(dict.fromkeys(owner for owner, _, _ in self._overrides()))
+
+    def of(self, owner: str) -> "TableOptimizerConfig":
+        """Return the options for the tables of a layer: "jtok" or the name of an arm."""
+        own = {field: value for name, field, value in self._overrides() if name == owner}
+        return dataclasses.replace(self, overrides="", **own)
+
+    def _overrides(self) -> Iterator[tuple[str, str, object]]:
+        fields = {field.name: field.type for field in dataclasses.fields(self)}
+        read = {float: float, str: str, bool: {"true": True, "false": False}.__getitem__}
+        for part in filter(None, (part.strip() for part in self.overrides.split(","))):
+            target, _, text = part.partition("=")
+            owner, _, field = target.strip().rpartition(".")
+            try:
+                if not owner or field == "overrides":
+                    raise KeyError(field)
+                yield owner, field, read[fields[field]](text.strip())
+            except (KeyError, ValueError):
+                raise ConfigError(
+                    f"optimizer.tables.overrides has {part!r}; expected LAYER.FIELD=VALUE with a "
+                    "field of optimizer.tables, such as ngram.learning_rate_multiplier=1."
+                ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +85,14 @@ class OptimizerConfig:
                 f"optimizer.eps is {self.eps}; expected more than 0: an entry whose gradient was "
                 "always zero would become 0 / 0."
             )
-        rate = self.learning_rate * self.tables.learning_rate_multiplier
-        if rate * self.tables.weight_decay >= 1:
-            raise ConfigError(
-                f"optimizer.tables.weight_decay is {self.tables.weight_decay} at a learning rate "
-                f"of {rate}; their product must be less than 1, the share of a row that is lost."
-            )
+        for tables in (self.tables, *map(self.tables.of, self.tables.owners)):
+            rate = self.learning_rate * tables.learning_rate_multiplier
+            if rate * tables.weight_decay >= 1:
+                raise ConfigError(
+                    f"optimizer.tables.weight_decay is {tables.weight_decay} at a learning rate "
+                    f"of {rate}; their product must be less than 1, the share of a row that is "
+                    "lost."
+                )
 
 
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -197,6 +230,12 @@ class Config:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
 
     def __post_init__(self):
+        unknown = set(self.optimizer.tables.owners) - set(self.model.table_owners)
+        if unknown:
+            raise ConfigError(
+                f"optimizer.tables.overrides names {', '.join(sorted(unknown))}, which has no "
+                f"tables here; there are those of {', '.join(self.model.table_owners) or 'none'}."
+            )
         save, validate = self.checkpoint.every, self.evaluation.every
         if self.checkpoint.keep_best and save % validate and validate % save:
             raise ConfigError(
@@ -207,11 +246,6 @@ class Config:
     @property
     def schedule_steps(self) -> int:
         return self.schedule.steps or self.train.steps
-
-    @property
-    def rows_per_step(self) -> int:
-        """U of the tokens: `unique_rows("token")`."""
-        return self.unique_rows("token")
 
     def unique_rows(self, stream: str) -> int:
         """U: rows of a table that a step has gradients for, one for each different id of a stream.

@@ -8,13 +8,13 @@ import sys
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jtok_jax import flops
 from jtok_jax.hosts import PACKAGES
 from jtok_jax.model.attention import cudnn_lacks
-from jtok_jax.model.operations import operations
+from jtok_jax.model.operations import choose_operations
 from jtok_jax.model.splash import LANES
-from jtok_jax.model_config import JtokConfig, ModelConfig
 
 SUPPORTED = ((0, 10, 2), (0, 13))  # jax: from, below
 GPU_FROM = (0, 11, 1)  # earlier jaxlib compiles float32 scatter-add to a very slow loop
@@ -26,17 +26,17 @@ class Finding(NamedTuple):
 
     subject: str
     found: str
-    advice: str
+    advice: str = ""
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """(0, 10, 2) of "0.10.2" or "0.10.2.dev3"."""
+    """Return (0, 10, 2) of "0.10.2" or "0.10.2.dev3"."""
     parts = version.split("+")[0].split(".")
     return tuple(int(part) for part in parts if part.isdigit())
 
 
 def judge_versions(jax_version: str, flax_version: str, backend: str) -> list[Finding]:
-    """Findings on the pair of JAX and Flax for a backend ("cpu", "gpu", "tpu")."""
+    """Return findings on the pair of JAX and Flax for a backend ("cpu", "gpu", "tpu")."""
     found_jax, found_flax = version_tuple(jax_version), version_tuple(flax_version)
     advice = ""
     if not SUPPORTED[0] <= found_jax < SUPPORTED[1]:
@@ -50,34 +50,26 @@ def judge_versions(jax_version: str, flax_version: str, backend: str) -> list[Fi
     return [*findings, Finding("flax", flax_version, advice)]
 
 
-def judge_device(device: jax.Device) -> Finding:
-    """Finding on the kind of device training would use."""
-    peak = flops.peak_flops(device.device_kind)
-    found = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
-    if device.platform == "cpu":
-        return Finding("devices", found + ", MFU not reported", "")
-    if peak is None:
-        return Finding("devices", found + ", unknown peak: MFU not reported", "")
-    return Finding("devices", f"{found}, {peak / 1e12:.0f} TFLOP/s bfloat16 each", "")
-
-
-def implementations(device: jax.Device) -> list[Finding]:
-    """What the automatic choices come to on this device, and why."""
-    tpu, lacks = device.platform == "tpu", cudnn_lacks(device)
+def describe_device(device: jax.Device) -> list[Finding]:
+    """Return what training would use, what the automatic choices come to, and why."""
+    peak = None if device.platform == "cpu" else flops.peak_flops(device.device_kind)
+    speed = f"{peak / 1e12:.0f} TFLOP/s bfloat16 each" if peak else "no peak known, MFU not shown"
+    lacks = cudnn_lacks(device)
     attention = f"xla ({lacks})" if lacks else "cudnn for bfloat16, xla for float32"
-    if tpu:
+    experts = "row blocks (ragged_dot grows with experts off TPU)"
+    if device.platform == "tpu":
         attention = f"splash for sequences of a multiple of {LANES} tokens, else xla"
-    experts = "lax.ragged_dot" if tpu else "row blocks (ragged_dot grows with experts off TPU)"
-    return [
-        Finding("attention", attention, ""),
-        Finding("experts", experts, ""),
-        *[_tables(dtype) for dtype in flops.BYTES],
+        experts = "lax.ragged_dot"
+    kind = f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+    findings = [
+        Finding("devices", f"{kind}, {speed}"),
+        Finding("attention", attention),
+        Finding("experts", experts),
     ]
-
-
-def _tables(dtype: str) -> Finding:
-    choice = operations(ModelConfig(model_dim=1024, jtok=JtokConfig(table_dtype=dtype)))
-    return Finding(f"{dtype} tables", f"{choice.name} ({choice.reason})", "")
+    for dtype in flops.BYTES:
+        choice = choose_operations("auto", dim=1024, dtype=jnp.dtype(dtype))
+        findings.append(Finding(f"{dtype} tables", f"{choice.name} ({choice.reason})"))
+    return findings
 
 
 def main() -> None:
@@ -89,11 +81,9 @@ def main() -> None:
         sys.exit(f"!!  devices           none: {reason}  <- {advice}")
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     judged = judge_versions(versions["jax"], versions["flax"], device.platform)
-    findings = [Finding("python", platform.python_version(), ""), *judged]
-    findings += [
-        Finding(name, versions[name], "") for name in PACKAGES if name not in ("jax", "flax")
-    ]
-    findings += [judge_device(device), *implementations(device)]
+    others = [Finding(name, versions[name]) for name in PACKAGES if name not in ("jax", "flax")]
+    python = Finding("python", platform.python_version())
+    findings = [python, *judged, *others, *describe_device(device)]
     for finding in findings:
         mark = "!!" if finding.advice else "ok"
         advice = f"  <- {finding.advice}" if finding.advice else ""

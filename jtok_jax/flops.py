@@ -60,9 +60,9 @@ class Counts:
 
 def count(config: ModelConfig, *, seq_len: int) -> Counts:
     """Counts of `config`; see `Counts` for what they include."""
-    told = declared(config).values()
-    tables = [one for one in told if one.is_table]
-    dense = [one for one in told if not one.is_table]
+    parameters = declared(config).values()
+    tables = [one for one in parameters if one.is_table]
+    dense = [one for one in parameters if not one.is_table]
     backbone = sum(map(_size, dense))
     idle = sum(_size(one) - _share(one) for one in dense if issubclass(one.kind, Weight))
     forward = 2 * sum(_share(one) for one in dense if not issubclass(one.kind, Vector))

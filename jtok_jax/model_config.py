@@ -215,6 +215,11 @@ class ModelConfig:
         return jtok | arms
 
     @property
+    def table_owners(self) -> tuple[str, ...]:
+        """Layers that have tables: "jtok" and names of arms."""
+        return ("jtok",) * (self.jtok.kind != "none") + tuple(self.arms.table_streams)
+
+    @property
     def context(self) -> int:
         """How many ids before a token its rows depend on."""
         streams = self.id_streams

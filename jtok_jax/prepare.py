@@ -21,7 +21,7 @@ import tqdm
 
 import jtok_jax
 from jtok_jax.data import corpus, manifest, tokenizer, windows
-from jtok_jax.data.corpus import Document, Skipped
+from jtok_jax.data.corpus import Skipped
 from jtok_jax.errors import DataError, exit_on_error
 
 DEFAULT_VOCAB = 4096
@@ -58,9 +58,8 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     Everything is written to a folder beside `output`, renamed at the end: an interrupted call
     leaves nothing that looks finished, and of two at a time one is refused at the end.
 
-    Raises:
-        DataError: nothing matches, text is bad, a split is empty, `output` holds other data or
-            cannot be written.
+    Raises DataError: nothing matches, text is bad, a split is empty, `output` holds other data or
+    cannot be written.
     """
     output = output.resolve()
     partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
@@ -68,10 +67,8 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
         if output.exists() and any(output.iterdir()):
             return _already_prepared(recipe, output)
         for left in output.parent.glob(f".{output.name}.*partial"):
-            print(
-                f"{left}: a preparation under way, or a killed one: then delete it.",
-                file=sys.stderr,
-            )
+            advice = "a preparation under way, or a killed one: then delete it."
+            print(f"{left}: {advice}", file=sys.stderr)
         partial.mkdir(parents=True)
         return _prepare(recipe, output, partial)
     except OSError as error:
@@ -89,12 +86,16 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
     form["dtype"] = "uint16" if size <= 1 << 16 else "uint32"
     writers = {name: windows.WindowWriter(partial, name, **form) for name in ("train", "valid")}
     skipped = Skipped()
-    for name, ids, text_bytes in _encoded(source.documents(skipped, "encoding"), encoder):
-        writers[name].add(ids, text_bytes=text_bytes)
+    documents = source.documents(skipped, "encoding")
+    while group := list(itertools.islice(documents, ENCODE_BATCH)):
+        texts = [text for _, text in group]
+        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+        for (split, text), encoding in zip(group, encodings, strict=True):
+            writers[split].add(encoding.ids, text_bytes=len(text.encode()))
     result = manifest.Manifest(
         format=manifest.FORMAT,
         vocab_size=size,
-        tokenizer_sha256=tokenizer.tokenizer_sha256(partial / tokenizer.FILE_NAME),
+        tokenizer_sha256=manifest.file_sha256(partial / tokenizer.FILE_NAME),
         train=writers["train"].close(pad_tail=False),
         valid=writers["valid"].close(pad_tail=True),
         recipe={**dataclasses.asdict(recipe), "version": jtok_jax.__version__},
@@ -123,33 +124,27 @@ class _Source:
         if not self._train:
             raise DataError(f"All files of --input={recipe.input} are held out by --valid_input.")
 
-    def documents(self, skipped: Skipped, label: str) -> Iterator[tuple[str, Document]]:
-        """(split, document) of the whole input, with a progress bar over its bytes.
+    def documents(self, skipped: Skipped, label: str) -> Iterator[tuple[str, str]]:
+        """Yield (split, text) of the whole input, with a progress bar over its bytes.
 
         Bad documents are counted in `skipped` where the recipe, or an input's nature, allows it.
         """
-        skip = self._recipe.on_bad_text == "skip"
-
-        def allowed(pattern: str) -> Skipped | None:  # the embedded corpus has bad files on purpose
-            return skipped if skip or pattern == corpus.STDLIB else None
-
         total = sum(path.stat().st_size for path in (*self._train, *self._valid))
         with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
             advance = lambda path: bar.update(path.stat().st_size)
-            counted = allowed(self._recipe.input)
-            for document in corpus.read_documents(self._train, skipped=counted, on_file=advance):
-                yield self._split(document), document
-            counted = allowed(self._recipe.valid_input)
-            for document in corpus.read_documents(self._valid, skipped=counted, on_file=advance):
-                yield "valid", document
+            recipe = self._recipe
+            for files, pattern in ((self._train, recipe.input), (self._valid, recipe.valid_input)):
+                # The embedded corpus has bad files on purpose.
+                skip = recipe.on_bad_text == "skip" or pattern == corpus.STDLIB
+                counted = skipped if skip else None
+                for text in corpus.read_documents(files, skipped=counted, on_file=advance):
+                    held_out = files is self._valid or (not self._valid and self._chosen(text))
+                    yield "valid" if held_out else "train", text
 
-    def _split(self, document: Document) -> str:
-        """Held out by the document's own hash, so equal documents fall on the same side."""
-        if self._valid:
-            return "train"
-        digest = hashlib.sha256(document.text.encode()).digest()
-        held_out = int.from_bytes(digest[:8]) < self._recipe.valid_fraction * 2**64
-        return "valid" if held_out else "train"
+    def _chosen(self, text: str) -> bool:
+        """Return whether a text is held out: by its own hash, so equal texts are together."""
+        digest = hashlib.sha256(text.encode()).digest()
+        return int.from_bytes(digest[:8]) < self._recipe.valid_fraction * 2**64
 
 
 def _tokenizer(recipe: Recipe, source: _Source, folder: pathlib.Path) -> tokenizers.Tokenizer:
@@ -159,31 +154,24 @@ def _tokenizer(recipe: Recipe, source: _Source, folder: pathlib.Path) -> tokeniz
         shutil.copyfile(recipe.tokenizer, target)
         return encoder
     documents = source.documents(Skipped(), "training the tokenizer")
-    texts = (document.text for split, document in documents if split == "train")
+    texts = (text for split, text in documents if split == "train")
     encoder = tokenizer.train_tokenizer(texts, vocab_size=recipe.vocab_size or DEFAULT_VOCAB)
     encoder.save(str(target))
     return encoder
 
 
-def _encoded(
-    documents: Iterator[tuple[str, Document]], encoder: tokenizers.Tokenizer
-) -> Iterator[tuple[str, list[int], int]]:
-    while group := list(itertools.islice(documents, ENCODE_BATCH)):
-        texts = [document.text for _, document in group]
-        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-        for (split, document), encoding in zip(group, encodings, strict=True):
-            yield split, encoding.ids, len(document.text.encode())
-
-
 def _already_prepared(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     found = manifest.read_manifest(output)
     wanted = dataclasses.asdict(recipe)
-    changed = [k for k, value in wanted.items() if found.recipe.get(k) != value]
+    changed = [
+        f"{name}: {found.recipe.get(name)!r}, now {value!r}"
+        for name, value in wanted.items()
+        if found.recipe.get(name) != value
+    ]
     if changed:
-        details = "; ".join(f"{k}: {found.recipe.get(k)!r}, now {wanted[k]!r}" for k in changed)
         raise DataError(
-            f"{output} holds another corpus ({details}). Nothing was changed. Use another "
-            "--output or delete that folder."
+            f"{output} holds another corpus ({'; '.join(changed)}). Nothing was changed. Use "
+            "another --output or delete that folder."
         )
     manifest.verify_shards(output, found, hashes=True)
     print(

@@ -113,7 +113,7 @@ def finished(request, corpus, tmp_path_factory):
     config = dataclasses.replace(run_config(corpus, steps=3), model=model)
     fields = {f"optimizer.tables.{name}": value for name, value in optimizer.items()}
     train(changed(config, fields), workdir)
-    text = study.anatomy(workdir, workdir / "out", removed=7)
+    text = study.anatomy(workdir, workdir / "out")
     return workdir, json.loads((workdir / "out" / "anatomy.json").read_text()), text
 
 
@@ -159,7 +159,7 @@ def test_removal_is_the_loss_with_zero_rows(finished):
     alone = nats(changed(config, {"model.jtok.kind": "none"}), backbone)
     assert found["loss_without_rows"] == pytest.approx(alone / tokens, abs=1e-5)
     compiled = study._forward._cache_size()
-    study.anatomy(workdir, workdir / "again", removed=2)
+    study.anatomy(workdir, workdir / "again")
     assert study._forward._cache_size() == compiled
 
 

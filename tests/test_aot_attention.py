@@ -19,7 +19,7 @@ from jtok_jax.mesh import AUTO, AXES, split_batch
 from jtok_jax.model.attention import causal
 from jtok_jax.model.params import bind, init_params
 from jtok_jax.model.placement import parameter_sharding
-from jtok_jax.model.transformer import Across
+from jtok_jax.model.transformer import Parallel
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.planning.advice import changed
 from jtok_jax.planning.compiled import absent_devices, compile_step, lacks
@@ -44,11 +44,11 @@ def gradients_of_layers(name: str, shape: tuple[int, ...], attention: str, remat
     params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
     params = {n: x.update(sharding=place(n, x.shape)) for n, x in params.items()}
     ids = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32, sharding=split_batch(mesh))
-    across = Across({}, mesh) if mesh.size > 1 else None
+    parallel = Parallel({}, mesh) if mesh.size > 1 else None
     embed = {"embed": params.pop("embed")}  # its gradient is a sort, which takes long to compile
 
     def loss(params, embed, ids_BT):
-        hidden_BTD = bind(model, params | embed)(ids_BT, across=across).hidden_BTD
+        hidden_BTD = bind(model, params | embed)(ids_BT, parallel=parallel).hidden_BTD
         return jnp.sum(jnp.square(hidden_BTD))
 
     return compile_for(mesh, jax.grad(loss), params, embed, ids).as_text()

@@ -34,7 +34,7 @@ from jtok_jax.arms_config import (
 from jtok_jax.config import Config, OptimizerConfig, TableOptimizerConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.arms import LAYERS
-from jtok_jax.model.attention import Attended, causal
+from jtok_jax.model.attention import AttentionResult, causal
 from jtok_jax.model.params import bind, declared, declared_tables, init_params
 from jtok_jax.model.tables import stream_ids
 from jtok_jax.model_config import ModelConfig
@@ -174,7 +174,7 @@ def test_rows_are_added_at_the_input_and_to_values(name):
         rows = table[IDS].reshape(*IDS.shape, DENSE.num_kv_heads, DENSE.head_size)
 
         def change(query, key, value, _):
-            return Attended(causal(query, key, value + rows, kind="xla"), None)
+            return AttentionResult(causal(query, key, value + rows, kind="xla"), None)
 
         expected = plain(jnp.asarray(IDS, jnp.int32), attend=change).hidden_BTD
     found = bind(model, params)(jnp.asarray(IDS, jnp.int32)).hidden_BTD
@@ -274,6 +274,22 @@ def test_tables_have_the_options_of_tables():
         after, _ = step(after, ids, ids)
     same = {n for n, value in state.params.items() if np.array_equal(value, after.params[n])}
     assert same == set(declared_tables(config.model))
+
+
+def test_the_tables_of_a_layer_may_have_options_of_their_own():
+    """Another optimizer, and rate 0: they stay as they are, and they alone."""
+    config = run_with(EVERYTHING)
+    own = "value_embedding.learning_rate_multiplier=0, jtok.kind=adamw"
+    tables = dataclasses.replace(config.optimizer.tables, overrides=own)
+    optimizer = dataclasses.replace(config.optimizer, tables=tables)
+    state, step, _ = training(dataclasses.replace(config, optimizer=optimizer))
+    ids, after = random_ids(DENSE, 4, 16), state
+    for _ in range(2):
+        after, _ = step(after, ids, ids)
+    same = {n for n, value in state.params.items() if np.array_equal(value, after.params[n])}
+    assert same == {"arms/value_embedding/table"}
+    lazy = {name for name in declared_tables(config.model) if "m_weight" in state.opt_state[name]}
+    assert lazy == set(declared_tables(config.model)) - {"tables"}
 
 
 def test_jtok_keyed_by_bigrams_is_jtok_of_their_ids():

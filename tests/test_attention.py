@@ -110,6 +110,6 @@ def test_auto_says_what_it_takes_and_why(monkeypatch, device, fields, kind, reas
 
 def test_a_run_says_which_attention_it_takes(monkeypatch):
     line = "attention                xla of tokens: cpu is not an NVIDIA GPU"
-    assert line in parameter_table(Config())
+    assert line in parameter_table(Config(), {})
     monkeypatch.setattr(attention, "_device_kind", lambda: "TPU v6 lite")
-    assert "attention             splash of tokens: TPU v6 lite" in parameter_table(Config())
+    assert "attention             splash of tokens: TPU v6 lite" in parameter_table(Config(), {})

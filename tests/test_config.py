@@ -26,8 +26,7 @@ from jtok_jax.config import (
 from jtok_jax.config_dict import completed, flatten, from_config_dict, to_dict
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError
-from jtok_jax.model.operations import operations
-from jtok_jax.model.params import to_stored
+from jtok_jax.model.params import operations, to_stored
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import require_same_config
 from jtok_jax.training.state import _builder
@@ -140,7 +139,8 @@ PROGRAM_FIELDS = {
     "optimizer.b2": 0.5, "optimizer.eps": 1e-3, "optimizer.clip_norm": 0.5,
     "optimizer.tables.kind": "adamw",
     "optimizer.tables.learning_rate_multiplier": 2.0, "optimizer.tables.weight_decay": 0.5,
-    "optimizer.tables.b1": 0.5, "optimizer.tables.b2": 0.5, "schedule.kind": "wsd",
+    "optimizer.tables.b1": 0.5, "optimizer.tables.b2": 0.5,
+    "optimizer.tables.overrides": "jtok.weight_decay=0.5", "schedule.kind": "wsd",
     "schedule.steps": 77, "schedule.warmup_fraction": 0.1, "schedule.final_fraction": 0.5,
     "train.steps": 500, "train.batch_size": 4, "train.seq_len": 9, "train.grad_accumulation": 2,
     "train.z_loss": 0.5, "train.max_unique_ids": 5,
@@ -293,7 +293,7 @@ def test_mosaic_gpu_is_obeyed_or_refused(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 8)
     words = {key: "mosaic_tpu", "model.jtok.table_dtype": "bfloat16"}
     with pytest.raises(ConfigError, match="the device is a cpu; 'xla' can"):
-        operations(changed(JTOK_M_MOE, words).model)
+        operations(changed(JTOK_M_MOE, words).model, "tables")
     # Of several devices each has some columns: what holds for all of D decides nothing.
     params = {"tables": jax.ShapeDtypeStruct((1, 8, 8192), np.float32)}
     assert to_stored(changed(JTOK_M_MOE, {key: "mosaic_gpu"}).model, params) == params
@@ -308,6 +308,18 @@ def test_mosaic_gpu_is_obeyed_or_refused(monkeypatch):
         (
             {"optimizer.learning_rate": 0.5, "optimizer.tables.weight_decay": 2.0},
             "their product must be less than 1",
+        ),
+        ({"optimizer.tables.overrides": "jtok.rate=1"}, "overrides has 'jtok.rate=1'; expected"),
+        ({"optimizer.tables.overrides": "b1=0.5"}, "overrides has 'b1=0.5'; expected LAYER"),
+        ({"optimizer.tables.overrides": "jtok.b1=x"}, "overrides has 'jtok.b1=x'; expected"),
+        ({"optimizer.tables.overrides": "jtok.b1=7"}, "optimizer.tables.b1 is 7.0; expected"),
+        (
+            {"optimizer.tables.overrides": "jtok.weight_decay=90"},
+            "their product must be less than 1",
+        ),
+        (
+            {"optimizer.tables.overrides": "ngram.b1=0.5"},
+            "names ngram, which has no tables here; there are those of jtok",
         ),
     ],
 )

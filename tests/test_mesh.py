@@ -44,7 +44,7 @@ from jtok_jax.mesh import (
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.params import declared_tables
 from jtok_jax.model.placement import describe, fitting, over_all, rules_of, table_layouts
-from jtok_jax.model.transformer import Across
+from jtok_jax.model.transformer import Parallel
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.planning.advice import changed
 from jtok_jax.training import rows, step
@@ -210,14 +210,14 @@ def test_kernels_run_within_the_exchange(kind, name):
     exchange = Exchange(one_device(), layout, shape, model.compute_dtype, name)
     split = ids[None], ids[None]
 
-    def gradients(params, across):
-        plans = rows.make_plans(config, split[0], across)
+    def gradients(params, parallel):
+        plans = rows.make_plans(config, split[0], parallel)
         parameters = make_optimizer(config).split(params)
-        return step._gradients(config, *parameters, *split, plans, across)
+        return step._gradients(config, *parameters, *split, plans, parallel)
 
-    across = Across({"tables": exchange}, one_device())
+    parallel = Parallel({"tables": exchange}, one_device())
     expected, found = (
-        jax.jit(functools.partial(gradients, across=x))(params) for x in (None, across)
+        jax.jit(functools.partial(gradients, parallel=x))(params) for x in (None, parallel)
     )
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, expected[1:], found[1:])

@@ -26,7 +26,7 @@ ZSTD = pyarrow.Codec("zstd")
 
 
 def texts(pattern: str, skipped=None) -> list[str]:
-    return [d.text for d in corpus.read_documents(corpus.find_files(pattern), skipped=skipped)]
+    return list(corpus.read_documents(corpus.find_files(pattern), skipped=skipped))
 
 
 # --------------------------------------------------------------------------- reading

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from pythons import oldest
 
-from jtok_jax.study.fit import fit_gamma, gamma_intervals
-from jtok_jax.study.scaling import published_table
+from jtok_jax.study.fit import fit_gamma, gamma_intervals, published_table
 
 pytestmark = oldest
 ETA, RHO = map(np.ravel, np.meshgrid((1, 5, 20, 100), (0.2, 0.25, 0.5)))

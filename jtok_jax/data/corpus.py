@@ -8,13 +8,14 @@ import dataclasses
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import pathlib
 import sysconfig
 import zlib
 from collections.abc import Iterator
-from typing import IO, NamedTuple
+from typing import IO
 
 import pyarrow
 import pyarrow.parquet
@@ -24,16 +25,9 @@ from jtok_jax.errors import DataError
 STDLIB = "stdlib"  # the embedded corpus: the source code of Python's own standard library
 
 
-class Document(NamedTuple):
-    """One text and where it came from."""
-
-    origin: str
-    text: str
-
-
 @dataclasses.dataclass
 class Skipped:
-    """What was left out and why; printed and kept in the manifest."""
+    """What was left out and why; printed, and counted in the manifest."""
 
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -47,24 +41,15 @@ class Skipped:
 
 
 class BadText(Exception):
-    """A document that is not text; `reason` is its class in the report."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+    """A document that is not text; its arguments are the reason's name and the message."""
 
 
 def find_files(pattern: str) -> list[pathlib.Path]:
-    """Files of a glob pattern, or of the embedded corpus for "stdlib", sorted by name.
-
-    Raises:
-        DataError: nothing matches.
-    """
+    """Return the files of a glob pattern or of STDLIB by name. Raises DataError if none matches."""
     if pattern == STDLIB:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
-        files = [
-            p for p in root.rglob("*.py") if not {"site-packages", "dist-packages"} & {*p.parts}
-        ]
+        others = {"site-packages", "dist-packages"}
+        files = [path for path in root.rglob("*.py") if not others & {*path.parts}]
     else:
         files = [pathlib.Path(name) for name in glob.glob(pattern, recursive=True)]
     files = sorted(path for path in files if path.is_file())
@@ -75,52 +60,51 @@ def find_files(pattern: str) -> list[pathlib.Path]:
 
 def read_documents(
     files: list[pathlib.Path], *, skipped: Skipped | None, on_file=lambda path: None
-) -> Iterator[Document]:
-    """Yield every document of `files` in order.
+) -> Iterator[str]:
+    """Yield the text of every document of `files` in order.
 
     Args:
         skipped: takes empty and badly encoded documents; None refuses them.
         on_file: called with each path after it has been read.
 
-    Raises:
-        DataError: an empty or non-UTF-8 document with `skipped` None, or a damaged file.
+    Raises DataError: an empty or non-UTF-8 document with `skipped` None, or a damaged file.
     """
     for path in files:
-        for origin, content in _contents(path):
-            try:
-                yield Document(origin, _text(origin, content))
-            except BadText as error:
-                if skipped is None:
-                    raise DataError(
-                        f"{error} Use --on-bad-text=skip to drop and count such documents."
-                    ) from error
-                skipped.add(error.reason, str(error))
+        with _readable(path):
+            for origin, content in _contents(path):
+                try:
+                    yield _text(origin, content)
+                except BadText as error:
+                    reason, message = error.args
+                    if skipped is None:
+                        advice = "Use --on-bad-text=skip to drop and count such documents."
+                        raise DataError(f"{message} {advice}") from error
+                    skipped.add(reason, message)
         on_file(path)
 
 
 def _text(origin: str, content: bytes | str) -> str:
-    if isinstance(content, bytes):
-        try:
-            content = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            where = f"byte {error.start:,} (0x{content[error.start]:02x})"
-            raise BadText("not UTF-8", f"{origin}: invalid UTF-8 at {where}.") from error
-        if "\0" in content:  # token ids, archives; JSON and Parquet say themselves what is text
-            where = content.index("\0")
-            raise BadText("binary", f"{origin}: binary, not text: NUL at character {where:,}.")
-    else:
-        try:
+    try:
+        if isinstance(content, str):
             content.encode("utf-8")
-        except UnicodeEncodeError as error:
-            message = f"{origin}: lone surrogate at character {error.start:,}."
-            raise BadText("not UTF-8", message) from error
+        else:
+            content = content.decode("utf-8")
+            if "\0" in content:  # token ids, archives; JSON and Parquet say themselves what is text
+                where = f"NUL at character {content.index(chr(0)):,}"
+                raise BadText("binary", f"{origin}: binary, not text: {where}.")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start:,} (0x{content[error.start]:02x})"
+        raise BadText("not UTF-8", f"{origin}: invalid UTF-8 at {where}.") from error
+    except UnicodeEncodeError as error:
+        where = f"character {error.start:,}"
+        raise BadText("not UTF-8", f"{origin}: lone surrogate at {where}.") from error
     if not content:
         raise BadText("empty", f"{origin}: empty document.")
     return content
 
 
 def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
-    """(origin, raw content) of each document in one file."""
+    """Yield (origin, raw content) of each document in one file."""
     *_, before, suffix = "", "", *(suffix.lower() for suffix in path.suffixes)
     kind = before if suffix in (".gz", ".xz", ".zst") else suffix
     if suffix == ".parquet":
@@ -128,9 +112,8 @@ def _contents(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     elif kind in (".jsonl", ".ndjson", ".json"):
         yield from _jsonl(path)
     else:
-        with _readable(path), _open(path) as stream:
-            content = stream.read()
-        yield str(path), content
+        with _open(path) as stream:
+            yield str(path), stream.read()
 
 
 def _open(path: pathlib.Path) -> IO[bytes]:
@@ -155,35 +138,33 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
 
 def _jsonl(path: pathlib.Path) -> Iterator[tuple[str, bytes | str]]:
     number = 0
-    with _readable(path), _open(path) as stream:
+    with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                yield f"{path}:{number}", _text_field(path, number, line)
+                yield f"{path}:{number}", _text_field(f"{path}:{number}", line)
     if number == 0:
         yield str(path), ""
 
 
-def _text_field(path: pathlib.Path, number: int, line: bytes) -> bytes | str:
+def _text_field(origin: str, line: bytes) -> bytes | str:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
         return line  # reported as bad text with the byte's place
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON ({error}). Each line is one object.") from error
+        raise DataError(f"{origin}: not JSON ({error}). Each line is one object.") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise DataError(f'{path}:{number}: no string under "text". Each line is one object.')
+        raise DataError(f'{origin}: no string under "text". Each line is one object.')
     return record["text"]
 
 
 def _parquet(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    with _readable(path), pyarrow.parquet.ParquetFile(path) as table:
+    with pyarrow.parquet.ParquetFile(path) as table:
         if "text" not in table.schema_arrow.names:
             raise DataError(f'{path}: no column "text"; it has {table.schema_arrow.names}.')
         kind = table.schema_arrow.field("text").type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f'{path}: column "text" holds {kind}; expected strings.')
-        row = 0
-        for batch in table.iter_batches(columns=["text"]):
-            for value in batch.column(0).to_pylist():
-                yield f"{path}:{row}", value or ""
-                row += 1
+        batches = (batch.column(0).to_pylist() for batch in table.iter_batches(columns=["text"]))
+        for row, text in enumerate(itertools.chain.from_iterable(batches)):
+            yield f"{path}:{row}", text or ""

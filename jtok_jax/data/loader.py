@@ -5,7 +5,7 @@
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -33,44 +33,9 @@ class EvalBatch(NamedTuple):
     weights_BT: np.ndarray  # float32, 0 or 1
 
 
-class Source(Protocol):
-    """Where batches come from."""
-
-    fingerprint: dict[str, str]  # changes whenever the same step would give other tokens
-    valid_bytes: float  # UTF-8 bytes of the held-out documents; of a part by its share of tokens
-
-    def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
-        """int32 ids [rows, seq_len + 1] of the batch of `step` (from 1)."""
-
-    def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
-        """The held-out set once, or as much of it as evaluation.max_sequences says, in batches of
-        evaluation.batch_size sequences.
-        """
-
-
-def open_source(config: Config) -> Source:
-    """The data of a run, checked. Raises DataError where it cannot be used."""
-    return PreparedSource(config) if config.data.source == "prepared" else SyntheticSource(config)
-
-
 def make_batch(sequences: np.ndarray) -> Batch:
-    """Batch of `sequences` [B, T + 1]."""
+    """Return the batch of `sequences` [B, T + 1]."""
     return Batch(sequences[:, :-1], sequences[:, 1:])
-
-
-def train_batches(
-    source: Source, config: Config, rows: Rows = None, *, first_step: int
-) -> Iterator[Batch]:
-    """Sequences `rows` of the batches of first_step, first_step + 1, ..., read ahead by threads.
-
-    The position is the step alone: nothing about it needs saving.
-    """
-    steps = grain.MapDataset.range(first_step, config.train.steps + 1)
-    batches = steps.map(lambda step: make_batch(source.sequences(int(step), rows)))
-    options = grain.ReadOptions(
-        num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch
-    )
-    return iter(batches.to_iter_dataset(options))
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
@@ -86,17 +51,21 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
 def check_unique(found: int, config: Config, step: int) -> None:
     """Refuse a step with more different ids than there is room for row gradients: it was void."""
     read = config.model.streams_read.values()
-    if any("token" in names for names in read) and found > config.rows_per_step:
+    if any("token" in names for names in read) and found > config.unique_rows("token"):
         raise DataError(
             f"Step {step} uses {found} different ids, train.max_unique_ids is "
-            f"{config.train.max_unique_ids}. It was not applied. Pass "
+            f"{config.train.max_unique_ids}. Pass "
             f"--config.train.max_unique_ids={found} or more, or 0 for no limit; the run goes on "
             "from its last checkpoint with another value."
         )
 
 
 class PreparedSource:
-    """A corpus written by jtok_jax.prepare."""
+    """A corpus written by jtok_jax.prepare.
+
+    fingerprint: changes whenever the same step would give other tokens. valid_bytes: UTF-8 bytes of
+    the held-out documents; of a part by its share of tokens.
+    """
 
     def __init__(self, config: Config):
         if not config.data.path:
@@ -124,19 +93,22 @@ class PreparedSource:
         self.valid_bytes = self.manifest.valid.text_bytes * share
 
     def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
+        """Return int32 ids [rows, seq_len + 1] of the batch of `step` (from 1)."""
         first = (step - 1) * self._batch_size
         indices = [int(self._order[first + row]) for row in _all(rows, self._batch_size)]
         return np.stack([self._checked(self._train, index) for index in indices])
 
     def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
+        """Yield the held-out set, or evaluation.max_sequences of it, evaluation.batch_size each."""
         # The windows of the split follow each other: sequence i predicts targets i*T to (i+1)*T-1.
         targets, count = self._valid.split.targets, len(self._evaluated)
         for first in range(0, count, self._eval_size):
             places = first + _all(rows, self._eval_size)
             indices = self._evaluated[np.minimum(places, count - 1)]
             ids = [self._checked(self._valid, int(index)) for index in indices]
-            firsts = np.where(places < count, indices * self._valid.seq_len, targets)
-            yield eval_batch(np.stack(ids), firsts, num_targets=targets)
+            starts = np.where(places < count, indices * self._valid.seq_len, targets)
+            real = starts[:, None] + np.arange(self._valid.seq_len) < targets
+            yield EvalBatch(*make_batch(np.stack(ids)), real.astype(np.float32))
 
     def _checked(self, windows: Windows, index: int) -> np.ndarray:
         ids = windows[index]
@@ -152,12 +124,12 @@ class PreparedSource:
                 f"tables. Pass --config.model.vocab_size={found.vocab_size} or more."
             )
         path = folder / tokenizer.FILE_NAME
-        if not path.is_file() or tokenizer.tokenizer_sha256(path) != found.tokenizer_sha256:
+        if not path.is_file() or manifest.file_sha256(path) != found.tokenizer_sha256:
             raise DataError(f"{path} is not the tokenizer the shards were written with.")
 
 
 class SyntheticSource:
-    """Random ids with a Zipf-like (log-uniform) frequency, for benchmarks. One byte a token."""
+    """Random ids with a Zipf-like (log-uniform) frequency, for benchmarks; one byte a token."""
 
     VALID_BATCHES = 4
 
@@ -176,7 +148,8 @@ class SyntheticSource:
         for index in range(self.VALID_BATCHES):
             key = self._config.train.seed, 0, index
             ids = self._draw(key, self._config.evaluation.batch_size, rows)
-            yield eval_batch(ids, np.zeros(len(ids)), num_targets=self.valid_bytes)
+            batch = make_batch(ids)
+            yield EvalBatch(*batch, np.ones(batch.targets_BT.shape, np.float32))
 
     def _draw(self, key: tuple[int, ...], size: int, rows: Rows) -> np.ndarray:
         uniform = np.random.default_rng(key).random((size, self._config.train.seq_len + 1))
@@ -190,11 +163,24 @@ def _all(rows: Rows, size: int) -> np.ndarray:
     return np.arange(size) if rows is None else np.asarray(rows)
 
 
-def eval_batch(sequences: np.ndarray, first: np.ndarray, *, num_targets: int) -> EvalBatch:
-    """Batch of `sequences` [B, T + 1] whose targets from `num_targets` on weigh nothing.
+Source = PreparedSource | SyntheticSource
 
-    first: [B], place in the held-out set of the first target of each sequence.
+
+def open_source(config: Config) -> Source:
+    """Return the data of a run, checked. Raises DataError where it cannot be used."""
+    return PreparedSource(config) if config.data.source == "prepared" else SyntheticSource(config)
+
+
+def train_batches(
+    source: Source, config: Config, rows: Rows = None, *, first_step: int
+) -> Iterator[Batch]:
+    """Return sequences `rows` of the batches from `first_step` on, read ahead by threads.
+
+    The position is the step alone: nothing about it needs saving.
     """
-    ids, targets = sequences[:, :-1], sequences[:, 1:]
-    place = first[:, None] + np.arange(targets.shape[1])
-    return EvalBatch(ids, targets, (place < num_targets).astype(np.float32))
+    steps = grain.MapDataset.range(first_step, config.train.steps + 1)
+    batches = steps.map(lambda step: make_batch(source.sequences(int(step), rows)))
+    options = grain.ReadOptions(
+        num_threads=config.data.read_threads, prefetch_buffer_size=config.data.prefetch
+    )
+    return iter(batches.to_iter_dataset(options))

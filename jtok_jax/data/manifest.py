@@ -54,7 +54,7 @@ class Manifest:
     skipped: dict
 
     def fingerprint(self) -> dict[str, str]:
-        """What training depends on: the tokenizer and the windows, not where they came from."""
+        """Return what training depends on: tokenizer and windows, not where they came from."""
         form = f"{self.seq_len} {self.dtype} {self.end_id}"
         return {
             "tokenizer": self.tokenizer_sha256,
@@ -68,7 +68,7 @@ def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: pathlib.Path) -> Manifest:
-    """The manifest of a prepared corpus. Raises DataError if there is none or it is damaged."""
+    """Return the manifest of a prepared corpus. Raises DataError: there is none, or damaged."""
     path = folder / FILE_NAME
     if folder.is_file():
         raise DataError(f"{folder} is a file; expected the folder that jtok_jax.prepare wrote.")
@@ -92,8 +92,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
 def verify_shards(folder: pathlib.Path, manifest: Manifest, *, hashes: bool) -> None:
     """Compare the size, and with `hashes` the SHA-256, of every shard and the tokenizer.
 
-    Raises:
-        DataError: a file is missing, shorter, or has other contents.
+    Raises DataError: a file is missing, shorter, or has other contents.
     """
     for shard in (*manifest.train.shards, *manifest.valid.shards):
         path = folder / shard.name

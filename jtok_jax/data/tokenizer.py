@@ -2,7 +2,6 @@
 # Copyright 2026 The jtok_jax authors
 """Byte-level BPE with the `tokenizers` library: train one, or take a tokenizer.json."""
 
-import hashlib
 import pathlib
 from collections.abc import Iterable
 
@@ -16,7 +15,7 @@ FILE_NAME = "tokenizer.json"
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE of at most `vocab_size` entries, the end token and all 256 bytes included."""
+    """Return a byte-level BPE of at most `vocab_size` entries, end token and 256 bytes included."""
     if vocab_size < 257:
         raise DataError(
             f"--vocab_size={vocab_size} is too small; 256 bytes and the end token fit in 257."
@@ -35,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> tokenizers.Toke
 
 
 def load_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json. Raises DataError where there is none."""
+    """Return the tokenizer of a tokenizer.json. Raises DataError where there is none."""
     try:
         return _for_text(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises plain Exception
@@ -43,7 +42,7 @@ def load_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _for_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """All of a text is encoded, and as text: "<|endoftext|>" in it is no end of a document."""
+    """Return a tokenizer that encodes all of a text, "<|endoftext|>" in it as text, too."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -51,7 +50,7 @@ def _for_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def end_token_id(tokenizer: tokenizers.Tokenizer, end_token: str) -> int:
-    """Id of the token between documents. Raises DataError if the tokenizer has no such token."""
+    """Return the id of the token between documents. Raises DataError if there is no such token."""
     token_id = tokenizer.token_to_id(end_token)
     if token_id is None:
         raise DataError(
@@ -59,7 +58,3 @@ def end_token_id(tokenizer: tokenizers.Tokenizer, end_token: str) -> int:
             "tokens with --end_token."
         )
     return token_id
-
-
-def tokenizer_sha256(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

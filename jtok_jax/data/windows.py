@@ -2,10 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """Windows of token ids in ArrayRecord shards: the writer, and a random-access reader."""
 
-import contextlib
 import pathlib
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import array_record.python.array_record_module as array_record
@@ -26,48 +25,37 @@ class WindowWriter:
     """
 
     def __init__(self, folder: pathlib.Path, split: str, *, seq_len: int, dtype: str, end_id: int):
-        self._folder, self._split, self._seq_len = folder, split, seq_len
-        self._dtype, self._end_id = np.dtype(dtype), end_id
-        self._pending = [np.array([end_id], self._dtype)]
-        self._num_pending = 1
-        self._windows_per_shard = max(1, SHARD_BYTES // ((seq_len + 1) * self._dtype.itemsize))
+        self._folder, self._split, self._seq_len, self._end_id = folder, split, seq_len, end_id
+        self._stream = np.array([end_id], dtype)  # the last id written, and those after it
+        self._windows_per_shard = max(1, SHARD_BYTES // ((seq_len + 1) * self._stream.itemsize))
         self._writer, self._in_shard, self._shards = None, 0, []
-        self._windows = self._targets = self._documents = self._text_bytes = 0
+        self._targets = self._documents = self._text_bytes = 0
 
     def add(self, ids: Sequence[int], *, text_bytes: int) -> None:
         """Append one document of `ids` and the end token after it."""
-        self._pending.append(np.array([*ids, self._end_id], self._dtype))
-        self._num_pending += len(ids) + 1
+        document = np.array([*ids, self._end_id], self._stream.dtype)
+        self._stream = np.concatenate([self._stream, document])
         self._documents += 1
         self._text_bytes += text_bytes
-        if self._num_pending > 64 * (self._seq_len + 1):
-            self._flush()
+        while len(self._stream) > self._seq_len:
+            self._write(self._stream[: self._seq_len + 1], targets=self._seq_len)
+            self._stream = self._stream[self._seq_len :]
 
     def close(self, *, pad_tail: bool) -> Split:
         """Finish the split; its tail is padded with the end token or dropped."""
-        self._flush()
-        stream = np.concatenate(self._pending)
-        tail = len(stream) - 1
+        tail = len(self._stream) - 1
         if pad_tail and tail:
-            padding = np.full(self._seq_len - tail, self._end_id, self._dtype)
-            self._write(np.concatenate([stream, padding]), targets=tail)
+            padding = (0, self._seq_len - tail)
+            self._write(np.pad(self._stream, padding, constant_values=self._end_id), targets=tail)
         self._close_shard()
         return Split(
             shards=tuple(self._shards),
-            windows=self._windows,
+            windows=sum(shard.windows for shard in self._shards),
             targets=self._targets,
             documents=self._documents,
             text_bytes=self._text_bytes,
             dropped_ids=0 if pad_tail else tail,
         )
-
-    def _flush(self) -> None:
-        stream = np.concatenate(self._pending)
-        start = 0
-        while start + self._seq_len < len(stream):
-            self._write(stream[start : start + self._seq_len + 1], targets=self._seq_len)
-            start += self._seq_len
-        self._pending, self._num_pending = [stream[start:]], len(stream) - start
 
     def _write(self, window: np.ndarray, *, targets: int) -> None:
         if self._writer is None:
@@ -76,7 +64,6 @@ class WindowWriter:
             self._writer = array_record.ArrayRecordWriter(str(self._path), "group_size:1")
         self._writer.write(window.tobytes())
         self._in_shard += 1
-        self._windows += 1
         self._targets += targets
         if self._in_shard == self._windows_per_shard:
             self._close_shard()
@@ -119,15 +106,20 @@ class Windows:
         return self.split.windows * self._parts
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Sequence `index` as int32 ids [seq_len + 1]."""
+        """Return sequence `index` as int32 ids [seq_len + 1]."""
         record, part = divmod(index, self._parts)
-        with _readable(self._folder):
+        try:
             ids = np.frombuffer(self._source[record], self._dtype)
+        except RuntimeError as error:  # what ArrayRecord raises at a wrong checksum
+            raise DataError(
+                f"A shard in {self._folder} is damaged: {error}. Fetch it again, or prepare the "
+                "corpus again."
+            ) from error
         start = part * self.seq_len
         return ids[start : start + self.seq_len + 1].astype(np.int32)
 
     def locate(self, index: int) -> str:
-        """'shard record position' of the first id of sequence `index`, for messages."""
+        """Return 'shard record position' of the first id of sequence `index`, for messages."""
         record, part = divmod(index, self._parts)
         for shard in self.split.shards:
             if record < shard.windows:
@@ -151,8 +143,7 @@ class _Whole(NamedTuple):
 def allow_open_files(shards: int) -> None:
     """Raise this process's limit of open files: a reader keeps every shard open.
 
-    Raises:
-        DataError: the machine allows fewer.
+    Raises DataError: the machine allows fewer.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     fewest, wanted = (shards + others for others in OTHER_FILES)
@@ -167,14 +158,4 @@ def allow_open_files(shards: int) -> None:
             f"{shards} shards are kept open, this machine allows {hard} files a process (ulimit "
             f"-Hn). Allow {fewest} or more; corpora prepared anew have shards of "
             f"{SHARD_BYTES >> 20} MiB, and another fingerprint."
-        ) from error
-
-
-@contextlib.contextmanager
-def _readable(folder: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # what ArrayRecord raises at a wrong checksum
-        raise DataError(
-            f"A shard in {folder} is damaged: {error}. Fetch it again, or prepare the corpus again."
         ) from error

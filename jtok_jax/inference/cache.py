@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtok_jax.model.attention import Attended, causal
+from jtok_jax.model.attention import AttentionResult, causal
 from jtok_jax.model.tables import following
 from jtok_jax.model.transformer import Transformer
 
@@ -42,10 +42,10 @@ def prefill(model: Transformer, ids_BT: jax.Array, lengths_B: jax.Array, *, capa
     """
     # "splash" was asked for windows: a prompt of another length takes what fits it.
     kind = "auto" if model.config.attention == "splash" else model.config.attention
-    attend = lambda q, k, v, _: Attended(causal(q, k, v, kind=kind), (k, v))
+    attend = lambda q, k, v, _: AttentionResult(causal(q, k, v, kind=kind), (k, v))
     output = model(ids_BT, attend=attend)
     room = ((0, 0), (0, 0), (0, capacity - ids_BT.shape[1]), (0, 0), (0, 0))
-    key, value = [jnp.pad(kept, room) for kept in output.kept]
+    key, value = [jnp.pad(new, room) for new in output.cached]
     last_BD = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     before_BC = following(ids_BT, lengths_B, model.config.context)
     return Step(_logits(model, last_BD), Cache(key, value, lengths_B, before_BC))
@@ -64,7 +64,7 @@ def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
         mixed = jax.nn.dot_product_attention(
             query, keys, values, mask=mask_BX[:, None, None], implementation="xla"
         )
-        return Attended(mixed, (key, value))
+        return AttentionResult(mixed, (key, value))
 
     ids_B1 = ids_B[:, None]
     output = model(
@@ -77,7 +77,7 @@ def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
     rows = jnp.arange(ids_B.shape[0])
     key, value = [
         old.at[:, rows, cache.lengths_B].set(new[:, :, 0])
-        for old, new in zip(cache[:2], output.kept, strict=True)
+        for old, new in zip(cache[:2], output.cached, strict=True)
     ]
     before_BC = jnp.concatenate([cache.before_BC, ids_B1 + 1], axis=1)[:, 1:]
     cache = Cache(key, value, cache.lengths_B + 1, before_BC)

@@ -32,11 +32,12 @@ def for_inference(config: ModelConfig, params: Params) -> Params:
     """`params` with matrices in the compute dtype, as training rounds them in every step: decoding
     reads a half of the bytes, or less. `params` is emptied, each array is freed when it is copied.
     """
-    dtype, told = jnp.dtype(config.compute_dtype), declared(config)
+    dtype, parameters = jnp.dtype(config.compute_dtype), declared(config)
 
     def narrowed(name: str, value: jax.Array) -> jax.Array:
-        kept = not issubclass(told[name].kind, Weight | Embedding) or told[name].full_precision
-        return value if kept or value.dtype.itemsize <= dtype.itemsize else value.astype(dtype)
+        one = parameters[name]
+        whole = not issubclass(one.kind, Weight | Embedding) or one.full_precision
+        return value if whole or value.dtype.itemsize <= dtype.itemsize else value.astype(dtype)
 
     return {name: narrowed(name, params.pop(name)) for name in list(params)}
 

@@ -36,9 +36,9 @@ class Adapter(Arm):
     """A parallel adapter: dm + gelu(x down) up, where up starts at zero."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dim, options = config.model_dim, config.arms.adapter
-        self.down = normal(rngs, dim, options.width, axes="Da", std=options.init_std)
-        self.up = Weight(jnp.zeros((options.width, dim)), "aD")
+        dim, options, dtype = config.model_dim, config.arms.adapter, config.param_dtype
+        self.down = normal(rngs, dim, options.width, axes="Da", std=options.init_std, dtype=dtype)
+        self.up = Weight(jnp.zeros((options.width, dim), dtype), "aD")
 
     def increment(self, dm_BTD, normed_BTD, rows_BTD):
         dtype = dm_BTD.dtype
@@ -50,10 +50,10 @@ class Film(Arm):
     """FiLM: dm (1 + c gain) + c shift with c = x down, where gain and shift start at zero."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        dim, options = config.model_dim, config.arms.film
-        self.down = normal(rngs, dim, options.rank, axes="Df", std=options.init_std)
-        self.gain = Weight(jnp.zeros((options.rank, dim)), "fD")
-        self.shift = Weight(jnp.zeros((options.rank, dim)), "fD")
+        dim, options, dtype = config.model_dim, config.arms.film, config.param_dtype
+        self.down = normal(rngs, dim, options.rank, axes="Df", std=options.init_std, dtype=dtype)
+        self.gain = Weight(jnp.zeros((options.rank, dim), dtype), "fD")
+        self.shift = Weight(jnp.zeros((options.rank, dim), dtype), "fD")
 
     def increment(self, dm_BTD, normed_BTD, rows_BTD):
         dtype = dm_BTD.dtype
@@ -78,15 +78,17 @@ class LowRank(Arm):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, options = config.model_dim, config.arms.low_rank
         self.out = normal(
-            rngs, options.rank, dim, axes="rD", std=options.rank**-0.5, full_precision=True
-        )
+            rngs, options.rank, dim, axes="rD", std=options.rank**-0.5, dtype=config.param_dtype,
+            full_precision=True,
+        )  # fmt: skip
         self.scale = Vector(jnp.full(dim, options.scale_init, jnp.float32), "D")
-        self.form = options.norm, options.eps
+        self.options = options
 
     def increment(self, dm_BTD, normed_BTD, rows_BTD):
-        norm, eps = self.form
-        e_BTD = rows_BTD.astype(jnp.float32) @ self.out[...]
-        gate_BTD = reference.gate(e_BTD, self.scale[...], norm=norm, eps=eps)
+        e_BTD = rows_BTD.astype(jnp.float32) @ self.out[...].astype(jnp.float32)
+        gate_BTD = reference.gate(
+            e_BTD, self.scale[...], norm=self.options.norm, eps=self.options.eps
+        )
         return (dm_BTD.astype(jnp.float32) * gate_BTD).astype(dm_BTD.dtype)
 
 
@@ -143,19 +145,20 @@ def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
         ),
     }  # fmt: skip
 
-    def table(stream: str, layers: tuple[int, ...], columns: int, std: float) -> Table:
+    def table(arm: str, stream: str, layers: tuple[int, ...], columns: int, std: float) -> Table:
         pad = config.padded_vocab - config.vocab_size if stream == "token" else 0
         shape = max(len(layers), 1), config.id_streams[stream].num_rows - pad, columns
-        told = {"axes": "GRC", "kind": Table, "stream": stream, "layers": layers}
-        return normal(rngs, *shape, std=std, dtype=options.table_dtype, pad=(pad, 0), **told)
+        metadata = {"axes": "GRC", "kind": Table, "stream": stream, "layers": layers}
+        metadata["owner"] = arm
+        return normal(rngs, *shape, std=std, dtype=options.table_dtype, pad=(pad, 0), **metadata)
 
     found = {}
     for arm, streams in options.table_streams.items():
         if arm in in_layers:
             layers = tuple(range(config.num_layers))
-            found[arm] = {"table": table(*streams, layers, *in_layers[arm])}
+            found[arm] = {"table": table(arm, *streams, layers, *in_layers[arm])}
         else:
-            found[arm] = {name: table(name, (), dim, 0.0) for name in streams}
+            found[arm] = {name: table(arm, name, (), dim, 0.0) for name in streams}
     return Arms({arm: ArmTables(tables) for arm, tables in found.items()})
 
 

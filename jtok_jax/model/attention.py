@@ -20,11 +20,11 @@ from jtok_jax.model.variables import normal, ones
 from jtok_jax.model_config import ModelConfig
 
 
-class Attended(NamedTuple):
-    """Mixed values [B, T, N, H], and whatever an inference cache wants kept of this layer."""
+class AttentionResult(NamedTuple):
+    """Mixed values [B, T, N, H], and what an inference cache takes of this layer."""
 
     mixed: jax.Array
-    kept: object
+    cached: object
 
 
 class Choice(NamedTuple):
@@ -38,8 +38,8 @@ QUERIES = 512  # of a chunk, kind "chunked"
 ROTATED = "rotated heads"  # kept by remat "dots" in place of what they are made of
 SIMULATED = "splash:interpret"  # splash's kernels simulated on a CPU, for tests
 
-# (query_BTNH, key_BTKH, value_BTKH) -> Attended
-Attend = Callable[[jax.Array, jax.Array, jax.Array], Attended]
+# (query_BTNH, key_BTKH, value_BTKH) -> AttentionResult
+Attend = Callable[[jax.Array, jax.Array, jax.Array], AttentionResult]
 
 
 def choose(kind: str, *, dtype, head_size: int, length: int, placed: bool = True) -> Choice:
@@ -194,11 +194,11 @@ class Attention(nnx.Module):
         self,
         x_BTD: jax.Array,
         *,
-        by: Rotation,
+        rope: Rotation,
         attend: Attend,
         change_values: Callable[[jax.Array], jax.Array] | None = None,
-    ) -> Attended:
-        """Attended, projected back to [B, T, D]; `change_values` sees [B, T, K, H]."""
+    ) -> AttentionResult:
+        """Return the result projected back to [B, T, D]; `change_values` sees [B, T, K, H]."""
         config, dtype = self.config, x_BTD.dtype
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query[...].astype(dtype))
         key = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.key[...].astype(dtype))
@@ -207,7 +207,8 @@ class Attention(nnx.Module):
             query = rms_norm(query, self.query_norm[...], eps=config.norm_eps)
             key = rms_norm(key, self.key_norm[...], eps=config.norm_eps)
         value = change_values(value) if change_values else value
-        query = checkpoint_name(rotate(query, by), ROTATED)
-        key = checkpoint_name(rotate(key, by), ROTATED)
-        mixed, kept = attend(query, key, value)
-        return Attended(jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(dtype)), kept)
+        query = checkpoint_name(rotate(query, rope), ROTATED)
+        key = checkpoint_name(rotate(key, rope), ROTATED)
+        mixed, cached = attend(query, key, value)
+        out_BTD = jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(dtype))
+        return AttentionResult(out_BTD, cached)

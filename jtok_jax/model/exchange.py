@@ -28,7 +28,7 @@ from jtok_kernels import RowPlan, Shard, row_plan
 
 from jtok_jax.mesh import AXES, TOKENS, TableLayout, num_shards
 
-KEPT = "fetched rows"  # kept by remat "dots": to fetch again costs more than D entries a token
+FETCHED = "fetched rows"  # kept by remat "dots": to fetch again costs more than D entries a token
 
 
 class Exchange(NamedTuple):
@@ -119,7 +119,7 @@ class Exchange(NamedTuple):
         )  # fmt: skip
         tables = jax.lax.stop_gradient(tables)
         arguments = tables, layer, ids_BT, ids_of_group, plan, row_grads, choice_BTK, weights_BTK
-        return checkpoint_name(self._map(local, in_specs, TOKENS)(*arguments), KEPT)
+        return checkpoint_name(self._map(local, in_specs, TOKENS)(*arguments), FETCHED)
 
     def add(self, h_BTD, dm_BTD, e_BTD, scale_D, **form) -> jax.Array:
         """`norm_add` on every device's tokens."""

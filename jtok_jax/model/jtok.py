@@ -91,19 +91,16 @@ class _TableLayer(nnx.Module):
     def _form(self) -> dict[str, object]:
         return {"norm": self.norm, "eps": self.eps, "depth_scale": self.depth_scale}
 
-    def _modulate(self, h_BTD, delta_BTD, lookup: Lookup, prefetched: Prefetched) -> jax.Array:
-        if lookup.exchange:  # else the norm, which is all that uses e alone, waits for e at once
-            delta_BTD, e_BTD = jax.lax.optimization_barrier((delta_BTD, prefetched.rows_BTD))
-            return lookup.exchange.add(h_BTD, delta_BTD, e_BTD, self.scale[...], **self._form)
-        stream = _flat(h_BTD), _flat(delta_BTD), lookup.tables, lookup.ids.reshape(-1)
+    def _options(self, lookup: Lookup) -> dict[str, object]:
+        """Return the keyword arguments of the fused operations."""
         options = {name: getattr(lookup, name) for name in ("layer", "plan", "row_grads")}
-        options |= {"implementation": self.implementation, "norm": self.norm, "eps": self.eps}
-        if prefetched.routed is None:
-            return jtok_kernels.jtok(*stream, self.scale[...], **options).reshape(h_BTD.shape)
-        choice, weights = map(_flat, prefetched.routed[:2])
-        options["depth_scale"] = self.depth_scale
-        out = jtok_kernels.jtok_m(*stream, choice, weights, self.scale[...], **options)
-        return out.reshape(h_BTD.shape)
+        return options | {"implementation": self.implementation, "norm": self.norm, "eps": self.eps}
+
+    def _add_fetched(self, h_BTD, delta_BTD, lookup: Lookup, prefetched: Prefetched) -> jax.Array:
+        """Return h' where the rows lay on other devices."""
+        # Else the norm, which is all that uses e alone, waits for e at once.
+        delta_BTD, e_BTD = jax.lax.optimization_barrier((delta_BTD, prefetched.rows_BTD))
+        return lookup.exchange.add(h_BTD, delta_BTD, e_BTD, self.scale[...], **self._form)
 
 
 class JTok(_TableLayer):
@@ -155,8 +152,13 @@ class JTok(_TableLayer):
             prefetched: of `prefetch`.
         """
         lookup = lookup or self.lookup(ids_BT)
-        prefetched = prefetched or self.prefetch(None, lookup)
-        return self._modulate(h_BTD, delta_BTD, lookup, prefetched)
+        if lookup.exchange:
+            prefetched = prefetched or self.prefetch(None, lookup)
+            return self._add_fetched(h_BTD, delta_BTD, lookup, prefetched)
+        return jtok_kernels.jtok(
+            _flat(h_BTD), _flat(delta_BTD), lookup.tables, lookup.ids.reshape(-1),
+            self.scale[...], **self._options(lookup),
+        ).reshape(h_BTD.shape)  # fmt: skip
 
 
 class JTokM(_TableLayer):
@@ -232,9 +234,15 @@ class JTokM(_TableLayer):
         """
         lookup = lookup or self.lookup(ids_BT)
         prefetched = prefetched or self.prefetch(x_BTD, lookup)
-        out_BTD = self._modulate(h_BTD, delta_BTD, lookup, prefetched)
-        routed, probability = prefetched.routed, self.balance_probability
-        return out_BTD, balance_loss(routed.probabilities, routed.choice, probability=probability)
+        choice, weights, probabilities = prefetched.routed
+        balance = balance_loss(probabilities, choice, probability=self.balance_probability)
+        if lookup.exchange:
+            return self._add_fetched(h_BTD, delta_BTD, lookup, prefetched), balance
+        out = jtok_kernels.jtok_m(
+            _flat(h_BTD), _flat(delta_BTD), lookup.tables, lookup.ids.reshape(-1), _flat(choice),
+            _flat(weights), self.scale[...], depth_scale=self.depth_scale, **self._options(lookup),
+        )  # fmt: skip
+        return out.reshape(h_BTD.shape), balance
 
     def route(self, x_BTD: jax.Array) -> Route:
         """Return which tables each token reads, and with which weights (Eq. 10)."""
@@ -248,8 +256,9 @@ class JTokM(_TableLayer):
 def _own_table(rngs: nnx.Rngs, *shape: int, std: float, dtype: str) -> Table:
     axes = "XRC" if len(shape) == 3 else "RC"
     return normal(
-        rngs, *shape, axes=axes, std=std, dtype=dtype, kind=Table, stream="token", layers=()
-    )
+        rngs, *shape, axes=axes, std=std, dtype=dtype, kind=Table, stream="token", layers=(),
+        owner="jtok",
+    )  # fmt: skip
 
 
 def jtok_layer(config: ModelConfig, *, rngs: nnx.Rngs) -> JTok | JTokM:

@@ -42,14 +42,14 @@ def rotation(positions_BT: jax.Array, *, head_dim: int, base: float) -> Rotation
     return Rotation(jnp.sin(angles), jnp.cos(angles))
 
 
-def rotate(x_BTNH: jax.Array, by: Rotation) -> jax.Array:
+def rotate(x_BTNH: jax.Array, rope: Rotation) -> jax.Array:
     """Rotary embedding: the two halves of H turn by the angle of their position.
 
     Sums are float32. Halves are cut and joined in the dtype of `x`, or TPUs move float32 halves.
     """
     dtype = x_BTNH.dtype
     first, second = (half.astype(jnp.float32) for half in jnp.split(x_BTNH, 2, axis=-1))
-    turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    turned = [first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin]
     return jnp.concatenate([half.astype(dtype) for half in turned], axis=-1)
 
 

@@ -7,9 +7,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import jtok_kernels
 
-from jtok_jax.errors import ConfigError
-from jtok_jax.model_config import ModelConfig
-
 
 class Operations(NamedTuple):
     """The implementation of the operations on tables, why, and how it wants them held."""
@@ -17,22 +14,6 @@ class Operations(NamedTuple):
     name: str
     reason: str
     packed: bool  # bfloat16 tables as 32-bit words, see jtok_kernels/packing.py
-
-
-def operations(config: ModelConfig, *, column_shards: int = 1) -> Operations:
-    """Which implementation of the operations on tables this model uses on a device, and why.
-
-    Raises:
-        ConfigError: the one asked for cannot run here.
-    """
-    jtok = config.jtok
-    tables = {"dim": config.model_dim // column_shards, "dtype": jnp.dtype(jtok.table_dtype)}
-    if jtok.kind == "jtok_m":
-        tables |= {"num_tables": jtok.num_tables, "top_k": jtok.top_k}
-    try:
-        return choose_operations(jtok.implementation, **tables)
-    except ValueError as error:
-        raise ConfigError(f"model.jtok.implementation: {error}") from error
 
 
 def choose_operations(name: str, *, dtype: jnp.dtype, **tables) -> Operations:
@@ -50,5 +31,5 @@ def choose_operations(name: str, *, dtype: jnp.dtype, **tables) -> Operations:
 
 
 def held_alone() -> bool:
-    """Whether tables are on one device; words split by column would be no whole entries."""
+    """Return whether tables are on one device; words split by column would be no whole entries."""
     return jtok_kernels.num_devices() == 1

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jtok_kernels import pack_rows, unpack_rows
 
-from jtok_jax.model.operations import choose_operations, held_alone, operations
-from jtok_jax.model.transformer import TABLES, Transformer
+from jtok_jax.errors import ConfigError
+from jtok_jax.model.operations import Operations, choose_operations, held_alone
+from jtok_jax.model.transformer import Transformer
 from jtok_jax.model.variables import Parameter, Table
 from jtok_jax.model_config import ModelConfig
 
@@ -27,12 +28,26 @@ class Declared(NamedTuple):
     axes: str  # with the leading L of blocks
     share: tuple[int, int]
     full_precision: bool
-    stream: str  # of a table, else ""
-    layers: tuple[int, ...]  # of a table, else ()
+    # Of tables alone, see `Table`.
+    stream: str = ""
+    layers: tuple[int, ...] = ()
+    owner: str = ""
+    implementation: str = ""
+    top_k: int = 0
 
     @property
     def is_table(self) -> bool:
         return issubclass(self.kind, Table)
+
+    @property
+    def reads(self) -> int:
+        """How many times a forward pass reads a table; those that share one count each."""
+        return sum(index >= 0 for index in self.layers) if self.layers else 1
+
+    @property
+    def grads_shape(self) -> tuple[int, ...]:
+        """Leading axes of row gradients, (L,) or (L, M): zeros for layers that do not read."""
+        return (len(self.layers) or 1, *self.shape[1:-2])
 
 
 @functools.cache
@@ -41,12 +56,10 @@ def declared(config: ModelConfig) -> dict[str, Declared]:
     _, state = _structure(config)
     found = {}
     for path, variable in nnx.to_flat_state(state):
-        value, told = variable.get_value(), variable.get_metadata()
-        axes = "L" * (path[0] == "blocks") + told["axes"]
-        found["/".join(path)] = Declared(
-            type(variable), value.shape, value.dtype, axes, told["share"], told["full_precision"],
-            told.get("stream", ""), told.get("layers", ()),
-        )  # fmt: skip
+        value, metadata = variable.get_value(), variable.get_metadata()
+        fields = {key: metadata[key] for key in Declared._fields if key in metadata}
+        fields["axes"] = "L" * (path[0] == "blocks") + fields["axes"]
+        found["/".join(path)] = Declared(type(variable), value.shape, value.dtype, **fields)
     return found
 
 
@@ -63,8 +76,8 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of `init_params`."""
-    told = declared(config).items()
-    return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in told}
+    found = declared(config).items()
+    return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in found}
 
 
 def bind(config: ModelConfig, params: Params) -> Transformer:
@@ -77,20 +90,25 @@ def bind(config: ModelConfig, params: Params) -> Transformer:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def held_as_words(config: ModelConfig, name: str) -> bool:
-    """Whether a run here holds a table as words: `Operations.packed`."""
-    if not held_alone():
-        return False
-    if name == TABLES:
-        return operations(config).packed
+def operations(config: ModelConfig, name: str, *, column_shards: int = 1) -> Operations:
+    """Return the implementation of the operations on a table, or on a device's columns of it.
+
+    Raises:
+        ConfigError: the one asked for cannot run here.
+    """
     table = declared(config)[name]
-    return choose_operations("auto", dim=table.shape[-1], dtype=table.dtype).packed
+    several = {"num_tables": table.shape[1], "top_k": table.top_k} if table.top_k else {}
+    dim = table.shape[-1] // column_shards
+    try:
+        return choose_operations(table.implementation, dim=dim, dtype=table.dtype, **several)
+    except ValueError as error:
+        raise ConfigError(f"model.{table.owner}.implementation: {error}") from error
 
 
 def to_stored(config: ModelConfig, params: Params) -> Params:
     """Logical parameters as a run here holds them: tables as words where the operations want it."""
     tables = {name for name in declared_tables(config) if name in params}
-    words = {name for name in tables if held_as_words(config, name)}
+    words = {name for name in tables if held_alone() and operations(config, name).packed}
     return params | {name: _pack(params[name]) for name in words}
 
 

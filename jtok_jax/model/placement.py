@@ -22,8 +22,8 @@ from jtok_jax.mesh import (
     table_layout,
     table_rules,
 )
-from jtok_jax.model.params import declared, declared_tables
-from jtok_jax.model.transformer import TABLES
+from jtok_jax.model.operations import Operations
+from jtok_jax.model.params import declared, declared_tables, operations
 from jtok_jax.model_config import ModelConfig
 
 
@@ -78,10 +78,10 @@ def parameter_sharding(
     config: Config, mesh: Mesh
 ) -> Callable[[str, tuple[int, ...]], NamedSharding]:
     """Return (name, shape) -> sharding of that parameter, or of an array of its first axes."""
-    told = declared(config.model)
+    parameters = declared(config.model)
 
     def place(name: str, shape: tuple[int, ...]) -> NamedSharding:
-        letters = told[name].axes[: len(shape)]
+        letters = parameters[name].axes[: len(shape)]
         return sharding(mesh, rules_of(config, mesh, name), letters, shape)
 
     return place
@@ -96,10 +96,12 @@ def entries_here(config: Config, mesh: Mesh, name: str, *, whole: str = "") -> i
     )
 
 
-def jtok_column_shards(config: Config, mesh: Mesh) -> int:
-    """Return how many devices split the columns of JTok's tables; 1 without them."""
-    layout = table_layouts(config, mesh).get(TABLES)
-    return num_shards(mesh, layout.columns) if layout else 1
+def table_operations(config: Config, mesh: Mesh) -> dict[str, Operations]:
+    """Return the implementation of the operations on each device's part of every table."""
+    return {
+        name: operations(config.model, name, column_shards=num_shards(mesh, layout.columns))
+        for name, layout in table_layouts(config, mesh).items()
+    }
 
 
 def describe(config: Config, mesh: Mesh) -> str:

@@ -21,8 +21,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from jtok_jax.mesh import split_batch, split_columns
 from jtok_jax.model.arms import arm_tables, arms_of_layer, table_name
-from jtok_jax.model.attention import ROTATED, Attend, Attended, Attention, causal
-from jtok_jax.model.exchange import KEPT, Exchange
+from jtok_jax.model.attention import ROTATED, Attend, Attention, AttentionResult, causal
+from jtok_jax.model.exchange import FETCHED, Exchange
 from jtok_jax.model.jtok import jtok_layer
 from jtok_jax.model.layers import FeedForward, Rotation, rms_norm, rotation
 from jtok_jax.model.moe import Moe
@@ -45,17 +45,17 @@ class BlockAux(NamedTuple):
 class Output(NamedTuple):
     """Result of the blocks.
 
-    `kept` is what `attend` asked to keep of each layer; balance terms are summed over layers.
+    `cached` is what `attend` returned for a cache, by layer; balance terms are summed over layers.
     """
 
     hidden_BTD: jax.Array
-    kept: object
+    cached: object
     moe_balance: jax.Array
     jtok_balance: jax.Array
     health: dict[str, jax.Array]
 
 
-class Across(NamedTuple):
+class Parallel(NamedTuple):
     """Several devices, and how each table on them is read."""
 
     exchanges: dict[str, Exchange]
@@ -81,13 +81,13 @@ class Block(nnx.Module):
         self,
         h_BTD: jax.Array,
         *,
-        by: Rotation,
+        rope: Rotation,
         attend: Attend,
         lookups: Mapping[str, Lookup],
         mesh: Mesh | None,
         with_health: bool = False,
     ) -> tuple[jax.Array, object, BlockAux]:
-        """Return (h', what `attend` keeps, aux); `lookups` has the tables that this layer reads."""
+        """Return (h', what `attend` caches, aux); `lookups` has the tables of this layer."""
         eps, lookup = self.config.norm_eps, lookups.get(TABLES)
         arms = [
             (getattr(self.arms, name), lookups[table].rows() if table in lookups else None)
@@ -106,7 +106,9 @@ class Block(nnx.Module):
                 value_BTKH = arm.values(value_BTKH, rows)
             return value_BTKH
 
-        out_BTD, kept = self.attention(pre_BTD, by=by, attend=attend, change_values=change_values)
+        out_BTD, cached = self.attention(
+            pre_BTD, rope=rope, attend=attend, change_values=change_values
+        )
         tilde_BTD = h_BTD + out_BTD
         feed = self.moe if self.config.moe.num_experts else self.ffn
         post_BTD = rms_norm(tilde_BTD, feed.norm[...], eps=eps)
@@ -121,7 +123,7 @@ class Block(nnx.Module):
             dm_BTD = arm.increment(dm_BTD, post_BTD, rows)
         health = {"hidden_std": _moments(h_BTD)} if with_health else {}
         if lookup is None:
-            return tilde_BTD + dm_BTD, kept, BlockAux(moe_balance, jnp.float32(0), health)
+            return tilde_BTD + dm_BTD, cached, BlockAux(moe_balance, jnp.float32(0), health)
         known = {"lookup": lookup, "prefetched": prefetched}
         if gated:
             h_BTD, balance = self.jtok(tilde_BTD, dm_BTD, **known), jnp.float32(0)
@@ -129,7 +131,7 @@ class Block(nnx.Module):
             h_BTD, balance = self.jtok(tilde_BTD, None, dm_BTD, **known)
         if with_health:
             health |= self.jtok.health(dm_BTD, prefetched, lookup)
-        return h_BTD, kept, BlockAux(moe_balance, balance, health)
+        return h_BTD, cached, BlockAux(moe_balance, balance, health)
 
 
 class Transformer(nnx.Module):
@@ -169,9 +171,9 @@ class Transformer(nnx.Module):
         training: Rows | None = None,
         before_BC: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
-        attend: Callable[..., Attended] | None = None,
+        attend: Callable[..., AttentionResult] | None = None,
         cache: object = None,
-        across: Across | None = None,
+        parallel: Parallel | None = None,
         with_health: bool = False,
     ) -> Output:
         """Final-normed hidden states of `ids`.
@@ -181,15 +183,15 @@ class Transformer(nnx.Module):
             training: for gradients of tables by unique row. None: tables get dense gradients.
             before_BC: ids before the first, for tables by n-gram; see `tables.stream_ids`.
             positions_BT: int32; default 0, 1, ... in every sequence.
-            attend: (query, key, value, cache of the layer) -> Attended; default causal.
+            attend: (query, key, value, cache of the layer) -> AttentionResult; default causal.
             cache: pytree with a leading layer axis, handed to `attend` layer by layer.
-            across: several devices; `training` is that of its exchanges.
+            parallel: several devices; `training` is that of its exchanges.
             with_health: also measure the stream, the router and the rows of every layer.
         """
         config = self.config
         positions_BT = jnp.arange(ids_BT.shape[1])[None] if positions_BT is None else positions_BT
-        by = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
-        exchanges, mesh = across or ({}, None)
+        rope = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
+        exchanges, mesh = parallel or ({}, None)
         attend = attend or _attend_causally(config, mesh)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
         tables = self.named_tables
@@ -200,13 +202,19 @@ class Transformer(nnx.Module):
 
         def body(h_BTD, layer):
             params, stacks, row_grads, cache = layer
-            mine = {"by": by, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
+            mine = {"rope": rope, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
             lookups = reader.of_layer(stacks, row_grads)
             run = functools.partial(
                 nnx.merge(graph, params), h_BTD, with_health=with_health, **mine
             )
-            out_BTD, kept, aux = _with_or_without_tables(run, lookups, stacks.get(TABLES), partly)
-            return split(out_BTD, split_batch), (kept, aux)
+            if not partly:
+                out_BTD, cached, aux = run(lookups=lookups)
+            else:  # the index is negative in layers without JTok's tables
+                others = {name: one for name, one in lookups.items() if name != TABLES}
+                out_BTD, cached, aux = _either(
+                    stacks[TABLES] >= 0, lambda: run(lookups=lookups), lambda: run(lookups=others)
+                )
+            return split(out_BTD, split_batch), (cached, aux)
 
         h_BTD = split(self.embed[ids_BT].astype(config.compute_dtype), split_columns)
         for name in sorted(tables.keys() - in_layers.keys()):
@@ -215,10 +223,10 @@ class Transformer(nnx.Module):
         stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
         layers = params, stacks, row_grads, cache
-        h_BTD, (kept, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
+        h_BTD, (cached, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
-        return Output(hidden_BTD, kept, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
+        return Output(hidden_BTD, cached, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -237,14 +245,15 @@ def _jtok_tables(config: ModelConfig, rngs: nnx.Rngs) -> Table:
     return normal(
         rngs, *stack, rows - pad, dim, axes="GXRC" if len(stack) == 2 else "GRC", pad=(pad, 0),
         std=jtok.table_init_std, dtype=jtok.table_dtype, kind=Table, stream=jtok.stream,
-        layers=jtok.table_of_layer(config.num_layers),
+        layers=jtok.table_of_layer(config.num_layers), owner="jtok",
+        implementation=jtok.implementation, top_k=jtok.top_k if len(stack) == 2 else 0,
     )  # fmt: skip
 
 
-def _attend_causally(config: ModelConfig, mesh: Mesh | None) -> Callable[..., Attended]:
+def _attend_causally(config: ModelConfig, mesh: Mesh | None) -> Callable[..., AttentionResult]:
     """Return an `attend` that keeps nothing of a layer."""
     attend = functools.partial(causal, kind=config.attention, mesh=mesh)
-    return lambda query, key, value, _: Attended(attend(query, key, value), None)
+    return lambda query, key, value, _: AttentionResult(attend(query, key, value), None)
 
 
 def _split(x: jax.Array, how: NamedSharding) -> jax.Array:
@@ -271,22 +280,17 @@ def _with_stds(health: dict[str, jax.Array], final_B2: jax.Array) -> dict[str, j
     return health | {"hidden_std": std(health["hidden_std"]), "final_std": std(final_B2)}
 
 
-def _with_or_without_tables(run: Callable, lookups: dict, stack, partly: bool):
-    """Run a layer; if only some carry JTok's tables, `stack` is negative for the others."""
-    if not partly:
-        return run(lookups=lookups)
-    others = {name: lookup for name, lookup in lookups.items() if name != TABLES}
-    return _either(stack >= 0, lambda: run(lookups=lookups), lambda: run(lookups=others))
-
-
 def _either(condition: jax.Array, with_tables: Callable, without: Callable):
-    """lax.cond of a layer with tables and one without, whose health lacks some entries."""
+    """Return what a layer returns: with tables if the condition holds, else without.
+
+    Without them some entries of its health are missing; they are NaN.
+    """
     _, _, aux = jax.eval_shape(with_tables)
     fill = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), aux.health)
 
     def filled():
-        h, kept, aux = without()
-        return h, kept, aux._replace(health=fill | aux.health)
+        h, cached, aux = without()
+        return h, cached, aux._replace(health=fill | aux.health)
 
     return jax.lax.cond(condition, with_tables, filled)
 
@@ -298,7 +302,7 @@ def _remat(body: Callable, kind: str) -> Callable:
     policies = {
         "dots": known.save_from_both_policies(
             known.dots_with_no_batch_dims_saveable,
-            known.save_only_these_names(KEPT, ROTATED, SAVED),
+            known.save_only_these_names(FETCHED, ROTATED, SAVED),
         ),
         "full": known.nothing_saveable,
     }

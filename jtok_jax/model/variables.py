@@ -46,7 +46,17 @@ class Table(Parameter):
     Metadata:
         stream: name of the id stream.
         layers: for each layer its index in the stack, -1 for none; (): read once, at the input.
+        owner: what reads it, "jtok" or the name of an arm; its options bear that name.
+        implementation: of the operations on it, see `jtok_jax.model.operations`.
+        top_k: how many tables of a stack [G, M, R, D] a token mixes; 0: there is no choice.
     """
+
+    def __init__(
+        self, value, axes: str, *, stream: str, layers: tuple[int, ...], owner: str,
+        implementation: str = "auto", top_k: int = 0, **metadata,
+    ):  # fmt: skip
+        own = {"stream": stream, "layers": layers, "owner": owner, "top_k": top_k}
+        super().__init__(value, axes, implementation=implementation, **own, **metadata)
 
 
 def normal(

@@ -15,10 +15,9 @@ import pathlib
 
 from jtok_jax.errors import exit_on_error
 from jtok_jax.study.anatomy import anatomy
-from jtok_jax.study.fit import write_fit
+from jtok_jax.study.fit import published_table, write_fit
 from jtok_jax.study.report import write_report
 from jtok_jax.study.run import run_study
-from jtok_jax.study.scaling import published_table
 from jtok_jax.study.spec import load_study, study_name
 from jtok_jax.study.timing import time_candidates
 from jtok_jax.study.trainer import Paths
@@ -33,15 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> str:
     if options.command == "anatomy":
-        return anatomy(options.workdir, options.output, removed=options.removed)
+        return anatomy(options.workdir, options.output)
     if options.command == "published":
         title = "# The published scaling lines, evaluated\n\n`python -m jtok_jax.study published`"
         text = f"{title}\n\n{published_table()}\n"
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / "published-lines.md").write_text(text)
         return text
-    runs, data = getattr(options, "runs", pathlib.Path()), getattr(options, "data", "")
-    study, paths = load_study(options.study), Paths(pathlib.Path.cwd(), runs, options.results, data)
+    study = load_study(options.study)
+    paths = Paths(pathlib.Path.cwd(), options.runs, options.results, options.data)
     if options.command == "report":
         return write_report(study, paths, options.study)
     if options.command == "fit":
@@ -57,27 +56,27 @@ def _run(options: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m jtok_jax.study", formatter_class=raw, description=__doc__
-    )
+        prog="python -m jtok_jax.study", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(runs=pathlib.Path("runs/studies"), data="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     summaries = {line.split()[0]: line[55:] for line in __doc__.splitlines()[2:]}
     subs = {name: commands.add_parser(name, help=text) for name, text in summaries.items()}
-    for name in ("run", "report", "time", "fit"):
-        subs[name].add_argument("--study", required=True, help="FILE or FILE:ARGUMENT")
     for name in ("run", "report", "time", "fit", "published"):
         results = pathlib.Path("docs/results")
         subs[name].add_argument("--results", type=pathlib.Path, default=results, help="the table")
+        if name != "published":
+            subs[name].add_argument("--study", required=True, help="FILE or FILE:ARGUMENT")
     for name in ("run", "time"):
         subs[name].add_argument("--data", default="", help="prepared corpus; default: the study's")
     subs["run"].add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/studies"))
     subs["run"].add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
     subs["time"].add_argument("--rounds", type=int, default=30)
-    look = subs["anatomy"]
-    look.add_argument("--workdir", required=True, type=pathlib.Path, help="of train.py")
-    look.add_argument("--output", required=True, type=pathlib.Path, help="folder to write")
-    look.add_argument("--removed", type=int, default=40, help="frequent tokens to try without")
+    look = subs["anatomy"].add_argument
+    look("--workdir", required=True, type=pathlib.Path, help="of train.py")
+    look("--output", required=True, type=pathlib.Path, help="folder to write")
     return parser
 
 

@@ -25,11 +25,13 @@ from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import Params, bind, init_params, to_logical
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.study.estimate import markdown_table
 from jtok_jax.study.plots import new_figure, save
 from jtok_jax.training.checkpoint import Saved, load_params
 
 COUNTED = 4_000_000  # training tokens whose ids are counted at most, from the first batch on
 ROUTER_BATCHES, REMOVAL_BATCHES = 16, 4  # of evaluation.batch_size sequences, from the first on
+REMOVED = 40  # of the most frequent tokens are taken out of the tables, one at a time
 MOVED = 1e-3  # of the initial norm; rounding of the initial draw stays far below
 DECILES = ("never", *map(str, range(1, 11)))  # 10: the most frequent
 
@@ -50,25 +52,20 @@ SECTIONS = {
 }
 
 
-def anatomy(workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40) -> str:
+def anatomy(workdir: pathlib.Path, output: pathlib.Path) -> str:
     """Return Markdown about the newest checkpoint of `workdir`; `output` gets it, JSON and SVG.
 
-    removed: so many of the most frequent tokens are taken out of the tables, one at a time.
-
-    Raises:
-        ConfigError: the model has no tables by token, `removed` is negative, or matplotlib is
-            missing.
-        DataError: the data is not what the run was trained on.
+    Raises ConfigError without tables by token or without matplotlib, DataError if the data is not
+    what the run was trained on.
     """
-    if removed < 0:
-        raise ConfigError(f"--removed is {removed}; expected at least 0.")
     saved, figure = load_params(workdir), new_figure(13, 8)
-    if saved.config.model.tables_shape is None:
+    jtok = saved.config.model.jtok
+    if jtok.kind == "none":
         raise ConfigError(f"{workdir} has no token tables: its model.jtok.kind is none.")
-    if (stream := saved.config.model.jtok.stream) != "token":
+    if jtok.stream != "token":
         raise ConfigError(
-            f"The tables of {workdir} are looked up by {stream!r} (model.jtok.stream); the anatomy "
-            "is of tables by token."
+            f"The tables of {workdir} are looked up by {jtok.stream!r} (model.jtok.stream); the "
+            "anatomy is of tables by token."
         )
     source = open_source(saved.config)
     if source.fingerprint != saved.data:
@@ -77,8 +74,7 @@ def anatomy(workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40) -
             "frequencies would be wrong. Restore its shards and tokenizer."
         )
     command = f"python -m jtok_jax.study anatomy --workdir={workdir} --output={output}"
-    found = {"command": command} | measure(saved, source, removed=removed)
-    found = json.dumps(found, default=lambda x: x.tolist())
+    found = json.dumps({"command": command} | measure(saved, source), default=lambda x: x.tolist())
     found = json.loads(found, parse_constant=lambda _: None)  # NaN: there was nothing to measure
     text = as_markdown(found)
     output.mkdir(parents=True, exist_ok=True)
@@ -89,7 +85,7 @@ def anatomy(workdir: pathlib.Path, output: pathlib.Path, *, removed: int = 40) -
     return text
 
 
-def measure(saved: Saved, source: Source, *, removed: int) -> dict:
+def measure(saved: Saved, source: Source) -> dict:
     """Return all figures: shares of 1, losses in nats, norms L2."""
     config, model, jtok = saved.config, saved.config.model, saved.config.model.jtok
     start = jax.jit(lambda key: init_params(model, key)["tables"])
@@ -117,7 +113,7 @@ def measure(saved: Saved, source: Source, *, removed: int) -> dict:
             "scale_10_50_90_percent": np.percentile(size_LD, (10, 50, 90), axis=1).T,
             **_router(model, saved.params, source),
         },
-        **_removal(config, saved.params, source, removed),
+        **_removal(config, saved.params, source),
     }
 
 
@@ -142,7 +138,15 @@ def describe_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, dec
     if tables_GMVD.shape[1] == 1:  # JTok: the tables of neighbouring layers take the place of M
         pairs = list(map(", ".join, itertools.pairwise(stack)))
         compared = [np.concatenate([x[:-1], x[1:]], axis=1) for x in compared]
-    rows_GMVD, moves_GMVD, counted_GMV = compared
+    rows_GMVD, changes_GMVD, counted_GMV = compared
+    cosines = {"layer": pairs}
+    for prefix, vectors_GMVD in (("", rows_GMVD), ("movements_", changes_GMVD)):
+        means = [
+            cosine_means(mean_cosine(vectors_MVD, counted_MV), count_V)
+            for vectors_MVD, counted_MV in zip(vectors_GMVD, counted_GMV, strict=True)
+        ]
+        cosines[f"{prefix}all_tokens"] = [weighted for weighted, _ in means]
+        cosines[f"{prefix}decile_1_to_10"] = [of_decile for _, of_decile in means]
     return {
         "initial_norm": np.median(np.linalg.norm(initial_GMVD, axis=-1)),
         "singular_values": columns.pop("singular_values"),
@@ -162,11 +166,7 @@ def describe_tables(stack: list[str], tables_GMVD, initial_GMVD, count_V, *, dec
             "spearman_norm": [rank(x_MV.mean(axis=0)) for x_MV in norm_GMV],
             **columns,
         },
-        "cosines": {
-            "layer": pairs,
-            **_cosines("", rows_GMVD, counted_GMV, count_V),
-            **_cosines("movements_", moves_GMVD, counted_GMV, count_V),
-        },
+        "cosines": cosines,
     }
 
 
@@ -230,12 +230,6 @@ def cosine_means(cosine_V: np.ndarray, count_V: np.ndarray) -> tuple[float, list
     return weighted, by_decile(np.mean, cosine_V[has_V], deciles(count_V)[has_V])[1:]
 
 
-def _cosines(prefix: str, rows_GMVD, counted_GMV, count_V) -> dict[str, list]:
-    found = [cosine_means(x_V, count_V) for x_V in map(mean_cosine, rows_GMVD, counted_GMV)]
-    names = f"{prefix}all_tokens", f"{prefix}decile_1_to_10"
-    return {name: [one[place] for one in found] for place, name in enumerate(names)}
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(model: ModelConfig, backbone: Params, tables: jax.Array, batch: EvalBatch):
     """Return (loss sums, health) of a batch; one program whatever rows of the tables are zero."""
@@ -247,7 +241,7 @@ def _forward(model: ModelConfig, backbone: Params, tables: jax.Array, batch: Eva
 
 
 def _router(model: ModelConfig, params: Params, source: Source) -> dict:
-    """Return means over some tokens of each batch."""
+    """Return the router's means over some tokens of each batch, by layer; JTok has none."""
     if model.jtok.kind == "jtok":
         return {}
     batches = itertools.islice(source.valid_batches(), ROUTER_BATCHES)
@@ -257,7 +251,8 @@ def _router(model: ModelConfig, params: Params, source: Source) -> dict:
     return {"router_entropy": mean("router_entropy") / (most or np.nan), "use": mean("router_load")}
 
 
-def _removal(config: Config, params: Params, source: Source, removed: int) -> dict:
+def _removal(config: Config, params: Params, source: Source) -> dict:
+    """Return losses of some batches as they are, and with rows of the tables zero."""
     model, tables, show = config.model, params["tables"], str
     if config.data.source == "prepared":
         tokenizer = load_tokenizer(pathlib.Path(config.data.path) / FILE_NAME)
@@ -267,7 +262,7 @@ def _removal(config: Config, params: Params, source: Source, removed: int) -> di
     nats = lambda tables: sum(float(_forward(model, params, tables, b)[0].nats) for b in batches)
     without = jax.jit(lambda tables, token: tables.at[..., token, :].set(0))
     count_V, base = np.bincount(ids, minlength=model.vocab_size), nats(tables)
-    chosen = [int(i) for i in np.argsort(-count_V, kind="stable")[:removed] if count_V[i]]
+    chosen = [int(i) for i in np.argsort(-count_V, kind="stable")[:REMOVED] if count_V[i]]
     more = {token: nats(without(tables, token)) - base for token in chosen}
     chosen.sort(key=more.get, reverse=True)
     return {
@@ -294,11 +289,10 @@ def as_markdown(found: dict) -> str:
         f"nats/token, {found['loss_without_rows']:.4f} with all rows zero.\n"
     ]
     for name, text in SECTIONS.items():
-        columns = found[name]
-        lines = [[column.replace("_", " ") for column in columns], ["---"] * len(columns)]
-        lines += list(zip(*columns.values(), strict=True))[: 10 if name == "removal" else None]
-        table = "".join(f"| {' | '.join(map(_show, line))} |\n" for line in lines)
-        parts.append(f"## {name.capitalize()}\n\n{text}\n\n{table}")
+        head = [column.replace("_", " ") for column in found[name]]
+        rows = list(zip(*found[name].values(), strict=True))[: 10 if name == "removal" else None]
+        table = markdown_table(head, [map(_show, row) for row in rows])
+        parts.append(f"## {name.capitalize()}\n\n{text}\n\n{table}\n")
     return "\n".join(parts)
 
 
@@ -329,8 +323,8 @@ def draw(found: dict, figure) -> None:
             values = floats([x[n - 1] for x in cosine[f"{prefix}decile_1_to_10"]])
             label = f"{what}, decile {n}"
             cosines.plot(cosine["layer"], values, style, color=colour, label=label)
-    costs = found["removal"]["nats_per_1000_tokens"][:10]
     plain = lambda text: text.encode("ascii", "backslashreplace").decode().replace("$", r"\$")
+    costs = found["removal"]["nats_per_1000_tokens"][:10]
     removal.barh(range(len(costs)), costs, color="#33608c")
     removal.set_yticks(range(len(costs)), list(map(plain, found["removal"]["token"][:10])))
     removal.invert_yaxis()

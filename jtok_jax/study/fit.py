@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What size of dense model each arm is worth: N_eff, gamma and how it depends on eta and rho.
+"""What size of dense model each arm is worth: N_eff, gamma, its law; the paper's scaling lines.
 
 All runs of a study see the same tokens, so the baseline's losses over its sizes are one curve; the
 size at which it meets an arm's loss is N_eff = N_c (1 + eta gamma), Eq. 14 of arXiv 2602.00800.
@@ -24,6 +24,11 @@ from jtok_jax.study.trainer import Paths
 
 SIZES = 3  # of the baseline, at least
 RESAMPLES = 1000
+# The two lines as printed, log2 L = slope * log10 C + intercept with C in training FLOPs; the
+# budgets; and what the paper claims, the gap in log2 L.
+BASE, JTOK_M = (-0.2016, 5.1334), (-0.2009, 5.0881)
+BUDGETS = np.array([3e18, 1e19, 3e19, 1e20, 3e20])
+REDUCTION, GAP, SAVED = 0.022, 0.038, 0.352
 
 
 class Gain(NamedTuple):
@@ -55,8 +60,7 @@ def write_fit(study: Study, paths: Paths, file: str) -> str:
 
     The arms that share the baseline's config file are its sizes.
 
-    Raises:
-        ConfigError: fewer than `SIZES` of these, or runs are missing.
+    Raises ConfigError: fewer than `SIZES` of these, or runs are missing.
     """
     progress = load_progress(study, paths)
     progress.require(not progress.missing, paths)
@@ -111,20 +115,21 @@ def _gains(study: Study, sizes: list[Ranked], last: StageResults, paths: Paths) 
     curves = {seed: [size[seed] for size in of_size] for seed in seeds}
     if not all(map(_falls, curves.values())):
         curves = {}  # noise is larger; to leave out such a seed alone would leave out the noise
-    found, arms = [], {one.candidate.arm.name for one in sizes}
+    gains, arms = [], {one.candidate.arm.name for one in sizes}
     for one in (one for name, some in last.items() if name not in arms for one in some):
-        first, inside = one.results[0], losses[-1] <= one.loss <= losses[0]
-        logs = [
-            log_size_at(result.val_loss, counts, curves[result.seed])
-            for result in one.results
-            if result.seed in curves
-        ]
-        half = estimate(logs).half if logs else math.nan
+        (cell,), first = cells(study, study.stages[-1], [one.candidate])[:1], one.results[0]
+        jtok = resolve(cell, paths.root).model.jtok
+        rho = jtok.top_k / jtok.num_tables if jtok.kind == "jtok_m" else 1.0
+        in_curve = [result for result in one.results if result.seed in curves]
+        logs = [log_size_at(result.val_loss, counts, curves[result.seed]) for result in in_curve]
         with np.errstate(over="ignore"):
             gain = float(np.exp(log_size_at(one.loss, counts, losses) - math.log(first.backbone)))
-        eta, rho = first.tables / first.backbone, _rho(study, one, paths)
-        found.append(Gain(one.candidate.name, one.loss, eta, rho, gain, inside, half))
-    return found
+        gains.append(Gain(
+            name=one.candidate.name, loss=one.loss, eta=first.tables / first.backbone, rho=rho,
+            gain=gain, inside=losses[-1] <= one.loss <= losses[0],
+            half=estimate(logs).half if logs else math.nan,
+        ))  # fmt: skip
+    return gains
 
 
 def log_size_at(loss: float, counts: np.ndarray, losses: list[float]) -> float:
@@ -138,13 +143,8 @@ def log_size_at(loss: float, counts: np.ndarray, losses: list[float]) -> float:
     return float(y0 + (at - x0) * (y1 - y0) / (x1 - x0))
 
 
-def _rho(study: Study, one: Ranked, paths: Paths) -> float:
-    model = resolve(cells(study, study.stages[-1], [one.candidate])[0], paths.root).model
-    jtok = model.jtok
-    return jtok.top_k / jtok.num_tables if jtok.kind == "jtok_m" else 1.0
-
-
 def _gamma_law(found: list[Gain]) -> str:
+    """Return the law of gamma over eta and rho with its intervals, or why there is none."""
     points = np.reshape([(one.eta, one.rho, one.gain) for one in found], (-1, 3)).T
     try:
         scale, eta, rho, r2 = fit_gamma(*points)
@@ -208,3 +208,23 @@ def gamma_intervals(
     if failed > RESAMPLES / 2:
         raise ValueError(f"{failed} of {RESAMPLES} resamples fail ({reason}). Bring more points.")
     return *np.quantile(laws, [0.025, 0.975], axis=0), failed
+
+
+def published_table() -> str:
+    """Return Markdown of what the printed lines imply at the five budgets, beside the claims."""
+    base, tables = (2 ** np.polyval(line, np.log10(BUDGETS)) for line in (BASE, JTOK_M))
+    saved = 1 - 10 ** ((np.log2(base) - JTOK_M[1]) / JTOK_M[0]) / BUDGETS  # Eq. 17
+    head = "compute, FLOPs", "base loss", "JTok-M loss", "loss reduction", "compute saved"
+    rows = [
+        (f"{c:.0e}".replace("e+", "e"), f"{b:.4f}", f"{t:.4f}", f"{1 - t / b:.2%}", f"{s:.1%}")
+        for c, b, t, s in zip(BUDGETS, base, tables, saved, strict=True)
+    ]
+    gaps, implied = np.log2(base / tables), 1 - 10 ** (-math.log2(1 - REDUCTION) / BASE[0])
+    return (
+        f"{markdown_table(head, rows)}\n| claimed | | | {REDUCTION:.1%} | {SAVED:.1%} |\n\n"
+        f"The claimed saving is 1 - 10^({GAP} / {BASE[0]}), from a gap of {GAP} in log2 L. The "
+        f"printed lines differ by {max(gaps):.4f} to {min(gaps):.4f} at these budgets, and by "
+        f"{BASE[1] - JTOK_M[1]:.4f} at log10 C = 0. A gap of {GAP} would be "
+        f"{1 - 2**-GAP:.1%} less loss, not the {REDUCTION:.1%} claimed, which is worth "
+        f"{implied:.1%}.\n"
+    )

@@ -2,6 +2,8 @@
 # Copyright 2026 The jtok_jax authors
 """What a study found: means with intervals over seeds, differences seed by seed, plots."""
 
+import itertools
+
 import numpy as np
 
 from jtok_jax.study.estimate import Estimate, estimate, markdown_table
@@ -19,24 +21,22 @@ FINAL = ("arm", "chosen", "seeds", "val loss, nats/token", "against the baseline
 def write_report(study: Study, paths: Paths, file: str) -> str:
     """Return Markdown of the study of `file`; RESULTS/NAME.md has it, with plots beside it.
 
-    Raises:
-        ConfigError: there is no run of the baseline in the last stage; or matplotlib is missing.
+    Raises ConfigError: there is no run of the baseline in the last stage; or matplotlib is missing.
     """
     name, progress = study_name(file), load_progress(study, paths)
     progress.require(progress.stages[-1][study.baseline], paths)
-    stages = progress.stages
-    every = [one for ranked in stages[-1].values() for one in ranked]
-    best = {arm: ranked[0] for arm, ranked in stages[-1].items() if ranked}
+    *choosing, last = progress.stages
+    best = {arm: ranked[0] for arm, ranked in last.items() if ranked}
     times = step_times(paths.results / f"{name}-steps.csv")
-    seconds, how, times = _step_seconds(study, every, times)
+    seconds, how, times = _step_seconds(study, last, times)
     curves = Table(paths.results).curves()
     draw_curves(best, curves, seconds, paths.results / f"{name}-curves.svg")
     draw_cost(best, seconds, best[study.baseline], paths.results / f"{name}-cost.svg")
     parts = [
         f"# {study.question}",
         f"`python -m jtok_jax.study run --study={file} --data=FOLDER`, then `report`. "
-        + _circumstances(every),
-        final_table(stages, best[study.baseline], seconds, times),
+        + _circumstances(last),
+        final_table(progress.stages, best[study.baseline], seconds, times),
         "Mean and 95% interval (Student's t) over seeds; differences are taken seed by seed. "
         "eta: parameters of tables over those of the backbone. Trials: different runs "
         "that the values of the arm were chosen from; the lowest or highest of those tried may not "
@@ -47,7 +47,7 @@ def write_report(study: Study, paths: Paths, file: str) -> str:
         "## What each arm trains with",
         fields_table(best),
     ]
-    for number, stage in enumerate(stages[:-1], start=1):
+    for number, stage in enumerate(choosing, start=1):
         if any(len(ranked) > 1 for ranked in stage.values()):
             rows = [(arm, _chosen(one), _loss(one)) for arm, some in stage.items() for one in some]
             parts += [f"## Stage {number}: what was chosen from",
@@ -62,21 +62,19 @@ def final_table(
 ) -> str:
     """Return Markdown of the last stage, a line a candidate, by loss; `base`: of the baseline."""
     rows = []
-    for arm, ranked in stages[-1].items():
-        tried, trials = _tried(stages, arm), _trials(stages, arm)
-        for one in ranked:
-            first, time = one.results[0], times.get(one.candidate.name)
-            step = f"{seconds[one.candidate.name] / seconds[base.candidate.name]:.2f}"
-            if time and time.low < time.high:
-                step += f" ({time.low:.2f} to {time.high:.2f})"
-            rows.append((one.loss, [
-                arm, _chosen(one, tried), len(one.results), _loss(one), _against(one, base),
-                estimate([result.val_bpb for result in one.results]), _millions(first.backbone),
-                _millions(first.tables), f"{first.tables / first.backbone:.2f}",
-                f"{first.train_flops:.2e}", step, trials,
-            ]))  # fmt: skip
-    rows.sort(key=lambda row: row[0])
-    return markdown_table(FINAL, [row for _, row in rows])
+    for one in sorted(itertools.chain(*stages[-1].values()), key=lambda one: one.loss):
+        arm, first, time = one.candidate.arm, one.results[0], times.get(one.candidate.name)
+        step = f"{seconds[one.candidate.name] / seconds[base.candidate.name]:.2f}"
+        if time and time.low < time.high:
+            step += f" ({time.low:.2f} to {time.high:.2f})"
+        trials = {r.cell for stage in stages[:-1] for some in stage[arm.name] for r in some.results}
+        rows.append([
+            arm.name, _chosen(one, stages), len(one.results), _loss(one), _against(one, base),
+            estimate([result.val_bpb for result in one.results]), f"{first.backbone / 1e6:.2f}M",
+            f"{first.tables / 1e6:.2f}M", f"{first.tables / first.backbone:.2f}",
+            f"{first.train_flops:.2e}", step, max(len(trials) + arm.tried, 1),
+        ])  # fmt: skip
+    return markdown_table(FINAL, rows)
 
 
 def fields_table(best: dict[str, Ranked]) -> str:
@@ -101,10 +99,8 @@ def paired(results: list[Result], baseline: list[Result]) -> Estimate | None:
 
 
 def _lacking(names: list[str]) -> str:
-    if not names:
-        return ""
     more = f"; and {len(names) - 6} more" * (len(names) > 6)
-    return f" Failed or not yet run: {'; '.join(names[:6])}{more}."
+    return f" Failed or not yet run: {'; '.join(names[:6])}{more}." * bool(names)
 
 
 def _loss(one: Ranked) -> str:
@@ -121,55 +117,38 @@ def _against(one: Ranked, base: Ranked) -> str:
     difference = paired(one.results, base.results)
     if not difference:
         return ""
-    common = len({r.seed for r in one.results} & {r.seed for r in base.results})
-    most = max(len(one.results), len(base.results))
+    seeds, others = ({result.seed for result in some.results} for some in (one, base))
+    common, most = len(seeds & others), max(len(seeds), len(others))
     fewer = f" ({common} of {most} seeds)" * (common < most)
     return "+" * (0 < difference.mean < np.inf) + str(difference) + fewer
 
 
 def _step_seconds(
-    study: Study, every: list[Ranked], times: dict[str, StepTime]
+    study: Study, last: StageResults, times: dict[str, StepTime]
 ) -> tuple[dict[str, float], str, dict[str, StepTime]]:
     """Return seconds of a step of every candidate, how they were measured, and times that count.
 
     Paired times count where they are of these runs, as their fields tell, and of their device.
     """
+    every = list(itertools.chain(*last.values()))
     devices = {result.device for one in every for result in one.results}
-    keys = {one.candidate.name: cells(study, study.stages[-1], [one.candidate])[0].key
-            for one in every}  # fmt: skip
-    timed = {name: times[name] for name, key in keys.items()
-             if name in times and times[name].cell == key}  # fmt: skip
-    if len(timed) == len(keys) and devices == {time.device for time in timed.values()}:
-        baseline = {one.candidate.name for one in every if one.candidate.arm.name == study.baseline}
-        base = next(time for name, time in times.items() if name in baseline)
+    wanted = {one.candidate.name: cells(study, study.stages[-1], [one.candidate])[0].key
+              for one in every}  # fmt: skip
+    timed = {name: time for name, time in times.items() if time.cell == wanted.get(name)}
+    if timed.keys() == wanted.keys() and devices == {time.device for time in timed.values()}:
+        baseline = [one.candidate.name for one in last[study.baseline]]
+        base = next(time for name, time in timed.items() if name in baseline)
         seconds = {name: time.ratio * base.milliseconds / 1000 for name, time in timed.items()}
         how = f"median (10th to 90th percentile), paired over {base.rounds} rounds"
         return seconds, f"{how} ({base.device}, {base.commit})", times
-    median = lambda one: float(np.median([result.step_seconds for result in one.results]))
     how = "as the runs found the machine" + ", of several kinds" * (len(devices) > 1)
     how += "; there are paired times, of other runs or another device" * bool(times)
+    median = lambda one: float(np.median([result.step_seconds for result in one.results]))
     return {one.candidate.name: median(one) for one in every}, how, {}
 
 
-def _trials(stages: list[StageResults], arm: str) -> int:
-    """Return how many runs the values of an arm were chosen from, here or before; 1: of none."""
-    here = {result.cell for stage in stages[:-1] for one in stage[arm] for result in one.results}
-    before = max((one.candidate.arm.tried for one in stages[-1][arm]), default=0)
-    return max(len(here) + before, 1)
-
-
-def _tried(stages: list[StageResults], arm: str) -> dict[str, set]:
-    """Return the numbers that the stages of a study tried for the fields of an arm."""
-    tried: dict[str, set] = {}
-    for one in (one for stage in stages for one in stage[arm]):
-        for key, value in one.candidate.chosen:
-            if isinstance(value, int | float):
-                tried.setdefault(key, set()).add(value)
-    return tried
-
-
-def _circumstances(ranked: list[Ranked]) -> str:
-    results = [result for one in ranked for result in one.results]
+def _circumstances(last: StageResults) -> str:
+    results = [result for ranked in last.values() for one in ranked for result in one.results]
     named = lambda column: ", ".join(sorted({str(getattr(one, column)) for one in results}))
     return (
         f"{len(results)} runs of {results[0].tokens / 1e6:.2f}M tokens on {named('device')}; "
@@ -177,16 +156,13 @@ def _circumstances(ranked: list[Ranked]) -> str:
     )
 
 
-def _chosen(one: Ranked, tried: dict[str, set] | None = None) -> str:
-    """Return the values of what was varied, and whether one is at the end of those `tried`."""
+def _chosen(one: Ranked, stages: list[StageResults] = ()) -> str:
+    """Return the values of what was varied, and whether one is at the end of those in `stages`."""
     shown = []
+    others = [dict(x.candidate.chosen) for stage in stages for x in stage[one.candidate.arm.name]]
     for key, value in one.candidate.chosen:
         shown.append(f"{key.rsplit('.', 1)[-1]} {short(value)}")
-        of = sorted((tried or {}).get(key, ()))
-        if len(of) > 1 and value in (of[0], of[-1]):
-            shown[-1] += f" ({'lowest' if value == of[0] else 'highest'} of {len(of)})"
+        tried = {other[key] for other in others if isinstance(other.get(key), int | float)}
+        if len(tried) > 1 and value in (min(tried), max(tried)):
+            shown[-1] += f" ({'lowest' if value == min(tried) else 'highest'} of {len(tried)})"
     return ", ".join(shown)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.2f}M"

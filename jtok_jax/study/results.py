@@ -71,16 +71,14 @@ class Table:
     def refresh(self) -> None:
         """Read what others have added.
 
-        Raises:
-            ConfigError: a file is damaged.
-            DataError: runs were made with different data.
+        Raises ConfigError if a file is damaged, DataError if runs were made with different data.
         """
         self._results = _read_results(self._folder / "cells.csv")
         self._require_data()
         path = self._folder / "configs.json"
         try:
-            found = json.loads(path.read_text()) if path.exists() else {"base": {}, "cells": {}}
-            self._base, self._configs = dict(found["base"]), dict(found["cells"])
+            saved = json.loads(path.read_text()) if path.exists() else {"base": {}, "cells": {}}
+            self._base, self._configs = dict(saved["base"]), dict(saved["cells"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} is damaged ({error!r}); restore it.") from error
         if unknown := self._results.keys() - self._configs.keys():
@@ -98,43 +96,43 @@ class Table:
             ConfigError: it was made with another configuration.
             DataError: it, or anything else in the table, was made with other data.
         """
-        self._require_data(*([] if data is None else [data]))
+        self._require_data(data)
         result = self._results.get(cell.key)
         if result is None:
             return None
-        now, then = identity(config), self._base | self._configs[cell.key]
+        now, then = _plain(identity(config)), self._base | self._configs[cell.key]
         then |= {"train.steps": result.steps, "train.seed": result.seed}
         fields = flatten(to_dict(config)).keys()
         lines = [
-            f"  {key}: {then[key]!r} in the table, {now.get(key, 'no such field')!r} now"
-            for key in sorted(then)  # fields added since change nothing
-            if (key in now and then[key] != json.loads(json.dumps(now[key]))) or key not in fields
+            f"  {key}: {value!r} in the table, {now.get(key, 'no such field')!r} now\n"
+            for key, value in sorted(then.items())  # fields added since change nothing
+            if key not in fields or now.get(key, value) != value
         ]
         if lines:
             raise ConfigError(
                 f"{cell.name} ({cell.key}) is finished in {self._folder}, with another "
-                "configuration:\n" + "\n".join(lines) + "\nSet these fields in the arm or the "
-                "study as they were; or, to run it again, take its line out of cells.csv and "
-                "delete its folder under --runs."
+                f"configuration:\n{''.join(lines)}Set these fields in the arm or the study as they "
+                "were; or, to run it again, take its line out of cells.csv and delete its folder "
+                "under --runs."
             )
         return result
 
-    def add(self, result: Result, config: Config, curve: list[CurvePoint]) -> None:
+    def add(self, result: Result, config: Config, curve: list[tuple]) -> None:
         """Write down a run that has ended. Raises DataError: the others had other data."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / ".lock").open("a") as file:  # NFS locks only what is open for writing
             fcntl.flock(file, fcntl.LOCK_EX)
             self.refresh()
             self._require_data(result.data)
-            flat = json.loads(json.dumps(identity(config)))
+            flat = _plain(identity(config))
             self._base = self._base or flat
             differs = {key: value for key, value in flat.items() if self._base.get(key) != value}
             self._results[result.cell], self._configs[result.cell] = result, differs
-            points = [p for p in self._curve_points() if p.cell != result.cell] + curve
-            points = [(cell, step, f"{loss:.4f}") for cell, step, loss in points]
+            curves = self.curves() | {result.cell: curve}
+            points = [(cell, step, f"{loss:.4f}") for cell in curves for step, loss in curves[cell]]
             write_csv(self._folder / "curves.csv", CurvePoint, points)
-            base, cells = json.dumps(self._base, indent=1), self._configs.items()
-            cells = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in cells)
+            cells = (f'"{key}": {json.dumps(one)}' for key, one in self._configs.items())
+            base, cells = json.dumps(self._base, indent=1), ",\n".join(cells)
             text = f'{{"base": {base},\n"cells": {{\n{cells}}}}}\n'
             _replace(self._folder / "configs.json", text)
             # Last, as it says that the run is finished.
@@ -143,33 +141,36 @@ class Table:
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Return (step, mean training loss around it) of every cell."""
         curves = {}
-        for cell, step, loss in self._curve_points():
+        for cell, step, loss in read_csv(self._folder / "curves.csv", CurvePoint):
             curves.setdefault(cell, []).append((step, loss))
         return curves
 
-    def _curve_points(self) -> list[CurvePoint]:
-        return read_csv(self._folder / "curves.csv", CurvePoint)
-
-    def _require_data(self, *more: str) -> None:
-        if len(data := {result.data for result in self._results.values()} | {*more}) > 1:
+    def _require_data(self, data: str | None = None) -> None:
+        known = {data, *(result.data for result in self._results.values())} - {None}
+        if len(known) > 1:
             raise DataError(
-                f"{self._folder} would have runs with the data {', '.join(sorted(data))}. Losses "
+                f"{self._folder} would have runs with the data {', '.join(sorted(known))}. Losses "
                 "on different texts cannot be compared: use the data of those that are there, or "
                 "another --results folder."
             )
 
 
+def _plain(fields: dict[str, object]) -> dict[str, object]:
+    """Return fields as they are read back from JSON."""
+    return json.loads(json.dumps(fields))
+
+
 def make_result(
     cell: Cell, config: Config, records: list[dict], *, diverged: bool = False, **about: str
-) -> tuple[Result, list[CurvePoint]]:
-    """Return the line of a run and its curve, from what it wrote into metrics.jsonl.
+) -> tuple[Result, list[tuple]]:
+    """Return the line of a run and its curve, (step, loss), from the lines of metrics.jsonl.
 
-    diverged: the run said so, whatever its last loss is. about: device, data, commit, jax.
+    diverged: the run ended as not finite, whatever its last loss. about: device, data, commit, jax.
     """
     steps = [record for record in records if record["step"] > 0]
     last = steps[-1] if steps else {"step": 0}
-    whole = last["step"] == config.train.steps and math.isfinite(last.get("val_loss") or math.nan)
-    finished = whole and not diverged
+    finite = math.isfinite(last.get("val_loss") or math.nan)
+    finished = finite and last["step"] == config.train.steps and not diverged
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len * config.train.steps
     durations = [record["step_seconds"] for record in steps]
@@ -188,7 +189,7 @@ def make_result(
     losses = [(record["step"], record["loss"]) for record in steps if record["loss"] is not None]
     size = -(-config.train.steps // CURVE_POINTS)
     means = [np.mean(losses[i : i + size], axis=0) for i in range(0, len(losses), size)]
-    return result, [CurvePoint(cell.key, round(step), float(loss)) for step, loss in means]
+    return result, [(round(step), float(loss)) for step, loss in means]
 
 
 def require_writable(option: str, folder: pathlib.Path) -> None:

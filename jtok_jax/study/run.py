@@ -62,57 +62,47 @@ def run_study(study: Study, paths: Paths, *, keep_checkpoints: bool) -> list[Sta
     A run that fails is reported, and its arm ends with the stage if that chooses; others go on.
 
     Raises:
-        ConfigError, DataError: before anything runs: arms that cannot be, or cannot be compared;
-            finished runs of another configuration or other data.
+        ConfigError, DataError: before anything runs, as `check_study` and `Table` do.
         StudyError: runs failed.
         WorkdirError: another study, or what is left of one, is training what comes next.
         Preempted: asked to stop; the run under way is saved.
     """
     check_study(study, paths.root, data=paths.data)
     table = Table(paths.results)
-    look = lambda cell, config: table.get(cell, config, data=data_fingerprint(config))
-    if _walk(study, paths, look).missing:
+    look_up = lambda cell, config: table.get(cell, config, data=data_fingerprint(config))
+    if _walk(study, paths, look_up).missing:
         table.curves()  # readable?
         require_writable("results", paths.results)
         require_writable("runs", paths.runs)
-    bar = tqdm(total=_steps(study), unit="step", desc="study", dynamic_ncols=True)
+    bar = tqdm(total=_count_steps(study), unit="step", desc="study", dynamic_ncols=True)
     with bar, StopSignal() as stop:
 
-        def obtain(cell: Cell, config: Config) -> Result | None:
+        def look_up_or_train(cell: Cell, config: Config) -> Result | None:
             table.refresh()  # another study may have trained it since
-            if found := look(cell, config):
+            if result := look_up(cell, config):
                 bar.total -= cell.steps
-                return found
-            found = _train(cell, config, paths, table, bar, stop)
-            if found and not keep_checkpoints:
-                shutil.rmtree(workdir_of(cell, paths) / "checkpoints", ignore_errors=True)
+                return result
+            end, data = bar.n + cell.steps, data_fingerprint(config)
+            bar.set_postfix_str(cell.name)
+            try:
+                result, curve = train_cell(cell, config, paths, bar, stop, data=data)
+                table.add(result, config, curve)
+                tqdm.write(f"{result.cell} {result.val_loss:.4f} nats/token: {cell.name}")
+                if not keep_checkpoints:
+                    shutil.rmtree(workdir_of(cell, paths) / "checkpoints", ignore_errors=True)
+            except StudyError as error:
+                tqdm.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
+            bar.update(end - bar.n)  # a failed run is done with, too
             if stop.name:
                 raise Preempted(f"{cell.name} is finished. The same command goes on.")
-            return found
+            return result
 
-        progress = _walk(study, paths, obtain)
+        progress = _walk(study, paths, look_up_or_train)
     if progress.missing:
         ended = [arm.name for arm in study.arms if arm.name not in progress.candidates]
         ended = f" {', '.join(ended)} could not go on to the next stage." * bool(ended)
         raise StudyError(f"{len(progress.missing)} of the runs failed, see above.{ended}")
     return progress.stages
-
-
-def _train(
-    cell: Cell, config: Config, paths: Paths, table: Table, bar: tqdm, stop: StopSignal
-) -> Result | None:
-    """Return the result of a run that is trained now, or None if it fails."""
-    bar.set_postfix_str(cell.name)
-    end, data = bar.n + cell.steps, data_fingerprint(config)
-    try:
-        result, curve = train_cell(cell, config, paths, bar, stop, data=data)
-    except StudyError as error:
-        bar.update(end - bar.n)  # a failed run is done with, too
-        tqdm.write(f"FAILED {cell.name}: {error}", file=sys.stderr)
-        return None
-    table.add(result, config, curve)
-    tqdm.write(f"{result.cell} {result.val_loss:.4f} nats/token: {cell.name}")
-    return result
 
 
 def load_progress(study: Study, paths: Paths) -> Progress:
@@ -128,26 +118,26 @@ def _walk(study: Study, paths: Paths, obtain: Callable[[Cell, Config], Result | 
         candidates = [Candidate(arm)]
         for stage, by_arm in zip(study.stages, progress.stages, strict=True):
             expanded = expand(candidates, stage)
-            ranked = {one.name: Ranked(one, []) for one in expanded}
-            missing = []
+            results, missing = {one.name: [] for one in expanded}, []
             for cell in cells(study, stage, expanded):
                 if result := obtain(cell, resolve(cell, paths.root, data=paths.data)):
-                    ranked[cell.candidate.name].results.append(result)
+                    results[cell.candidate.name].append(result)
                 else:
                     missing.append(cell.name)
             progress.missing.extend(missing)
             if stage.keep and missing:
                 break
-            by_arm[arm.name] = [one for one in ranked.values() if one.results]
-            by_arm[arm.name].sort(key=lambda one: one.loss)
-            if stage.keep and expanded:
-                candidates = select([one.candidate for one in by_arm[arm.name]], stage)
-            elif not stage.keep:
+            ranked = [Ranked(one, results[one.name]) for one in expanded if results[one.name]]
+            ranked.sort(key=lambda one: one.loss)
+            by_arm[arm.name] = ranked
+            if not stage.keep:
                 progress.candidates[arm.name] = expanded
+            elif ranked:
+                candidates = select([one.candidate for one in ranked], stage)
     return progress
 
 
-def _steps(study: Study) -> int:
+def _count_steps(study: Study) -> int:
     """Return the training steps of a study, if nothing fails."""
     total = 0
     for arm in study.arms:

@@ -2,14 +2,13 @@
 # Copyright 2026 The jtok_jax authors
 """What a study trains: arms, stages and seeds, and the configuration of each of its runs."""
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import pathlib
 import runpy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from jtok_jax.config import Config
@@ -67,13 +66,12 @@ class Stage:
 
     def __post_init__(self):
         for key, values in self.vary.items():
-            several = values if isinstance(values, tuple) else ()
-            plain = several and not any(isinstance(value, list | dict) for value in several)
-            said = f"A stage varies {key!r} over {values!r}; expected a tuple of plain values."
-            _require(plain, said)
+            message = f"A stage varies {key!r} over {values!r}; expected a tuple of plain values."
+            _require(values and isinstance(values, tuple), message)
+            _require(not any(isinstance(value, list | dict) for value in values), message)
         _require(self.keep >= 0, f"A stage keeps {self.keep} candidates; expected at least 0.")
         _require(
-            self.steps >= 1 and self.seeds and len(set(self.seeds)) == len(self.seeds),
+            self.steps >= 1 and 0 < len(self.seeds) == len(set(self.seeds)),
             f"A stage has {self.steps} steps and seeds {self.seeds}; expected at least 1 step and "
             "seeds that are each named once.",
         )
@@ -94,17 +92,21 @@ class Study:
     baseline: str = "dense"
 
     def __post_init__(self):
-        names, known = [arm.name for arm in self.arms], ", ".join(arm.name for arm in self.arms)
+        names = [arm.name for arm in self.arms]
+        known = ", ".join(names)
         _require(len(set(names)) == len(names), f"Two arms have one name: {known}.")
         _require(self.baseline in names, f"The baseline {self.baseline!r} is none of {known}.")
-        said = "Every stage but the last chooses: `keep` at least 1, and 0 there."
-        *choosing, last = self.stages
-        _require(all(stage.keep for stage in choosing) and not last.keep, said)
-        varied = [key.rpartition(":") for stage in self.stages for key in stage.vary]
-        for only, _, _ in varied:
-            unknown = {name for name in only.split(",") if name} - {*names}
+        chooses = [stage.keep > 0 for stage in self.stages]
+        _require(
+            chooses == [True] * (len(chooses) - 1) + [False],
+            "Every stage but the last chooses: `keep` at least 1, and 0 there.",
+        )
+        fields = {*self.common}.union(*(arm.fields for arm in self.arms))
+        for key in (key for stage in self.stages for key in stage.vary):
+            only, _, field = key.rpartition(":")
+            fields.add(field)
+            unknown = only and {*only.split(",")} - {*names}
             _require(not unknown, f"{only!r} in `vary` names no arm: there are {known}.")
-        fields = {field for *_, field in varied}.union(self.common, *(a.fields for a in self.arms))
         _require(
             not fields & OF_STAGE,
             f"{' and '.join(sorted(fields & OF_STAGE))}: every Stage has its own (`steps`, "
@@ -154,16 +156,22 @@ def study_name(text: str) -> str:
 
 def load_study(text: str) -> Study:
     """Return the study of FILE or FILE:ARGUMENT. Raises ConfigError if it cannot be read."""
+    study = _call_file(text, "get_study")
+    _require(isinstance(study, Study), f"{text} gives no study: get_study() returned {study!r}.")
+    return study
+
+
+def _call_file(text: str, function: str, root: pathlib.Path = pathlib.Path()) -> object:
+    """Return what `function` of the Python file returns, by FILE or FILE:ARGUMENT from `root`."""
     path, _, argument = text.partition(":")
     try:
-        study = runpy.run_path(path)["get_study"](*([argument] if argument else []))
-        if not isinstance(study, Study):
-            raise TypeError(f"get_study() returned {study!r}")
+        return runpy.run_path(str(root / path))[function](*([argument] if argument else []))
     except JtokError:
         raise
     except Exception as error:  # whatever the file raises: it is Python
-        raise ConfigError(f"{text} gives no study: {error!r}.") from error
-    return study
+        kind = function.removeprefix("get_")
+        hint = " Is this the repository's folder?" * isinstance(error, FileNotFoundError)
+        raise ConfigError(f"{text} gives no {kind}: {error!r}.{hint}") from error
 
 
 def expand(candidates: list[Candidate], stage: Stage) -> list[Candidate]:
@@ -173,13 +181,13 @@ def expand(candidates: list[Candidate], stage: Stage) -> list[Candidate]:
     """
     found = {}  # a combination may come up twice
     for arm, chosen in candidates:
-        axes = []
+        varied = {}
         for key, values in stage.vary.items():
             only, _, field = key.rpartition(":")
             if not only or arm.name in only.split(","):
-                axes.append([(field, value) for value in values])
-        for values in itertools.product(*axes):
-            fields = dict(chosen) | dict(values)
+                varied[field] = values
+        for values in itertools.product(*varied.values()):
+            fields = dict(chosen) | dict(zip(varied, values, strict=True))
             found[arm.name, frozenset(fields.items())] = Candidate(arm, tuple(fields.items()))
     return list(found.values()) if len(found) > 1 or not stage.keep else []
 
@@ -200,91 +208,71 @@ def cells(study: Study, stage: Stage, candidates: list[Candidate]) -> list[Cell]
 
 
 def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
-    """The configuration of a run, on the corpus `data` if one is given.
+    """Return the checked configuration of a run, on the corpus `data` if one is given.
 
-    Raises:
-        ConfigError: the arm's file is none, a field unknown or a value impossible.
+    Raises ConfigError: the arm's file is none, a field unknown or a value impossible.
     """
     fields = dict(cell.fields) | ({"data.path": data} if data else {})
-    path, _, argument = cell.candidate.arm.config.partition(":")
-    if not (root / path).exists():
-        raise ConfigError(
-            f"Arm {cell.candidate.arm.name}: there is no {root / path}; is this the folder of the "
-            "repository?"
-        )
+    values = _call_file(cell.candidate.arm.config, "get_config", root)
+    unknown = fields.keys() - flatten(values.to_dict()).keys()
+    names = ", ".join(map(repr, sorted(unknown)))
+    _require(not unknown, f"{cell.name}: there is no field {names}.")
     try:
-        get_config = runpy.run_path(str(root / path))["get_config"]
-        values = get_config(*([argument] if argument else []))
-    except Exception as error:
-        raise ConfigError(f"Arm {cell.candidate.arm.name}: {root / path}: {error!r}.") from error
-    known = flatten(values.to_dict())
-    for key in fields:
-        if key not in known:
-            raise ConfigError(f"Arm {cell.candidate.arm.name}: there is no field {key!r}.")
-    with named_errors(cell.name):
         values.update_from_flattened_dict(fields)
-        return from_config_dict(values)
+        config = from_config_dict(values)
+        make_optimizer(config)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{cell.name}: {error}") from error
+    return config
 
 
 def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
     """Build and compare all configurations that stages may come to train.
 
-    Raises:
-        ConfigError: as `resolve` and `make_optimizer`; runs of one stage differ in data, tokens or
-            evaluation; two candidates have one name.
+    Raises ConfigError: as `resolve`; runs of one stage differ in data, tokens or evaluation; two
+    candidates have one name.
     """
-    every = [Candidate(arm) for arm in study.arms]
+    candidates = [Candidate(arm) for arm in study.arms]
     for number, stage in enumerate(study.stages):
         if number and not stage.vary:
             continue  # steps alone differ
-        every = expand(every, dataclasses.replace(stage, keep=0))
-        named = {}
-        for cell in cells(study, dataclasses.replace(stage, seeds=stage.seeds[:1]), every):
-            said = f"Two candidates are called {cell.name!r}: they differ in what it hides."
-            _require(cell.name not in named, said)
-            named[cell.name] = resolve(cell, root, data=data)
-        for name, config in named.items():
-            with named_errors(name):
-                make_optimizer(config)
-        _require_comparable(named)
+        stage = dataclasses.replace(stage, keep=0, seeds=stage.seeds[:1])
+        candidates = expand(candidates, stage)
+        configs = {}
+        for cell in cells(study, stage, candidates):
+            message = f"Two candidates are called {cell.name!r}: they differ in what it hides."
+            _require(cell.name not in configs, message)
+            configs[cell.name] = resolve(cell, root, data=data)
+        _require_comparable(configs)
 
 
-def _require_comparable(named: Mapping[str, Config]) -> None:
-    compared = {}
-    for name, config in named.items():
-        flat = identity(config) | {"data.path": config.data.path}
-        compared[name] = {k: v for k, v in flat.items() if k.startswith(SAME) and k not in OWN}
-    (first, base), *others = compared.items()
+def _require_comparable(configs: Mapping[str, Config]) -> None:
+    """Raise ConfigError with the fields in which runs differ from the first but must not."""
+    (first, base), *others = (
+        (name, identity(config) | {"data.path": config.data.path})
+        for name, config in configs.items()
+    )
     lines = [
         f"  {key}: {base[key]!r} in {first}, {value!r} in {name}\n"
         for name, fields in others
         for key, value in fields.items()
-        if base[key] != value
+        if key.startswith(SAME) and key not in OWN and base[key] != value
     ]
-    said = f"These runs cannot be compared:\n{''.join(lines[:10])}Set such fields in `common` of "
-    _require(not lines, f"{said}the study, not in an arm.")
-
-
-@contextlib.contextmanager
-def named_errors(name: str) -> Iterator[None]:
-    """Put the name of a candidate or run before errors of its configuration."""
-    try:
-        yield
-    except (ConfigError, TypeError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+    advice = "Set such fields in `common` of the study, not in an arm."
+    _require(not lines, f"These runs cannot be compared:\n{''.join(lines[:10])}{advice}")
 
 
 def identity(config: Config) -> dict[str, object]:
     """Return what decides a run's result, flat; options of what is off are left out."""
     jtok, moe, arms = config.model.jtok.kind, config.model.moe, config.model.arms
     idle = ["model.ffn_dim" if moe.num_experts else "model.moe.", *IDLE[jtok]]
-    idle += [f"model.arms.{field.name}." for field in dataclasses.fields(arms)
-             if field.name not in arms.chosen()]  # fmt: skip
+    unused = {field.name for field in dataclasses.fields(arms)} - {*arms.chosen()}
+    idle += [f"model.arms.{name}." for name in unused]
     if not config.model.streams_read:
         idle.append("optimizer.tables.")
     flat = flatten(to_dict(config)) | {"schedule.steps": config.schedule_steps}
-    kept = {key: value for key, value in flat.items() if not key.startswith((*PATHS, *idle))}
-    return kept | {"model.jtok.kind": jtok, "model.moe.num_experts": moe.num_experts}
+    used = {key: value for key, value in flat.items() if not key.startswith((*PATHS, *idle))}
+    return used | {"model.jtok.kind": jtok, "model.moe.num_experts": moe.num_experts}
 
 
 def short_hash(value: object, digits: int = 12) -> str:

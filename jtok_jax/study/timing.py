@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """How long a step of each arm takes, paired: every round runs one step of every arm."""
 
+import itertools
 import pathlib
 import time
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from jtok_jax.mesh import make_mesh, put_batch
 from jtok_jax.study.estimate import markdown_table
 from jtok_jax.study.results import Table, read_csv, write_csv
 from jtok_jax.study.run import load_progress
-from jtok_jax.study.spec import Study, cells, named_errors, resolve
+from jtok_jax.study.spec import Study, cells, resolve
 from jtok_jax.study.trainer import Paths, commit, data_fingerprint
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
@@ -41,8 +42,7 @@ class StepTime(NamedTuple):
 def step_times(path: pathlib.Path) -> dict[str, StepTime]:
     """Return what `time_candidates` wrote, by candidate; empty if it did not run.
 
-    Raises:
-        ConfigError: an older version did, or it is damaged.
+    Raises ConfigError: an older version did, or it is damaged.
     """
     try:
         return {one.candidate: one for one in read_csv(path, StepTime)}
@@ -50,8 +50,8 @@ def step_times(path: pathlib.Path) -> dict[str, StepTime]:
         raise ConfigError(f"{error} Or run `study time` again, or delete it.") from error
 
 
-def time_candidates(study: Study, paths: Paths, name: str, *, rounds: int) -> str:
-    """Time what the last stage of a study trains; RESULTS/NAME-steps.csv and Markdown.
+def time_candidates(study: Study, paths: Paths, study_name: str, *, rounds: int) -> str:
+    """Time what the last stage of a study trains; RESULTS/STUDY_NAME-steps.csv and Markdown.
 
     All are compiled and held at once; the order of a round rotates.
 
@@ -61,32 +61,29 @@ def time_candidates(study: Study, paths: Paths, name: str, *, rounds: int) -> st
     """
     if rounds < 1:
         raise ConfigError(f"--rounds is {rounds}; expected at least 1.")
-    progress, table, steps = load_progress(study, paths), Table(paths.results), {}
+    progress, table = load_progress(study, paths), Table(paths.results)
     progress.require(study.baseline in progress.candidates, paths)
-    timed = {one.name: cells(study, study.stages[-1], [one])[0]
-             for of_arm in progress.candidates.values() for one in of_arm}  # fmt: skip
-    configs = {arm: resolve(cell, paths.root, data=paths.data) for arm, cell in timed.items()}
-    for arm, config in configs.items():
-        table.get(timed[arm], config, data=data_fingerprint(config))
-    for arm, config in configs.items():
-        with named_errors(arm):
-            steps[arm] = _Step(config)
+    timed, configs = {}, {}
+    for one in itertools.chain(*progress.candidates.values()):
+        cell = timed[one.name] = cells(study, study.stages[-1], [one])[0]
+        config = configs[one.name] = resolve(cell, paths.root, data=paths.data)
+        table.get(cell, config, data=data_fingerprint(config))
+    steps = {name: _Step(config) for name, config in configs.items()}
     order = list(steps.values())
     for _ in tqdm(range(rounds), unit="round", desc="time"):
         for step in order:
             step.run()
         order.append(order.pop(0))
-    seconds = {arm: np.array(step.seconds[1:]) for arm, step in steps.items()}
+    seconds = {name: np.array(step.seconds[1:]) for name, step in steps.items()}
     baseline = progress.candidates[study.baseline][0].name
     about = rounds, f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit(paths.root)
     times = []
-    for arm, of_arm in seconds.items():
-        spread = np.percentile(of_arm / seconds[baseline], (50, 10, 90)).tolist()
-        times.append(
-            StepTime(arm, timed[arm].key, *spread, 1000 * float(np.median(of_arm)), *about)
-        )
+    for name, of_arm in seconds.items():
+        ratios = np.percentile(of_arm / seconds[baseline], (50, 10, 90)).tolist()
+        milliseconds = 1000 * float(np.median(of_arm))
+        times.append(StepTime(name, timed[name].key, *ratios, milliseconds, *about))
     paths.results.mkdir(parents=True, exist_ok=True)
-    write_csv(paths.results / f"{name}-steps.csv", StepTime, times, digits=4)
+    write_csv(paths.results / f"{study_name}-steps.csv", StepTime, times, digits=4)
     head = "arm", f"step over {baseline}'s", "10th to 90th percentile", "ms"
     return markdown_table(head, [
         (one.candidate, f"{one.ratio:.3f}", f"{one.low:.3f} to {one.high:.3f}",

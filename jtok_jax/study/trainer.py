@@ -17,11 +17,11 @@ import jax
 from tqdm import tqdm
 
 import jtok_jax
-from jtok_jax.config import Config, DataConfig, TrainConfig
+from jtok_jax.config import Config, TrainConfig
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError, JtokError, NonFiniteError, Preempted, WorkdirError
 from jtok_jax.model_config import ModelConfig
-from jtok_jax.study.results import CurvePoint, Result, make_result
+from jtok_jax.study.results import Result, make_result
 from jtok_jax.study.spec import Cell, short_hash
 from jtok_jax.training.guards import StopSignal
 
@@ -49,15 +49,14 @@ def data_fingerprint(config: Config) -> str:
             "The study names no data: pass --data=FOLDER, a corpus that python -m "
             "jtok_jax.prepare made."
         )
-    size = config.train.batch_size, config.train.seq_len
-    return _fingerprint(config.data, config.model.vocab_size, *size)
+    # The default seed: synthetic tokens depend on it, and a study has several.
+    train = TrainConfig(batch_size=config.train.batch_size, seq_len=config.train.seq_len)
+    model = ModelConfig(vocab_size=config.model.vocab_size)
+    return _fingerprint(Config(model=model, train=train, data=config.data))
 
 
 @functools.cache
-def _fingerprint(data: DataConfig, vocab_size: int, batch_size: int, seq_len: int) -> str:
-    # Synthetic tokens depend on the seed, of which a study has several: the default counts.
-    train = TrainConfig(batch_size=batch_size, seq_len=seq_len)
-    config = Config(model=ModelConfig(vocab_size=vocab_size), train=train, data=data)
+def _fingerprint(config: Config) -> str:
     return short_hash(open_source(config).fingerprint)
 
 
@@ -76,7 +75,7 @@ def command(cell: Cell, paths: Paths) -> list[str]:
 
 def train_cell(
     cell: Cell, config: Config, paths: Paths, bar: tqdm, stop: StopSignal, *, data: str
-) -> tuple[Result, list[CurvePoint]]:
+) -> tuple[Result, list[tuple]]:
     """Return result and curve of a run; goes on where a run of this cell was stopped.
 
     Raises:
@@ -84,7 +83,7 @@ def train_cell(
         WorkdirError: an earlier run of this cell is still under way.
         Preempted: asked to stop before it was finished.
     """
-    workdir = workdir_of(cell, paths)
+    workdir, before = workdir_of(cell, paths), bar.n
     workdir.mkdir(parents=True, exist_ok=True)
     console, metrics = workdir / "console.txt", workdir / "metrics.jsonl"
     about = {
@@ -92,7 +91,6 @@ def train_cell(
         "commit": _add_version(workdir / "commits.txt", commit(paths.root)),
         "jax": _add_version(workdir / "jax.txt", jax.__version__),
     }
-    end = bar.n + cell.steps
     with console.open("a+") as output:
         output.write(shlex.join(command(cell, paths)) + "\n")
         output.flush()
@@ -101,40 +99,35 @@ def train_cell(
             command(cell, paths), cwd=paths.root, stdout=output, stderr=subprocess.STDOUT,
             env={CACHE: str(paths.runs.resolve() / "compiled")} | os.environ,
         )  # fmt: skip
-        code = wait(process, stop, lambda: _show(bar, end - cell.steps, metrics))
+        code = wait(process, stop, lambda: _show(bar, before, metrics))
         output.seek(begun)
-        _raise_failure(code, cell, stop, output.read()[-1000:].strip(), console)
-    bar.update(end - bar.n)
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+        printed = output.read()[-1000:].strip()
+    if code == Preempted.exit_code or (code and stop.name):
+        last_line = printed.rpartition("\n")[2]
+        raise Preempted(f"Stopped in {cell.name}: {last_line}")
+    if code == WorkdirError.exit_code:
+        raise WorkdirError(
+            f"{cell.name}: {printed} Another study is training it, or what is left of one that was "
+            "killed: wait, or stop it."
+        )
     diverged = code == NonFiniteError.exit_code
+    if code and not diverged:
+        raise StudyError(f"exit code {code}; the end of {console}:\n{printed}")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
     return make_result(cell, config, records, device=_devices(), diverged=diverged, **about)
 
 
 def wait(process: subprocess.Popen, stop: StopSignal, between: Callable[[], None]) -> int:
     """Return the exit code of a run, which is asked once to save and end if the study is."""
-    passed_on = False
+    asked = False
     while True:
-        if stop.name and not passed_on:
+        if stop.name and not asked:
             process.terminate()
-            passed_on = True
+            asked = True
         try:
             return process.wait(timeout=0.5)
         except subprocess.TimeoutExpired:
             between()
-
-
-def _raise_failure(
-    code: int, cell: Cell, stop: StopSignal, said: str, console: pathlib.Path
-) -> None:
-    if code == Preempted.exit_code or (code and stop.name):
-        raise Preempted(f"Stopped in {cell.name}: {(said.splitlines() or [''])[-1]}")
-    if code == WorkdirError.exit_code:
-        raise WorkdirError(
-            f"{cell.name}: {said} Another study is training it, or what is left of one that was "
-            "killed: wait, or stop it."
-        )
-    if code not in (0, NonFiniteError.exit_code):
-        raise StudyError(f"exit code {code}; the end of {console}:\n{said}")
 
 
 @functools.cache

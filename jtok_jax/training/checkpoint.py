@@ -18,17 +18,17 @@ from typing import NamedTuple
 import flax
 import jax
 import orbax.checkpoint
+from jax.sharding import AbstractMesh, Mesh
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from jtok_jax.mesh import make_mesh
+from jtok_jax.mesh import abstract_mesh, make_mesh
 from jtok_jax.model.attention import choice_of
-from jtok_jax.model.operations import operations
 from jtok_jax.model.params import abstract_params, to_logical, to_stored
-from jtok_jax.model.placement import jtok_column_shards, parameter_sharding
+from jtok_jax.model.placement import parameter_sharding, table_operations
 from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
 from jtok_jax.training.state import TrainState, non_finite
 
@@ -257,8 +257,8 @@ def load_params(
         config = from_config_dict(completed(found.custom_metadata["config"]))
         if choose:
             config = dataclasses.replace(config, mesh=choose(config))
-        place, column_shards = _placing(config, alone=choose is None)
-        config = _anywhere(config, column_shards)
+        place, mesh = _placing(config, alone=choose is None)
+        config = _anywhere(config, mesh)
         names = abstract_params(config.model)
         wanted = {_PARAMS + name: place(name, leaf) for name, leaf in names.items()}
         leaves = _load(checkpointer, found, wanted, below=_PARAMS)
@@ -284,24 +284,23 @@ def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:
     )
 
 
-def _placing(config: Config, *, alone: bool) -> tuple[Callable, int]:
-    """Return (name, leaf -> where it is restored), and how many devices split table columns."""
+def _placing(config: Config, *, alone: bool) -> tuple[Callable, Mesh | AbstractMesh]:
+    """Return (name, leaf -> where it is restored), and the mesh."""
     if alone:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        sharding_of, column_shards = lambda name, shape: device, 1
+        sharding_of, mesh = lambda name, shape: device, abstract_mesh(MeshConfig(), 1)
     else:
         mesh = make_mesh(config.mesh)
         sharding_of = parameter_sharding(config, mesh)
-        column_shards = jtok_column_shards(config, mesh)
 
     def place(name: str, leaf) -> jax.ShapeDtypeStruct:
         sharding = sharding_of(name, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return place, column_shards
+    return place, mesh
 
 
-def _anywhere(config: Config, column_shards: int = 1) -> Config:
+def _anywhere(config: Config, mesh: Mesh | AbstractMesh) -> Config:
     """Return a run's configuration, with "auto" for kernels it asked for that cannot run here."""
     model = config.model
     try:
@@ -309,7 +308,7 @@ def _anywhere(config: Config, column_shards: int = 1) -> Config:
     except ConfigError:
         model = dataclasses.replace(model, attention="auto")
     try:
-        operations(model, column_shards=column_shards)
+        table_operations(config, mesh)
     except ConfigError:
         jtok = dataclasses.replace(model.jtok, implementation="auto")
         model = dataclasses.replace(model, jtok=jtok)

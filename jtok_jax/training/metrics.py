@@ -20,7 +20,7 @@ from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.attention import choice_of
-from jtok_jax.model.operations import operations
+from jtok_jax.model.operations import Operations
 from jtok_jax.model.params import abstract_params, declared_tables
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.step import StepMetrics
@@ -175,10 +175,11 @@ def console_line(
     return "  ".join(parts)
 
 
-def parameter_table(config: Config, *, column_shards: int = 1) -> str:
+def parameter_table(config: Config, operations: dict[str, Operations]) -> str:
     """Return the counts of the model and its tables, for the start of a run.
 
-    column_shards: parts of a table's row, each on a device.
+    Args:
+        operations: by table, see `table_operations`.
     """
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     numbers = [
@@ -194,10 +195,10 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
     lines.append(f"{'attention':>10} {attention.kind:>18} of tokens: {attention.reason}")
     if config.train.compiler_options:
         lines.append(f"{'compiler':>10} {config.train.compiler_options}")
+    tables = declared_tables(config.model)
     entries = collections.Counter()  # of all rows of an id, by stream
-    for table in declared_tables(config.model).values():
-        rows_of_an_id = (len(table.layers) or 1) * math.prod(table.shape[1:-2])
-        entries[table.stream] += rows_of_an_id * table.shape[-1]
+    for table in tables.values():
+        entries[table.stream] += math.prod(table.grads_shape) * table.shape[-1]
     for stream, size in sorted(entries.items()):
         rows = config.unique_rows(stream)
         limit = " (train.max_unique_ids)" if stream == "token" else ""
@@ -205,9 +206,10 @@ def parameter_table(config: Config, *, column_shards: int = 1) -> str:
             f"{'rows':>10} {rows:>18,} by {stream} at most of each table in a step{limit}, "
             f"gradients {_mebibytes(4 * rows * size)} MiB"
         )
-    if config.model.tables_shape:
-        choice = operations(config.model, column_shards=column_shards)
-        lines.append(f"{'operations':>10} {choice.name:>18} on tables: {choice.reason}")
+    for choice in dict.fromkeys(operations.values()):
+        named = [tables[name].owner for name, one in operations.items() if one == choice]
+        names = ", ".join(dict.fromkeys(named))
+        lines.append(f"{'operations':>10} {choice.name:>18} on tables of {names}: {choice.reason}")
     return "\n".join(lines)
 
 

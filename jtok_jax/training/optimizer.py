@@ -8,7 +8,7 @@ import jtok_kernels
 import optax
 from jtok_kernels import RowOptimizer
 
-from jtok_jax.config import Config
+from jtok_jax.config import Config, TableOptimizerConfig
 from jtok_jax.model.params import Params, declared, declared_tables
 from jtok_jax.model.variables import Vector
 from jtok_jax.model_config import ModelConfig
@@ -39,19 +39,18 @@ class Optimizer(NamedTuple):
     """Clipping by the global norm of all gradients comes first and is the step's own business."""
 
     backbone: optax.GradientTransformation
-    rows: RowOptimizer
-    tables: tuple[str, ...]  # names of the tables, whose rows `rows` updates
+    rows: dict[str, RowOptimizer]  # by table
 
     def init(self, params: Params) -> dict[str, object]:
         """Return the state: under "backbone", and under the name of every table."""
         backbone, tables = self.split(params)
-        of_tables = {name: self.rows.init(table) for name, table in tables.items()}
+        of_tables = {name: self.rows[name].init(table) for name, table in tables.items()}
         return {"backbone": self.backbone.init(backbone)} | of_tables
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Return (backbone, tables)."""
-        backbone = {name: value for name, value in params.items() if name not in self.tables}
-        return backbone, {name: params[name] for name in self.tables}
+        backbone = {name: value for name, value in params.items() if name not in self.rows}
+        return backbone, {name: params[name] for name in self.rows}
 
 
 def groups(model: ModelConfig) -> dict[str, str]:
@@ -64,14 +63,21 @@ def groups(model: ModelConfig) -> dict[str, str]:
 
 
 def make_optimizer(config: Config) -> Optimizer:
-    """Return AdamW of the backbone, and what `optimizer.tables.kind` names for the tables."""
-    options, tables = config.optimizer, config.optimizer.tables
+    """Return AdamW of the backbone, and what `optimizer.tables` says of every table."""
+    options = config.optimizer
     adamw = {"b1": options.b1, "b2": options.b2, "eps": options.eps}
     adamw["learning_rate"] = schedule(config)
     decays = {"matrices": options.weight_decay, "vectors": 0.0}
     by_group = {name: optax.adamw(**adamw, weight_decay=decay) for name, decay in decays.items()}
     backbone = optax.partition(by_group, groups(config.model))
-    betas = {} if tables.kind == "rowwise_adagrad" else {"b1": tables.b1, "b2": tables.b2}
-    make = getattr(jtok_kernels, tables.kind)
-    rows = make(**betas, eps=options.eps, weight_decay=tables.weight_decay)
-    return Optimizer(backbone, rows, tuple(declared_tables(config.model)))
+    rows = {
+        name: _row_optimizer(options.tables.of(table.owner), options.eps)
+        for name, table in declared_tables(config.model).items()
+    }
+    return Optimizer(backbone, rows)
+
+
+def _row_optimizer(options: TableOptimizerConfig, eps: float) -> RowOptimizer:
+    betas = {} if options.kind == "rowwise_adagrad" else {"b1": options.b1, "b2": options.b2}
+    make = getattr(jtok_kernels, options.kind)
+    return make(**betas, eps=eps, weight_decay=options.weight_decay)

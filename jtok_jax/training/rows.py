@@ -10,52 +10,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jtok_kernels import RowOptimizer, RowPlan, row_plan, update_rows
+from jtok_kernels import RowPlan, row_plan, update_rows
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import num_shards
 from jtok_jax.model.exchange import Exchange
-from jtok_jax.model.operations import choose_operations, operations
-from jtok_jax.model.params import Declared, Params, declared_tables
-from jtok_jax.model.placement import table_layouts
+from jtok_jax.model.params import Declared, Params, declared_tables, operations
+from jtok_jax.model.placement import table_layouts, table_operations
 from jtok_jax.model.tables import plan_key, stream_ids
-from jtok_jax.model.transformer import TABLES, Across
-from jtok_jax.model_config import ModelConfig
+from jtok_jax.model.transformer import Parallel
+from jtok_jax.training.optimizer import Optimizer
 
 
-def across_devices(config: Config, mesh: Mesh) -> Across | None:
+def parallel_reads(config: Config, mesh: Mesh) -> Parallel | None:
     """Return how a step reads its tables on several devices; None on one."""
     if mesh.size == 1:
         return None
-    tables, layouts = declared_tables(config.model), table_layouts(config, mesh)
-
-    def exchange(name: str) -> Exchange:
-        columns = num_shards(mesh, layouts[name].columns)
-        chosen = implementation(config.model, name, column_shards=columns)
-        dtype = config.model.compute_dtype
-        return Exchange(mesh, layouts[name], tables[name].shape, dtype, chosen)
-
-    return Across({name: exchange(name) for name in tables}, mesh)
+    dtype, chosen = config.model.compute_dtype, table_operations(config, mesh)
+    layouts = table_layouts(config, mesh)
+    exchanges = {
+        name: Exchange(mesh, layouts[name], table.shape, dtype, chosen[name].name)
+        for name, table in declared_tables(config.model).items()
+    }
+    return Parallel(exchanges, mesh)
 
 
-def implementation(model: ModelConfig, name: str, *, column_shards: int = 1) -> str:
-    """Return which implementation of the operations a table has on a device."""
-    if name == TABLES:
-        return operations(model, column_shards=column_shards).name
-    table = declared_tables(model)[name]
-    return choose_operations("auto", dim=table.shape[-1] // column_shards, dtype=table.dtype).name
-
-
-def _exchange(across: Across | None, name: str) -> Exchange | None:
+def _exchange(parallel: Parallel | None, name: str) -> Exchange | None:
     """Return how a table is read on several devices; None on one."""
-    return across.exchanges.get(name) if across else None
+    return parallel.exchanges.get(name) if parallel else None
 
 
-def make_plans(config: Config, ids_NBT: jax.Array, across: Across | None) -> dict[str, RowPlan]:
+def make_plans(config: Config, ids_NBT: jax.Array, parallel: Parallel | None) -> dict[str, RowPlan]:
     """Return one plan for all microbatches of a step, for each stream, see `plan_key`."""
     plans, count = {}, ids_NBT.shape[0]
     for name, table in declared_tables(config.model).items():
-        exchange = _exchange(across, name)
+        exchange = _exchange(parallel, name)
         key = plan_key(table.stream, exchange)
         if key in plans:
             continue
@@ -77,15 +66,15 @@ def unique_tokens(plans: dict[str, RowPlan]) -> jax.Array | None:
 
 
 def zero_row_grads(
-    config: Config, plans: dict[str, RowPlan], across: Across | None
+    config: Config, plans: dict[str, RowPlan], parallel: Parallel | None
 ) -> dict[str, jax.Array]:
     """Return float32 zeros by table, [L, (M,) U, D]: one for every layer, or [1, U, D]."""
     found = {}
     for name, table in declared_tables(config.model).items():
-        exchange = _exchange(across, name)
+        exchange = _exchange(parallel, name)
         plan = plans[plan_key(table.stream, exchange)]
-        _, *several, _, dim = table.shape
-        zeros = jnp.zeros((len(table.layers) or 1, *several, plan.unique_U.size, dim), jnp.float32)
+        shape = *table.grads_shape, plan.unique_U.size, table.shape[-1]
+        zeros = jnp.zeros(shape, jnp.float32)
         found[name] = exchange.place_row_grads(zeros) if exchange else zeros
     return found
 
@@ -101,47 +90,49 @@ def of_stack(table: Declared, row_grads: jax.Array) -> jax.Array:
 
 def update_tables(
     config: Config,
-    optimizer: RowOptimizer,
+    optimizer: Optimizer,
     params: Params,
     states: dict[str, object],
     row_grads: dict[str, jax.Array],
     plans: dict[str, RowPlan],
-    across: Across | None,
+    parallel: Parallel | None,
     *,
     rounding_key: jax.Array,
+    learning_rate: jax.Array,
     **scalars,
 ) -> tuple[Params, dict[str, object]]:
     """Return tables and states of their optimizer after a step, both by table.
 
     Args:
-        scalars: step, learning_rate, grad_scale and apply of `update_rows`.
+        learning_rate: of the backbone; every table has its multiplier.
+        scalars: step, grad_scale and apply of `update_rows`.
     """
     new_params, new_states = {}, {}
     for name, grads in row_grads.items():
         table = declared_tables(config.model)[name]
-        exchange = _exchange(across, name)
+        options, exchange = config.optimizer.tables.of(table.owner), _exchange(parallel, name)
         if exchange:
             update = exchange.update
         else:
-            chosen = implementation(config.model, name)
+            chosen = operations(config.model, name).name
             update = functools.partial(update_rows, implementation=chosen)
         key = None
-        if config.optimizer.tables.stochastic_rounding:  # tables must not round alike
-            number = 0 if name == TABLES else zlib.crc32(name.encode())
-            key = jax.random.fold_in(rounding_key, number) if number else rounding_key
-        unique_U = plans[plan_key(table.stream, exchange)].unique_U
+        if options.stochastic_rounding:  # tables must not round alike
+            key = jax.random.fold_in(rounding_key, zlib.crc32(name.encode()))
         new_params[name], new_states[name] = update(
-            optimizer, params[name], states[name], unique_U, grads, rounding_key=key, **scalars
-        )
+            optimizer.rows[name], params[name], states[name],
+            plans[plan_key(table.stream, exchange)].unique_U, grads, rounding_key=key,
+            learning_rate=learning_rate * options.learning_rate_multiplier, **scalars,
+        )  # fmt: skip
     return new_params, new_states
 
 
 def row_gradient_bytes(config: Config, mesh: Mesh, name: str) -> int:
     """Return bytes of a table's row gradients on one device: float32 [L, M, U, columns]."""
     table, layout = declared_tables(config.model)[name], table_layouts(config, mesh)[name]
-    _, *several, rows, dim = table.shape
+    *_, rows, dim = table.shape
     here = rows // num_shards(mesh, layout.rows)
     # Rows of other devices count as the first or the last one here.
     unique = min(config.unique_rows(table.stream) + 2 * bool(layout.rows), here)
-    tables = (len(table.layers) or 1) * math.prod(several) // num_shards(mesh, layout.experts)
+    tables = math.prod(table.grads_shape) // num_shards(mesh, layout.experts)
     return 4 * tables * unique * dim // num_shards(mesh, layout.columns)

@@ -19,7 +19,7 @@ from jtok_jax.hosts import Hosts, code_and_versions
 from jtok_jax.lock import LOCK_FILE, locked
 from jtok_jax.mesh import check_batches, make_mesh, put_batch, replicated, rows_here, split_batch
 from jtok_jax.model.params import Params
-from jtok_jax.model.placement import describe, jtok_column_shards
+from jtok_jax.model.placement import describe, table_operations
 from jtok_jax.training import guards
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
@@ -117,8 +117,7 @@ class Run:
     def _print_model(self) -> None:
         config, mesh, kind = self.config, self._mesh, jax.devices()[0].device_kind
         self.hosts.say(f"{jax.device_count()} x {kind}, {describe(config, mesh)}")
-        shards = jtok_column_shards(config, mesh)
-        self.hosts.say(parameter_table(config, column_shards=shards))
+        self.hosts.say(parameter_table(config, table_operations(config, mesh)))
 
     # ------------------------------------------------------------------ before the loop
 

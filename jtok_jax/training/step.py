@@ -17,11 +17,11 @@ from jtok_jax.mesh import BATCH, num_shards, split_batch
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind, declared_tables
 from jtok_jax.model.tables import Rows
-from jtok_jax.model.transformer import Across
+from jtok_jax.model.transformer import Parallel
 from jtok_jax.training import rows
 from jtok_jax.training.compiler import compiler_options
 from jtok_jax.training.optimizer import Optimizer, schedule
-from jtok_jax.training.rows import across_devices
+from jtok_jax.training.rows import parallel_reads
 from jtok_jax.training.state import TrainState, state_shardings
 
 
@@ -54,19 +54,19 @@ def make_train_step(
     all of them  4. update the backbone, and the rows of the step  5. keep the old values where
     anything was not finite.
     """
-    rate, across = schedule(config), across_devices(config, mesh)
+    rate, parallel = schedule(config), parallel_reads(config, mesh)
 
     def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array):
         microbatches = _split(config, ids_BT), _split(config, targets_BT)
-        plans = rows.make_plans(config, microbatches[0], across)
+        plans = rows.make_plans(config, microbatches[0], parallel)
         split = optimizer.split(state.params)
-        losses, *grads = _gradients(config, *split, *microbatches, plans, across)
+        losses, *grads = _gradients(config, *split, *microbatches, plans, parallel)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
         accepted = state.step - state.bad_steps
         scale = _clip_scale(norm, config.optimizer.clip_norm)
         params, opt_state = _update(
-            config, optimizer, state, grads, scale, plans, accepted, finite, across
+            config, optimizer, state, grads, scale, plans, accepted, finite, parallel
         )
         new = TrainState(
             step=state.step + 1,
@@ -132,7 +132,7 @@ def _update(
     plans: dict[str, RowPlan],
     accepted: jax.Array,
     finite: jax.Array,
-    across: Across | None,
+    parallel: Parallel | None,
 ) -> tuple[Params, dict[str, object]]:
     """Parameters and optimizer state after one more accepted step, or as they were."""
     backbone, tables = optimizer.split(state.params)
@@ -145,10 +145,10 @@ def _update(
     new_backbone = _stored(optax.apply_updates(masters, updates), backbone, key)
     params, new = _where(finite, (new_backbone, new), (backbone, old))
     new_tables, states = rows.update_tables(
-        config, optimizer.rows, tables, state.opt_state, row_grads, plans, across,
+        config, optimizer, tables, state.opt_state, row_grads, plans, parallel,
         rounding_key=key,
         step=accepted + 1,
-        learning_rate=schedule(config)(accepted) * config.optimizer.tables.learning_rate_multiplier,
+        learning_rate=schedule(config)(accepted),
         grad_scale=scale,
         apply=finite,
     )  # fmt: skip
@@ -177,12 +177,12 @@ def _stored(params: Params, like: Params, key: jax.Array) -> Params:
 
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
     """step(params, ids_BT, targets_BT, weights_BT) -> sums over the weighted tokens."""
-    across = across_devices(config, mesh)
+    parallel = parallel_reads(config, mesh)
 
     def step(params: Params, ids_BT, targets_BT, weights_BT) -> LossSums:
         model = bind(config.model, params)
-        hidden = model(ids_BT, across=across).hidden_BTD
-        return _loss_of(config, hidden, model.head_DV, targets_BT, weights_BT, across)[1]
+        hidden = model(ids_BT, parallel=parallel).hidden_BTD
+        return _loss_of(config, hidden, model.head_DV, targets_BT, weights_BT, parallel)[1]
 
     return step
 
@@ -192,12 +192,12 @@ def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.
 
     A forward pass of its own over one sequence a device: a step that nobody looks at pays nothing.
     """
-    across = across_devices(config, mesh)
+    parallel = parallel_reads(config, mesh)
 
     def step(params: Params, ids_BT: jax.Array) -> dict[str, jax.Array]:
         some = ids_BT[:: ids_BT.shape[0] // num_shards(mesh, BATCH)]
         some = jax.lax.with_sharding_constraint(some, split_batch(mesh))
-        return bind(config.model, params)(some, across=across, with_health=True).health
+        return bind(config.model, params)(some, parallel=parallel, with_health=True).health
 
     return step
 
@@ -218,18 +218,18 @@ def _gradients(
     ids_NBT: jax.Array,
     targets_NBT: jax.Array,
     plans: dict[str, RowPlan],
-    across: Across | None,
+    parallel: Parallel | None,
 ) -> tuple[_Losses, Params, Params]:
     """Losses, gradients of the backbone, and row gradients [G, (M,) U, D] by table.
 
     Averaged over the microbatches, float32.
     """
-    zeros_of_rows = rows.zero_row_grads(config, plans, across)
+    zeros_of_rows = rows.zero_row_grads(config, plans, parallel)
     value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
 
     def microbatch(ids, targets, orders):
         mine = {key: plan._replace(order=orders[key]) for key, plan in plans.items()}
-        arguments = config, tables, ids, targets, mine, across
+        arguments = config, tables, ids, targets, mine, parallel
         (_, losses), grads = value_and_grad(backbone, zeros_of_rows, *arguments)
         return losses, grads
 
@@ -245,16 +245,16 @@ def _gradients(
         total, _ = jax.lax.scan(add, zeros, arrays)
         losses, grads = jax.tree.map(lambda leaf: leaf / count, total)
     backbone_grads, row_grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
-    told = declared_tables(config.model)
-    stacked = {name: rows.of_stack(told[name], grad) for name, grad in row_grads.items()}
+    declarations = declared_tables(config.model)
+    stacked = {name: rows.of_stack(declarations[name], grad) for name, grad in row_grads.items()}
     return losses, backbone_grads, stacked
 
 
-def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plans, across):
+def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plans, parallel):
     model = bind(config.model, backbone | tables)
-    output = model(ids_BT, training=Rows(plans, row_grads), across=across)
+    output = model(ids_BT, training=Rows(plans, row_grads), parallel=parallel)
     ones = jnp.ones(targets_BT.shape, jnp.float32)
-    mean, sums = _loss_of(config, output.hidden_BTD, model.head_DV, targets_BT, ones, across)
+    mean, sums = _loss_of(config, output.hidden_BTD, model.head_DV, targets_BT, ones, parallel)
     total = (
         mean
         + config.model.moe.balance_weight * output.moe_balance
@@ -267,7 +267,9 @@ def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plans
     )
 
 
-def _loss_of(config: Config, hidden_BTD, head_DV, targets_BT, weights_BT, across: Across | None):
+def _loss_of(
+    config: Config, hidden_BTD, head_DV, targets_BT, weights_BT, parallel: Parallel | None
+):
     return cross_entropy(
         hidden_BTD,
         head_DV,
@@ -276,7 +278,7 @@ def _loss_of(config: Config, hidden_BTD, head_DV, targets_BT, weights_BT, across
         vocab_size=config.model.vocab_size,
         chunk=config.model.loss_chunk,
         z_loss=config.train.z_loss,
-        mesh=across and across.mesh,
+        mesh=parallel and parallel.mesh,
     )
 
 

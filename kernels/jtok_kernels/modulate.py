@@ -196,8 +196,8 @@ def _jtok_fwd(static, h, delta, table, row_grads, scale, at, ids, plan):
     return out, (delta, table, scale, at, ids, plan)
 
 
-def _jtok_bwd(static, kept, g):
-    delta, table, scale, at, ids, plan = kept
+def _jtok_bwd(static, residuals, g):
+    delta, table, scale, at, ids, plan = residuals
     plan = plan or row_plan(ids, num_rows=table.shape[-2])
     backward = backend(static.backend).jtok_backward
     grads = backward(g, delta, table, at, ids, scale, plan, static.form)
@@ -219,8 +219,8 @@ def _jtok_m_fwd(static, h, delta, tables, row_grads, weights, scale, at, ids, ch
     return out, (tables, weights, scale, at, ids, choice, plan)
 
 
-def _jtok_m_bwd(static, kept, g):
-    tables, weights, scale, at, ids, choice, plan = kept
+def _jtok_m_bwd(static, residuals, g):
+    tables, weights, scale, at, ids, choice, plan = residuals
     plan = plan or row_plan(ids, num_rows=tables.shape[-2])
     grads = backend(static.backend).jtok_m_backward(
         g, tables, at, ids, choice, weights, scale, plan, static.form
@@ -243,8 +243,8 @@ def _mix_rows_fwd(static, tables, row_grads, weights, at, ids, choice, plan):
     return out, (tables, weights, at, ids, choice, plan)
 
 
-def _mix_rows_bwd(static, kept, d_e):
-    tables, weights, at, ids, choice, plan = kept
+def _mix_rows_bwd(static, residuals, d_e):
+    tables, weights, at, ids, choice, plan = residuals
     plan = plan or row_plan(ids, num_rows=tables.shape[-2])
     backward = backend(static.backend).mix_rows_backward
     grads = backward(d_e, tables, at, ids, choice, weights, plan)

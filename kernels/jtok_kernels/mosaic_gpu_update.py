@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 from jtok_kernels.mosaic_gpu import MosaicGpu
 from jtok_kernels.rounding import round_at_random, row_seeds
-from jtok_kernels.row_optimizers import Now, RowGrads
+from jtok_kernels.row_optimizers import RowGrads, Scalars
 
 ROWS = 16  # of a block: enough to hide its start, few enough that uneven blocks even out
 
@@ -26,7 +26,7 @@ def updater(*, interpret: bool):
     return functools.partial(update_kernel, MosaicGpu(interpret))
 
 
-def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, now: Now, seed):
+def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, scalars: Scalars, seed):
     """(table, arrays) after the step; see update.update_rows."""
     num_rows, dim = table.shape[-2:]
     num_unique, names = of.unique_U.size, list(arrays)
@@ -37,7 +37,7 @@ def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, now: N
     def body(unique, grads, integers, floats, words, table, *state):
         load = gpu.loader(table, grads)
         step, num_grads = integers[0], integers[1]
-        now = Now(step, floats[0], floats[1])
+        scalars = Scalars(step, floats[0], floats[1])
         first = ROWS * lax.axis_index("n")
 
         def place(i, carry):
@@ -53,7 +53,7 @@ def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, now: N
                     wide = lambda ref: len(ref.shape) == 3
                     read = lambda ref: load(ref.at[number, row]) if wide(ref) else ref[number, row]
                     old = dict(zip(names, map(read, state), strict=True))
-                    new_row, new = optimizer.update(read(table), old, floats[2] * g, now)
+                    new_row, new = optimizer.update(read(table), old, floats[2] * g, scalars)
                     if at_random:
                         row_seed = row_seeds(words, number, row)
                         new_row = round_at_random(new_row, row_seed, gpu.iota(table, grads))
@@ -65,8 +65,10 @@ def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, now: N
 
         lax.fori_loop(first, jnp.minimum(first + ROWS, num_grads), place, 0)
 
-    integers = jnp.stack([now.step, jnp.where(of.apply, count, 0)]).astype(jnp.int32)
-    floats = jnp.stack([now.learning_rate, now.log_decay, of.grad_scale]).astype(jnp.float32)
+    integers = jnp.stack([scalars.step, jnp.where(of.apply, count, 0)]).astype(jnp.int32)
+    floats = jnp.stack([scalars.learning_rate, scalars.log_decay, of.grad_scale]).astype(
+        jnp.float32
+    )
     words = jnp.zeros(2, jnp.uint32) if seed is None else seed
     values = [table, *arrays.values()]
     flat = lambda x: x.reshape(-1, *x.shape[table.ndim - 2 :])

@@ -21,7 +21,7 @@ from jtok_kernels.packing import width
 State = dict[str, jax.Array]
 
 
-class Now(NamedTuple):
+class Scalars(NamedTuple):
     """Scalars of one update."""
 
     step: jax.Array  # int32, counted from 1, steps that changed something
@@ -47,7 +47,9 @@ class RowOptimizer(NamedTuple):
     """The interface; made by the functions below, applied by `update_rows`."""
 
     init: Callable[[jax.Array], State]  # table -> state
-    update: Callable[..., tuple[jax.Array, State]]  # (rows, state, grads, now, mean) -> new ones
+    update: Callable[
+        ..., tuple[jax.Array, State]
+    ]  # (rows, state, grads, scalars, mean) -> new ones
     weight_decay: float
     dense: bool  # every row is touched in every step
 
@@ -62,12 +64,12 @@ def adamw(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOptimi
     def init(table):
         return {"m": _per_entry(table), "v": _per_entry(table)}
 
-    def update(rows, state, grads, now, mean=mean_of_row):
-        t = now.step.astype(jnp.float32)
+    def update(rows, state, grads, scalars, mean=mean_of_row):
+        t = scalars.step.astype(jnp.float32)
         m = b1 * state["m"] + (1 - b1) * grads
         v = b2 * state["v"] + (1 - b2) * jnp.square(grads)
         direction = (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)
-        rows = rows - now.learning_rate * (direction + weight_decay * rows)
+        rows = rows - scalars.learning_rate * (direction + weight_decay * rows)
         return rows, {"m": m, "v": v}
 
     return RowOptimizer(init, update, weight_decay, dense=True)
@@ -91,14 +93,18 @@ def lazy_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOp
         state = {"m": _per_entry(table), "v": _per_entry(table)}
         return state | _clock(table) | _decay(table, weight_decay)
 
-    def update(rows, state, grads, now, mean=mean_of_row):
-        keep = _kept_since_touch(state, now, b1, b2)
+    def update(rows, state, grads, scalars, mean=mean_of_row):
+        keep = _kept_since_touch(state, scalars, b1, b2)
         m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
         v, v_weight = _mean(state["v"], state["v_weight"], jnp.square(grads), b2, keep[1])
         direction = (m / _along(m_weight)) / (jnp.sqrt(v / _along(v_weight)) + eps)
-        rows, decay = _decayed(rows, state, now)
-        clock = {"m_weight": m_weight, "v_weight": v_weight, "touched": _now(m_weight, now)}
-        return rows - now.learning_rate * direction, {"m": m, "v": v} | clock | decay
+        rows, decay = _decayed(rows, state, scalars)
+        clock = {
+            "m_weight": m_weight,
+            "v_weight": v_weight,
+            "touched": _step_like(m_weight, scalars),
+        }
+        return rows - scalars.learning_rate * direction, {"m": m, "v": v} | clock | decay
 
     return RowOptimizer(init, update, weight_decay, dense=False)
 
@@ -114,15 +120,19 @@ def rowwise_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> Ro
         state = {"m": _per_entry(table), "v": _per_row(table)}
         return state | _clock(table) | _decay(table, weight_decay)
 
-    def update(rows, state, grads, now, mean=mean_of_row):
-        keep = _kept_since_touch(state, now, b1, b2)
+    def update(rows, state, grads, scalars, mean=mean_of_row):
+        keep = _kept_since_touch(state, scalars, b1, b2)
         m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
         square = mean(jnp.square(grads))
         v, v_weight = _mean(state["v"], state["v_weight"], square, b2, keep[1])
         direction = m / _along(m_weight * (jnp.sqrt(v / v_weight) + eps))
-        rows, decay = _decayed(rows, state, now)
-        clock = {"m_weight": m_weight, "v_weight": v_weight, "touched": _now(m_weight, now)}
-        return rows - now.learning_rate * direction, {"m": m, "v": v} | clock | decay
+        rows, decay = _decayed(rows, state, scalars)
+        clock = {
+            "m_weight": m_weight,
+            "v_weight": v_weight,
+            "touched": _step_like(m_weight, scalars),
+        }
+        return rows - scalars.learning_rate * direction, {"m": m, "v": v} | clock | decay
 
     return RowOptimizer(init, update, weight_decay, dense=False)
 
@@ -137,11 +147,11 @@ def rowwise_adagrad(*, eps: float, weight_decay: float) -> RowOptimizer:
     def init(table):
         return {"sum": _per_row(table)} | _decay(table, weight_decay)
 
-    def update(rows, state, grads, now, mean=mean_of_row):
+    def update(rows, state, grads, scalars, mean=mean_of_row):
         total = state["sum"] + mean(jnp.square(grads))
         direction = grads / _along(jnp.sqrt(total) + eps)
-        rows, decay = _decayed(rows, state, now)
-        return rows - now.learning_rate * direction, {"sum": total} | decay
+        rows, decay = _decayed(rows, state, scalars)
+        return rows - scalars.learning_rate * direction, {"sum": total} | decay
 
     return RowOptimizer(init, update, weight_decay, dense=False)
 
@@ -172,24 +182,24 @@ def _clock(table):
     return {"m_weight": _per_row(table), "v_weight": _per_row(table), "touched": touched}
 
 
-def _now(like, now: Now):
-    return jnp.broadcast_to(now.step, like.shape)
+def _step_like(like, scalars: Scalars):
+    return jnp.broadcast_to(scalars.step, like.shape)
 
 
 def _decay(table, weight_decay: float) -> State:
     return {"decayed": _per_row(table), "log_decay": jnp.float32(0)} if weight_decay else {}
 
 
-def _decayed(rows, state, now: Now):
-    """Rows after all decay up to now, and the state that says so."""
+def _decayed(rows, state, scalars: Scalars):
+    """Rows after all decay so far, and the state that says so."""
     if "decayed" not in state:
         return rows, {}
-    factor = jnp.exp(now.log_decay - state["decayed"])
-    return rows * _along(factor), {"decayed": jnp.broadcast_to(now.log_decay, factor.shape)}
+    factor = jnp.exp(scalars.log_decay - state["decayed"])
+    return rows * _along(factor), {"decayed": jnp.broadcast_to(scalars.log_decay, factor.shape)}
 
 
-def _kept_since_touch(state, now: Now, b1: float, b2: float):
-    gap = (now.step - state["touched"]).astype(jnp.float32)
+def _kept_since_touch(state, scalars: Scalars, b1: float, b2: float):
+    gap = (scalars.step - state["touched"]).astype(jnp.float32)
     power = lambda b: jnp.exp2(gap * math.log2(b)) if b else jnp.zeros_like(gap)
     return power(b1), power(b2)
 

@@ -18,7 +18,7 @@ from jtok_kernels import mosaic_gpu_update
 from jtok_kernels.choose import choose, is_simulated
 from jtok_kernels.packing import as_float, pack_rows, width
 from jtok_kernels.rounding import Seed, round_at_random, row_seeds
-from jtok_kernels.row_optimizers import Now, RowGrads, RowOptimizer, State, mean_of_row
+from jtok_kernels.row_optimizers import RowGrads, RowOptimizer, Scalars, State, mean_of_row
 
 
 class Shard(NamedTuple):
@@ -70,23 +70,23 @@ def update_rows(
     total = jnp.float32(0)
     if "log_decay" in state:
         total = state["log_decay"] + jnp.log1p(-jnp.float32(learning_rate) * optimizer.weight_decay)
-    now = Now(jnp.int32(step), jnp.float32(learning_rate), total)
+    scalars = Scalars(jnp.int32(step), jnp.float32(learning_rate), total)
     seed = None if rounding_key is None else jax.random.key_data(rounding_key).reshape(-1)[:2]
     of = RowGrads(unique_U, row_grads, jnp.float32(grad_scale), apply)
     rounding = _rounding(table, seed, shard or Shard())
     if optimizer.dense:
-        return _update_all(optimizer, table, state, of, now, rounding)
-    scalars = {}
+        return _update_all(optimizer, table, state, of, scalars, rounding)
+    counters = {}
     if "log_decay" in state:
-        scalars = {"log_decay": jnp.where(apply, total, state["log_decay"])}
-    arrays = {name: value for name, value in state.items() if name not in scalars}
+        counters = {"log_decay": jnp.where(apply, total, state["log_decay"])}
+    arrays = {name: value for name, value in state.items() if name not in counters}
     if chosen.startswith("mosaic_gpu") and shard is None:
         update = mosaic_gpu_update.updater(interpret=is_simulated(chosen))
-        table, arrays = update(optimizer, table, arrays, of, now, seed)
+        table, arrays = update(optimizer, table, arrays, of, scalars, seed)
     else:
         columns = shard.columns if shard else ()
-        table, arrays = _update_touched(optimizer, table, arrays, of, now, rounding, columns)
-    return table, arrays | scalars
+        table, arrays = _update_touched(optimizer, table, arrays, of, scalars, rounding, columns)
+    return table, arrays | counters
 
 
 def _check(optimizer: RowOptimizer, table, state: State, unique_U, row_grads) -> None:
@@ -118,9 +118,9 @@ def dense_gradient(row_grads: jax.Array, unique_U: jax.Array, *, num_rows: int) 
 Rounding = Callable[..., jax.Array]  # (float32 rows, number of the table, ids) -> as stored
 
 
-def _update_all(optimizer, table, state, of: RowGrads, now: Now, rounding: Rounding):
+def _update_all(optimizer, table, state, of: RowGrads, scalars: Scalars, rounding: Rounding):
     grads = of.grad_scale * dense_gradient(of.grads, of.unique_U, num_rows=table.shape[-2])
-    rows, new = optimizer.update(as_float(table), state, grads, now)
+    rows, new = optimizer.update(as_float(table), state, grads, scalars)
     number = jnp.arange(rows.size // rows.shape[-1] // rows.shape[-2])
     number = number.reshape(rows.shape[:-2])[..., None]
     rows = rounding(rows, number, jnp.arange(rows.shape[-2]))
@@ -129,7 +129,13 @@ def _update_all(optimizer, table, state, of: RowGrads, now: Now, rounding: Round
 
 
 def _update_touched(
-    optimizer, table, arrays, of: RowGrads, now: Now, rounding: Rounding, columns: tuple[str, ...]
+    optimizer,
+    table,
+    arrays,
+    of: RowGrads,
+    scalars: Scalars,
+    rounding: Rounding,
+    columns: tuple[str, ...],
 ):
     """In plain XLA; layers of a stack in turn: temporaries are those of one layer's rows."""
     mean, anywhere = mean_of_row, lambda used: used
@@ -152,7 +158,7 @@ def _update_touched(
         rows, old = jax.tree.map(lambda value: _get(value, lead, target_U), (table, arrays))
         # Else XLA may read old rows again for a later scatter, from a copy of the whole table.
         rows, old = jax.lax.optimization_barrier((rows, old))
-        new_rows, new = optimizer.update(as_float(rows), old, of.grad_scale * grads, now, mean)
+        new_rows, new = optimizer.update(as_float(rows), old, of.grad_scale * grads, scalars, mean)
         new_rows = rounding(new_rows, number, target_U)
         used = anywhere(jnp.any(grads != 0, axis=-1))
         table = _set(table, lead, target_U, used, rows, new_rows)
