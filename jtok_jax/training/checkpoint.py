@@ -254,7 +254,7 @@ def load_params(
     with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
         number = _choose_step(checkpointer, step, folder)
         found = _metadata(checkpointer, number)
-        config = from_config_dict(completed(found.custom_metadata["config"]))
+        config = _config_of(found)
         if choose:
             config = dataclasses.replace(config, mesh=choose(config))
         place, mesh = _placing(config, alone=choose is None)
@@ -363,6 +363,18 @@ def _metadata(checkpointer, step: int):
         if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
             raise ValueError("its metadata is incomplete")
         return found
+
+
+def _config_of(found) -> Config:
+    """Return the configuration in a checkpoint's metadata, whichever version wrote it."""
+    try:
+        return from_config_dict(completed(found.custom_metadata["config"]))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"Checkpoint step {found.step} was written by jtok_jax "
+            f"{found.custom_metadata.get('jtok_jax')}, with an option that is no more. {error} "
+            "Use the code that wrote it."
+        ) from error
 
 
 def _load(checkpointer, found, wanted: dict, *, below: str = "") -> dict[str, jax.Array]:
