@@ -40,7 +40,7 @@ class TableOptimizerConfig:
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """Layers whose tables have values of their own."""
+        """Return the layers whose tables have values of their own."""
         return tuple(dict.fromkeys(owner for owner, _, _ in self._overrides()))
 
     def of(self, owner: str) -> "TableOptimizerConfig":
@@ -248,7 +248,7 @@ class Config:
         return self.schedule.steps or self.train.steps
 
     def unique_rows(self, stream: str) -> int:
-        """U: rows of a table that a step has gradients for, one for each different id of a stream.
+        """Return U, the rows of a table that a step has gradients for: one a different id.
 
         train.max_unique_ids is of tokens; of n-grams there is always room for all.
         """

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
 
 
 def _whole(config: Config, options: argparse.Namespace) -> Config:
-    """`config` of the run, over all held-out sequences of the data asked for."""
+    """Return `config` of the run, over all held-out sequences of the data asked for."""
     evaluation = dataclasses.replace(config.evaluation, max_sequences=0)
     if options.batch_size is not None:
         evaluation = dataclasses.replace(evaluation, batch_size=options.batch_size)

@@ -59,12 +59,12 @@ class Hosts:
 
     @property
     def several(self) -> bool:
-        """Whether processes were connected."""
+        """Return whether processes were connected."""
         return self._client is not None
 
     @property
     def lead(self) -> bool:
-        """Whether this is the process that prints, locks the workdir and writes metrics."""
+        """Return whether this is the process that prints, locks the workdir and writes metrics."""
         return self.process == 0
 
     def name(self, process: int) -> str:

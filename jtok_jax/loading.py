@@ -34,7 +34,7 @@ class LoadedRun(NamedTuple):
 
     @property
     def model(self) -> Transformer:
-        """The Flax module, holding `params`."""
+        """Return the Flax module, holding `params`."""
         return bind(self.config.model, self.params)
 
     def encode(self, text: str) -> list[int]:

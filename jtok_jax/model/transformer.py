@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
 
     @property
     def named_tables(self) -> dict[str, Table]:
-        """Every table by its path, the order of which does not change."""
+        """Return every table by its path, the order of which does not change."""
         found = nnx.to_flat_state(nnx.state(self, Table))
         return {"/".join(path): table for path, table in found}
 
@@ -265,13 +265,13 @@ def _split(x: jax.Array, how: NamedSharding) -> jax.Array:
 
 
 def _moments(x_BTD: jax.Array) -> jax.Array:
-    """float32 [B, 2]: means of x and x^2 by sequence, so that no layer waits for other devices."""
+    """Return float32 [B, 2], means of x and x^2 by sequence: no layer waits for other devices."""
     x_BTD = jax.lax.stop_gradient(x_BTD).astype(jnp.float32)
     return jnp.stack([x_BTD.mean(axis=(1, 2)), jnp.square(x_BTD).mean(axis=(1, 2))], axis=-1)
 
 
 def _with_stds(health: dict[str, jax.Array], final_B2: jax.Array) -> dict[str, jax.Array]:
-    """`health` with deviations of the stream for its moments, and that after all layers."""
+    """Return `health` with deviations of the stream for its moments, and that after all layers."""
 
     def std(moments_B2):
         mean, square = jnp.moveaxis(moments_B2.mean(axis=-2), -1, 0)
