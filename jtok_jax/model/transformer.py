@@ -27,7 +27,7 @@ from jtok_jax.model.jtok import jtok_layer
 from jtok_jax.model.layers import FeedForward, Rotation, rms_norm, rotation
 from jtok_jax.model.moe import Moe
 from jtok_jax.model.splash import SAVED
-from jtok_jax.model.tables import Lookup, Rows, make_reader
+from jtok_jax.model.tables import Lookup, Reader, Rows, make_reader
 from jtok_jax.model.variables import Embedding, Table, normal, ones
 from jtok_jax.model_config import ModelConfig
 
@@ -194,8 +194,9 @@ class Transformer(nnx.Module):
         exchanges, mesh = parallel or ({}, None)
         attend = attend or _attend_causally(config, mesh)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
-        tables = self.named_tables
-        reader = make_reader(tables, config.id_streams, ids_BT, before_BC, training, exchanges)
+        reader = make_reader(
+            self.named_tables, config.id_streams, ids_BT, before_BC, training, exchanges
+        )
         in_layers = reader.in_layers
         partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)
@@ -216,10 +217,7 @@ class Transformer(nnx.Module):
                 )
             return split(out_BTD, split_batch), (cached, aux)
 
-        h_BTD = split(self.embed[ids_BT].astype(config.compute_dtype), split_columns)
-        for name in sorted(tables.keys() - in_layers.keys()):
-            h_BTD = h_BTD + reader.at_input(name).rows().astype(h_BTD.dtype)
-        h_BTD = split(h_BTD, split_batch)
+        h_BTD = split(self._input(ids_BT, reader, split), split_batch)
         stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
         layers = params, stacks, row_grads, cache
@@ -227,6 +225,13 @@ class Transformer(nnx.Module):
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
         return Output(hidden_BTD, cached, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
+
+    def _input(self, ids_BT: jax.Array, reader: Reader, split: Callable) -> jax.Array:
+        """Return the embedding of `ids` and the rows of tables at the input, added."""
+        h_BTD = split(self.embed[ids_BT].astype(self.config.compute_dtype), split_columns)
+        for name in sorted(reader.tables.keys() - reader.in_layers.keys()):
+            h_BTD = h_BTD + reader.at_input(name).rows().astype(h_BTD.dtype)
+        return h_BTD
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:

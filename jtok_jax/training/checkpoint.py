@@ -29,7 +29,12 @@ from jtok_jax.mesh import abstract_mesh, make_mesh
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.params import abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import parameter_sharding, table_operations
-from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
+from jtok_jax.training.resume import (
+    CHECKPOINTS,
+    checkpoints_of,
+    require_same_config,
+    require_same_data,
+)
 from jtok_jax.training.state import TrainState, non_finite
 
 # Of several processes JAX agrees on the step at which all stop, once, by the steps they ask about.
@@ -221,16 +226,6 @@ class Saved(NamedTuple):
     config: Config
     data: dict[str, str]  # fingerprint of the data, see jtok_jax.data.manifest
     params: dict[str, jax.Array]
-
-
-def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
-    """Return the folder of a run's checkpoints. Raises CheckpointError if there is none."""
-    folder = workdir.absolute() / CHECKPOINTS
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{workdir} holds no {CHECKPOINTS} folder; is this a train.py --workdir?"
-        )
-    return folder
 
 
 def load_params(

@@ -78,3 +78,13 @@ def require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
             + "The same step would give other examples. Restore the shards and the tokenizer, "
             "or use another --workdir."
         )
+
+
+def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
+    """Return the folder of a run's checkpoints. Raises CheckpointError if there is none."""
+    folder = workdir.absolute() / CHECKPOINTS
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{workdir} holds no {CHECKPOINTS} folder; is this a train.py --workdir?"
+        )
+    return folder
