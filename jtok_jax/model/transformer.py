@@ -200,14 +200,13 @@ class Transformer(nnx.Module):
         in_layers = reader.in_layers
         partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)
+        options = {"rope": rope, "mesh": mesh, "with_health": with_health}
 
         def body(h_BTD, layer):
             params, stacks, row_grads, cache = layer
-            mine = {"rope": rope, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
             lookups = reader.of_layer(stacks, row_grads)
-            run = functools.partial(
-                nnx.merge(graph, params), h_BTD, with_health=with_health, **mine
-            )
+            mine = lambda query, key, value: attend(query, key, value, cache)
+            run = functools.partial(nnx.merge(graph, params), h_BTD, attend=mine, **options)
             if not partly:
                 out_BTD, cached, aux = run(lookups=lookups)
             else:  # the index is negative in layers without JTok's tables
