@@ -6,8 +6,8 @@
     python -m jtok_jax.study run --study=configs/studies/tables.py:rows --data=FOLDER
 
 together: JTok and JTok-M with a bigram table beside that table alone, and beside one with as many
-parameters as JTok and it have together. Each starts as arms.py chose it alone. Short runs on another
-seed choose the initial values and the rate of the bigram table. Three seeds, 400 steps.
+parameters as JTok and it have together. Each starts as arms.py chose it alone. Short runs on
+another seed choose the initial values and the rate of the bigram table. Three seeds, 400 steps.
 
 rows: a bigram table, value embeddings and DeepEmbed under three optimizers of their rows: `adamw`,
 whose gradients and moments are dense, `lazy_adam` and `rowwise_adam`. Rates are those found for
