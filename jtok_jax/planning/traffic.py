@@ -87,15 +87,18 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
         gathered = activations * shape["expert"]
         add("tokens to experts", "all-gather", ("expert",), gathered, times=2)
         add("tokens from experts", "reduce-scatter", ("expert",), gathered, times=2)
-    for name, table in declared_tables(model).items():
-        layout, stream = table_layouts(config, mesh)[name], model.id_streams[table.stream]
+    tables, layouts = declared_tables(model), table_layouts(config, mesh)
+    plans = {(table.stream, layouts[name]) for name, table in tables.items()}
+    for stream, _ in sorted(plans):  # tables of one stream and layout share their ids
+        ids = 4 * config.train.batch_size * config.train.seq_len * model.id_streams[stream].heads
+        add(f"ids of {stream}" if len(plans) > 1 else "ids", "all-gather", tuple(shape), ids)
+    for name, table in tables.items():
+        layout, stream = layouts[name], model.id_streams[table.stream]
         carrying = sum(index >= 0 for index in table.layers) or 1
-        group, every = num_shards(mesh, layout.axes), tuple(shape)
+        group = num_shards(mesh, layout.axes)
         here = tokens / shape["tensor"] * stream.heads
         rows = here * table.shape[-1] * wire * carrying
-        ids = config.train.batch_size * config.train.seq_len * stream.heads
-        of_table = f" of {name}" if len(declared_tables(model)) > 1 else ""
-        add(f"ids{of_table}", "all-gather", every, 4 * ids)
+        of_table = f" of {name}" if len(tables) > 1 else ""
         if len(table.shape) == 4:
             routed = 8 * model.jtok.top_k * here * carrying
             add("router weights", "all-gather", layout.axes, routed * group, times=1.5)
