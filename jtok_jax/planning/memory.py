@@ -114,11 +114,9 @@ class _Shapes:
         self.tensor = mesh.shape["tensor"]
         self.sums = 2 if config.train.grad_accumulation > 1 else 1  # of a microbatch, and of all
 
-    def entries(self, name: str, *, gathered: bool = False, layer: bool = False) -> int:
-        """Entries of a parameter here; whole along D, or of one layer."""
-        whole = "D" if gathered else ""
-        entries = entries_here(self.config, self.mesh, name, whole=whole)
-        return entries // self.model.num_layers if layer else entries
+    def entries(self, name: str, *, whole: str = "") -> int:
+        """Entries of a parameter here, if the axes `whole` are not split."""
+        return entries_here(self.config, self.mesh, name, whole=whole)
 
     @property
     def backbone_entries(self) -> int:
@@ -127,12 +125,8 @@ class _Shapes:
     @property
     def matrices(self) -> list[str]:
         """Of the layers, those that matmuls read."""
-        in_layers = {name: one for name, one in self.declared.items() if one.axes[0] == "L"}
-        return [
-            name
-            for name, one in in_layers.items()
-            if issubclass(one.kind, Weight) and not one.full_precision
-        ]
+        read = lambda one: issubclass(one.kind, Weight) and not one.full_precision
+        return [name for name, one in self.declared.items() if one.axes[0] == "L" and read(one)]
 
 
 def _what_state_depends_on(config: Config) -> Config:
@@ -145,16 +139,13 @@ def _what_state_depends_on(config: Config) -> Config:
 def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
     """Exact, but for what a TPU pads of narrow arrays."""
     state = abstract_state(config, make_optimizer(config), mesh)
-    sizes = dict.fromkeys(("backbone", "AdamW moments", "tables", "row optimizer"), 0)
-    tables = declared_tables(config.model)
+    kinds = (("backbone", "AdamW moments"), ("tables", "row optimizer"))
+    sizes, tables = dict.fromkeys(sum(kinds, ()), 0), declared_tables(config.model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-        of_tables = any(key in tables for key in keys)
-        local = leaf.sharding.shard_shape(leaf.shape)
         moment = "opt_state" in jax.tree_util.keystr(path)
-        kind = ("row optimizer" if moment else "tables") if of_tables else "backbone"
-        kind = "AdamW moments" if moment and not of_tables else kind
-        sizes[kind] += math.prod(local) * leaf.dtype.itemsize
+        kind = kinds[any(key in tables for key in keys)][moment]
+        sizes[kind] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return tuple(Part(name, size, "state") for name, size in sizes.items())
 
 
@@ -166,7 +157,7 @@ def _plan(shapes: _Shapes) -> int:
 
 
 def _row_grads(shapes: _Shapes) -> int:
-    """Return bytes of the row gradients of all tables."""
+    """Bytes of the row gradients of all tables."""
     return sum(row_gradient_bytes(shapes.config, shapes.mesh, name) for name in shapes.tables)
 
 
@@ -216,9 +207,10 @@ def _trace(model: ModelConfig, data: int, expert: int) -> tuple[float, float]:
 
 def _layer(shapes: _Shapes) -> int:
     """Matrices of a layer as gathered, their gradients, and the widest the backward pass gets."""
-    weights = sum(shapes.entries(name, gathered=True, layer=True) for name in shapes.matrices)
+    entries = sum(shapes.entries(name, whole="D") for name in shapes.matrices)
+    weights = entries // shapes.model.num_layers * shapes.compute
     made = _residuals(shapes, "none")
-    return int(2 * weights * shapes.compute + max(made, made / 3 + _scores(shapes)))
+    return int(2 * weights + max(made, made / 3 + _scores(shapes)))
 
 
 def _scores(shapes: _Shapes) -> float:
