@@ -22,7 +22,7 @@ from jtok_jax.config import Config
 from jtok_jax.mesh import AUTO, AXES, BATCH, num_shards
 from jtok_jax.model.attention import QUERIES, causal
 from jtok_jax.model.params import abstract_params, bind, declared, declared_tables
-from jtok_jax.model.placement import entries_here
+from jtok_jax.model.placement import entries_here, table_layouts
 from jtok_jax.model.splash import SAVED
 from jtok_jax.model.variables import Weight
 from jtok_jax.model_config import ModelConfig
@@ -163,9 +163,8 @@ def _row_grads(shapes: _Shapes) -> int:
 
 def _cast_weights(shapes: _Shapes) -> int:
     """XLA casts all layers at once, before the loop over them."""
-    if shapes.compute == flops.BYTES[shapes.model.param_dtype]:
-        return 0
-    return sum(shapes.entries(name) for name in shapes.matrices) * shapes.compute
+    cast = shapes.compute != flops.BYTES[shapes.model.param_dtype]
+    return sum(map(shapes.entries, shapes.matrices)) * shapes.compute * cast
 
 
 def _residuals(shapes: _Shapes, remat: str | None = None) -> int:
@@ -210,20 +209,26 @@ def _layer(shapes: _Shapes) -> int:
     entries = sum(shapes.entries(name, whole="D") for name in shapes.matrices)
     weights = entries // shapes.model.num_layers * shapes.compute
     made = _residuals(shapes, "none")
-    return int(2 * weights + max(made, made / 3 + _scores(shapes)))
+    return int(2 * weights + max(made, made / 3 + max(_scores(shapes), _mixtures(shapes))))
 
 
 def _scores(shapes: _Shapes) -> float:
-    """Bytes of a layer's attention probabilities and their gradients, float32.
-
-    "chunked" has those of some queries, and kernels have none.
-    """
+    """Bytes of a layer's attention probabilities and their gradients, float32."""
     model = shapes.model
-    if model.attention in ("cudnn", "splash"):
-        return 0
-    queries = QUERIES if model.attention == "chunked" else shapes.length
+    queries = {"cudnn": 0, "splash": 0, "chunked": QUERIES}.get(model.attention, shapes.length)
     heads = model.num_heads / shapes.tensor
     return 2 * 4 * shapes.sequences * heads * min(queries, shapes.length) * shapes.length
+
+
+def _mixtures(shapes: _Shapes) -> float:
+    """Rows of a layer that a device reads for its group, sums of them, and gradients of both."""
+    made, layouts = 0.0, table_layouts(shapes.config, shapes.mesh)
+    for name, table in shapes.tables.items():
+        parts = num_shards(shapes.mesh, layouts[name].experts + layouts[name].rows)
+        heads = shapes.model.id_streams[table.stream].heads
+        each = shapes.model.jtok.rows_per_token if len(table.shape) == 4 else heads
+        made += parts * table.shape[-1] * (8 * each + 10) * bool(table.layers)
+    return made * shapes.tokens / shapes.tensor
 
 
 def _head(shapes: _Shapes) -> int:
