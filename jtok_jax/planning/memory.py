@@ -24,10 +24,11 @@ from jtok_jax.model.attention import QUERIES, causal
 from jtok_jax.model.params import abstract_params, bind, declared, declared_tables
 from jtok_jax.model.placement import entries_here, table_layouts
 from jtok_jax.model.splash import SAVED
+from jtok_jax.model.tables import Rows
 from jtok_jax.model.variables import Weight
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.rows import across_devices, row_gradient_bytes
+from jtok_jax.training.rows import across_devices, make_plans, row_gradient_bytes, zero_row_grads
 from jtok_jax.training.state import abstract_state
 
 PRIME = 8191  # tokens of a traced sequence: only what is kept for every token has a multiple
@@ -79,7 +80,7 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     shapes, model = _Shapes(config, mesh), config.model
     parts = [
         *_state(_what_state_depends_on(config), mesh),
-        Part("gradients of the backbone", shapes.sums * shapes.backbone_entries * 4, "gradients"),
+        Part("gradients of the backbone", shapes.sums * shapes.backbone * 4, "gradients"),
         Part("gradients of rows", shapes.sums * _row_grads(shapes), "gradients"),
         Part("backbone in the compute dtype", _cast_weights(shapes), "residuals"),
         Part("plan of rows", _plan(shapes), "residuals"),
@@ -94,18 +95,18 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
 def update_bytes(config: Config, mesh: AbstractMesh) -> int:
     """Read and written by the update on one device: value, gradient and two moments, float32."""
     shapes = _Shapes(config, mesh)
-    entries = shapes.backbone_entries
     if config.optimizer.tables.kind == "adamw":
-        return 28 * (entries + sum(map(shapes.entries, shapes.tables)))
-    return 28 * entries + 7 * _row_grads(shapes)
+        return 28 * sum(map(shapes.entries, shapes.declared))
+    return 28 * shapes.backbone + 7 * _row_grads(shapes)
 
 
 class _Shapes:
-    """Sizes of one device's part of everything."""
+    """Sizes of one device's part of everything; `backbone` in entries."""
 
     def __init__(self, config: Config, mesh: AbstractMesh):
         self.config, self.mesh, self.model = config, mesh, config.model
         self.declared, self.tables = declared(config.model), declared_tables(config.model)
+        self.backbone = sum(map(self.entries, self.declared.keys() - self.tables.keys()))
         self.compute = flops.BYTES[self.model.compute_dtype]
         batch = config.train.batch_size // config.train.grad_accumulation
         self.sequences = batch / num_shards(mesh, BATCH)
@@ -117,10 +118,6 @@ class _Shapes:
     def entries(self, name: str, *, whole: str = "") -> int:
         """Entries of a parameter here, if the axes `whole` are not split."""
         return entries_here(self.config, self.mesh, name, whole=whole)
-
-    @property
-    def backbone_entries(self) -> int:
-        return sum(self.entries(name) for name in self.declared if name not in self.tables)
 
     @property
     def matrices(self) -> list[str]:
@@ -186,14 +183,22 @@ def _residuals(shapes: _Shapes, remat: str | None = None) -> int:
 def _trace(model: ModelConfig, data: int, expert: int) -> tuple[float, float]:
     """Bytes a token of what autodiff keeps of a layer: vectors of D entries, and all else."""
     mesh = AbstractMesh((data, 1, expert, 1), AXES, axis_types=AUTO)
-    across, tables = across_devices(Config(model=model), mesh), declared_tables(model)
+    config, tables = Config(model=model), declared_tables(model)
     params, sequences = abstract_params(model), mesh.size * (model.num_layers + 1)
     name = SAVED if model.attention == "splash" else ""  # whose kernels need a TPU to be traced
     attend = lambda q, k, v, _: (checkpoint_name(causal(q, k, v, kind="xla"), name), None)
 
     def backward(backbone, tables, ids):
-        run = lambda new: bind(model, new | tables)(ids, across=across, attend=attend)
-        return jax.vjp(lambda new: run(new)._replace(kept=None, health=None), backbone)[1]
+        across = across_devices(config, mesh)
+        plans = make_plans(config, ids[None], across)
+        first = lambda plan: plan._replace(order=jax.tree.map(lambda x: x[0], plan.order))
+        mine = {key: first(plan) for key, plan in plans.items()}
+
+        def run(backbone, grads):
+            options = {"training": Rows(mine, grads), "across": across, "attend": attend}
+            return bind(model, backbone | tables)(ids, **options)._replace(kept=None, health=None)
+
+        return jax.vjp(run, backbone, zero_row_grads(config, plans, across))[1]
 
     backbone = {name: params.pop(name) for name in params.keys() - tables.keys()}
     ids = jax.ShapeDtypeStruct((sequences, PRIME), jnp.int32)
