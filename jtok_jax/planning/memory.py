@@ -28,7 +28,7 @@ from jtok_jax.model.tables import Rows
 from jtok_jax.model.variables import Weight
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.rows import across_devices, make_plans, row_gradient_bytes, zero_row_grads
+from jtok_jax.training.rows import make_plans, parallel_reads, row_gradient_bytes, zero_row_grads
 from jtok_jax.training.state import abstract_state
 
 PRIME = 8191  # tokens of a traced sequence: only what is kept for every token has a multiple
@@ -81,7 +81,11 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     parts = [
         *_state(_what_state_depends_on(config), mesh),
         Part("gradients of the backbone", shapes.sums * shapes.backbone * 4, "gradients"),
-        Part("gradients of rows", shapes.sums * _row_grads(shapes), "gradients"),
+        Part(
+            "gradients of rows",
+            shapes.sums * sum(map(shapes.row_grads, shapes.tables)),
+            "gradients",
+        ),
         Part("backbone in the compute dtype", _cast_weights(shapes), "residuals"),
         Part("plan of rows", _plan(shapes), "residuals"),
         Part("activations of all layers", model.num_layers * _residuals(shapes), "residuals"),
@@ -95,9 +99,9 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
 def update_bytes(config: Config, mesh: AbstractMesh) -> int:
     """Read and written by the update on one device: value, gradient and two moments, float32."""
     shapes = _Shapes(config, mesh)
-    if config.optimizer.tables.kind == "adamw":
-        return 28 * sum(map(shapes.entries, shapes.declared))
-    return 28 * shapes.backbone + 7 * _row_grads(shapes)
+    dense = [name for name in shapes.tables if shapes.is_dense(name)]
+    rows = sum(shapes.row_grads(name) for name in shapes.tables if name not in dense)
+    return 28 * (shapes.backbone + sum(map(shapes.entries, dense))) + 7 * rows
 
 
 class _Shapes:
@@ -118,6 +122,14 @@ class _Shapes:
     def entries(self, name: str, *, whole: str = "") -> int:
         """Entries of a parameter here, if the axes `whole` are not split."""
         return entries_here(self.config, self.mesh, name, whole=whole)
+
+    def is_dense(self, table: str) -> bool:
+        """Return whether the optimizer of a table rewrites every row."""
+        return self.config.optimizer.tables.of(self.tables[table].owner).kind == "adamw"
+
+    def row_grads(self, table: str) -> int:
+        """Return bytes of a table's row gradients."""
+        return row_gradient_bytes(self.config, self.mesh, table)
 
     @property
     def matrices(self) -> list[str]:
@@ -153,11 +165,6 @@ def _plan(shapes: _Shapes) -> int:
     return 16 * train.batch_size * train.seq_len * ids
 
 
-def _row_grads(shapes: _Shapes) -> int:
-    """Bytes of the row gradients of all tables."""
-    return sum(row_gradient_bytes(shapes.config, shapes.mesh, name) for name in shapes.tables)
-
-
 def _cast_weights(shapes: _Shapes) -> int:
     """XLA casts all layers at once, before the loop over them."""
     cast = shapes.compute != flops.BYTES[shapes.model.param_dtype]
@@ -189,16 +196,16 @@ def _trace(model: ModelConfig, data: int, expert: int) -> tuple[float, float]:
     attend = lambda q, k, v, _: (checkpoint_name(causal(q, k, v, kind="xla"), name), None)
 
     def backward(backbone, tables, ids):
-        across = across_devices(config, mesh)
-        plans = make_plans(config, ids[None], across)
+        parallel = parallel_reads(config, mesh)
+        plans = make_plans(config, ids[None], parallel)
         first = lambda plan: plan._replace(order=jax.tree.map(lambda x: x[0], plan.order))
         mine = {key: first(plan) for key, plan in plans.items()}
 
         def run(backbone, grads):
-            options = {"training": Rows(mine, grads), "across": across, "attend": attend}
-            return bind(model, backbone | tables)(ids, **options)._replace(kept=None, health=None)
+            options = {"training": Rows(mine, grads), "parallel": parallel, "attend": attend}
+            return bind(model, backbone | tables)(ids, **options)._replace(cached=None, health=None)
 
-        return jax.vjp(run, backbone, zero_row_grads(config, plans, across))[1]
+        return jax.vjp(run, backbone, zero_row_grads(config, plans, parallel))[1]
 
     backbone = {name: params.pop(name) for name in params.keys() - tables.keys()}
     ids = jax.ShapeDtypeStruct((sequences, PRIME), jnp.int32)
@@ -231,7 +238,7 @@ def _mixtures(shapes: _Shapes) -> float:
     for name, table in shapes.tables.items():
         parts = num_shards(shapes.mesh, layouts[name].experts + layouts[name].rows)
         heads = shapes.model.id_streams[table.stream].heads
-        each = shapes.model.jtok.rows_per_token if len(table.shape) == 4 else heads
+        each = table.top_k or heads
         made += parts * table.shape[-1] * (8 * each + 10) * bool(table.layers)
     return made * shapes.tokens / shapes.tensor
 
@@ -245,11 +252,14 @@ def _head(shapes: _Shapes) -> int:
 
 
 def _row_update(shapes: _Shapes) -> int:
-    """Rows of one layer with two moments, before and after, float32; of the largest table."""
-    if shapes.config.optimizer.tables.kind == "adamw":  # a dense gradient of the whole table
-        return max((4 * shapes.entries(name) for name in shapes.tables), default=0)
-    of_layers = {
-        row_gradient_bytes(shapes.config, shapes.mesh, name) // (len(table.layers) or 1)
+    """Rows of one layer with two moments, before and after, float32; of the largest table.
+
+    Of a table with dense updates its gradient.
+    """
+    sizes = [
+        4 * shapes.entries(name)
+        if shapes.is_dense(name)
+        else 6 * (shapes.row_grads(name) // table.grads_shape[0])
         for name, table in shapes.tables.items()
-    }
-    return 6 * max(of_layers, default=0)
+    ]
+    return max(sizes, default=0)

@@ -92,7 +92,7 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
         add(f"ids of {stream}" if len(plans) > 1 else "ids", "all-gather", tuple(shape), ids)
     for name, table in tables.items():
         layout, stream = layouts[name], model.id_streams[table.stream]
-        carrying = sum(index >= 0 for index in table.layers) or 1
+        carrying = table.reads
         here = tokens / shape["tensor"] * stream.heads
         rows = here * table.shape[-1] * wire * carrying
         of_table = f" of {name}" if len(tables) > 1 else ""
@@ -140,9 +140,9 @@ def _row_bytes(config: Config, tokens: float) -> float:
     wide = flops.BYTES[model.compute_dtype]
     for table in declared_tables(model).values():
         heads = model.id_streams[table.stream].heads
-        used = model.jtok.rows_per_token if len(table.shape) == 4 else heads
+        used = table.top_k or heads
         entry = 2 * used * table.dtype.itemsize + 6 * wide + 4 * used
-        carrying = sum(index >= 0 for index in table.layers) or 1
+        carrying = table.reads
         moved += tokens * table.shape[-1] * entry * carrying
     return moved
 
