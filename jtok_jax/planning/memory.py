@@ -78,14 +78,11 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
         ConfigError: the mesh does not divide what it splits.
     """
     shapes, model = _Shapes(config, mesh), config.model
+    row_grads = shapes.sums * sum(map(shapes.row_grads, shapes.tables))
     parts = [
         *_state(_what_state_depends_on(config), mesh),
         Part("gradients of the backbone", shapes.sums * shapes.backbone * 4, "gradients"),
-        Part(
-            "gradients of rows",
-            shapes.sums * sum(map(shapes.row_grads, shapes.tables)),
-            "gradients",
-        ),
+        Part("gradients of rows", row_grads, "gradients"),
         Part("backbone in the compute dtype", _cast_weights(shapes), "residuals"),
         Part("plan of rows", _plan(shapes), "residuals"),
         Part("activations of all layers", model.num_layers * _residuals(shapes), "residuals"),
