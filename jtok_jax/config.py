@@ -234,7 +234,8 @@ class Config:
         if unknown:
             raise ConfigError(
                 f"optimizer.tables.overrides names {', '.join(sorted(unknown))}, which has no "
-                f"tables here; there are those of {', '.join(self.model.table_owners) or 'none'}."
+                f"tables here; there are those of {', '.join(self.model.table_owners) or 'none'}. "
+                "model.jtok.kind and model.arms.names turn layers on."
             )
         save, validate = self.checkpoint.every, self.evaluation.every
         if self.checkpoint.keep_best and save % validate and validate % save:

@@ -6,6 +6,7 @@ Every message says what failed, where, what was expected and found, and what to 
 """
 
 import contextlib
+import re
 import sys
 from typing import NoReturn
 
@@ -101,9 +102,21 @@ def parse_flags(arguments: list[str]) -> list[str]:
                 hasattr(flags.FLAGS["config"].value, "model")  # raises if it could not be loaded
             return rest
         except Exception as error:  # also whatever a config file raises: it is Python
-            reason = " ".join(" ".join(map(str, error.args)).split())
-            given = " ".join(one for one in arguments if one.startswith("--config"))
-            raise ConfigError(
-                f"{reason} ({type(error).__name__}), in: {given}. A field is passed as "
-                "--config.GROUP.NAME=VALUE; jtok_jax/config.py and model_config.py have all."
-            ) from error
+            raise ConfigError(_reason(error, arguments)) from error
+
+
+def _reason(error: Exception, arguments: list[str]) -> str:
+    text = " ".join(map(str, error.args))
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return f"{text}. Fields of the configuration are --config.GROUP.NAME=VALUE."
+    if isinstance(error, OSError):
+        files = [one for one in arguments if one.startswith("--config=")]
+        return f"{' '.join(files)} cannot be loaded: there is no such file, or it fails. {text}"
+    name = re.match(r"\W*(\w+)", text)
+    if isinstance(error, AttributeError) and name:
+        options = [one for one in arguments if re.match(rf"--config\..*\b{name[1]}\b", one)]
+        meant = re.search(r'Did you mean "(\w+)"', text)
+        known = "jtok_jax/config.py and model_config.py have all of them."
+        hint = f"Did you mean {meant[1]!r}?" if meant else known
+        return f"{' '.join(options)}: there is no field {name[1]!r}. {hint}"
+    return text if isinstance(error, flags.Error) else f"{text} ({type(error).__name__})"

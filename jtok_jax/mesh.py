@@ -56,7 +56,8 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     if config.data == -1 and devices % others:
         raise ConfigError(
             f"mesh.fsdp x expert x tensor is {others}, which does not divide the {devices} "
-            "devices there are."
+            f"devices there are. Choose other sizes; a CPU simulates 8 with "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8."
         )
     if math.prod(shape) != devices:
         raise ConfigError(

@@ -90,7 +90,7 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # of a reader that has gone
-            os.write(2, f"\n{self.name}: stopping; a step under way is saved first.\n".encode())
+            os.write(2, f"\n{self.name}: stopping once the step under way is saved.\n".encode())
         if self._several:
             signal.raise_signal(signal.SIGTERM)
 
