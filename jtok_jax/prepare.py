@@ -8,48 +8,22 @@ python -m jtok_jax.prepare --input='docs/*.jsonl.xz' --output=data/docs --vocab_
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import pathlib
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
 
 import tokenizers
-import tqdm
 
 import jtok_jax
-from jtok_jax.data import corpus, manifest, tokenizer, windows
+from jtok_jax.data import manifest, tokenizer, windows
 from jtok_jax.data.corpus import Skipped
+from jtok_jax.data.source import Recipe, Source
 from jtok_jax.errors import DataError, exit_on_error
 
 DEFAULT_VOCAB = 4096
 ENCODE_BATCH = 256  # documents encoded at once, on all cores
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a corpus was made; a second call with the same recipe does nothing."""
-
-    input: str
-    valid_input: str
-    valid_fraction: float
-    vocab_size: int  # of a new tokenizer; 0: the default
-    tokenizer: str
-    end_token: str
-    seq_len: int
-    on_bad_text: str
-
-    def __post_init__(self):
-        if self.seq_len < 1:
-            raise DataError(f"--seq_len is {self.seq_len}; expected at least 1.")
-        if not 0 <= self.valid_fraction <= 1:
-            raise DataError(f"--valid_fraction is {self.valid_fraction}; expected 0 to 1.")
-        if self.vocab_size >= 1 << 31:
-            raise DataError(f"--vocab_size is {self.vocab_size}; ids are 32-bit integers.")
-        if self.tokenizer and self.vocab_size:
-            raise DataError("--vocab_size is that of a new tokenizer; --tokenizer takes one.")
 
 
 def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
@@ -78,7 +52,8 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
 
 
 def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> manifest.Manifest:
-    source = _Source(recipe)
+    source = Source(recipe)
+    print(source.note, end="")
     encoder = _tokenizer(recipe, source, partial)
     end_id = tokenizer.end_token_id(encoder, recipe.end_token)
     size = max(encoder.get_vocab().values()) + 1  # ids may have gaps
@@ -112,42 +87,7 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
     return result
 
 
-class _Source:
-    """The documents of a recipe with the split each belongs to; can be read many times."""
-
-    def __init__(self, recipe: Recipe):
-        self._recipe = recipe
-        self._valid = corpus.find_files(recipe.valid_input) if recipe.valid_input else []
-        held_out = {path.resolve() for path in self._valid}
-        files = corpus.find_files(recipe.input)
-        self._train = [path for path in files if path.resolve() not in held_out]
-        if not self._train:
-            raise DataError(f"All files of --input={recipe.input} are held out by --valid_input.")
-
-    def documents(self, skipped: Skipped, label: str) -> Iterator[tuple[str, str]]:
-        """Yield (split, text) of the whole input, with a progress bar over its bytes.
-
-        Bad documents are counted in `skipped` where the recipe, or an input's nature, allows it.
-        """
-        total = sum(path.stat().st_size for path in (*self._train, *self._valid))
-        with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
-            advance = lambda path: bar.update(path.stat().st_size)
-            recipe = self._recipe
-            for files, pattern in ((self._train, recipe.input), (self._valid, recipe.valid_input)):
-                # The embedded corpus has bad files on purpose.
-                skip = recipe.on_bad_text == "skip" or pattern == corpus.STDLIB
-                counted = skipped if skip else None
-                for text in corpus.read_documents(files, skipped=counted, on_file=advance):
-                    held_out = files is self._valid or (not self._valid and self._chosen(text))
-                    yield "valid" if held_out else "train", text
-
-    def _chosen(self, text: str) -> bool:
-        """Return whether a text is held out: by its own hash, so equal texts are together."""
-        digest = hashlib.sha256(text.encode()).digest()
-        return int.from_bytes(digest[:8]) < self._recipe.valid_fraction * 2**64
-
-
-def _tokenizer(recipe: Recipe, source: _Source, folder: pathlib.Path) -> tokenizers.Tokenizer:
+def _tokenizer(recipe: Recipe, source: Source, folder: pathlib.Path) -> tokenizers.Tokenizer:
     target = folder / tokenizer.FILE_NAME
     if recipe.tokenizer:
         encoder = tokenizer.load_tokenizer(pathlib.Path(recipe.tokenizer))
@@ -185,14 +125,12 @@ def _check_splits(result: manifest.Manifest) -> None:
     for name in ("train", "valid"):
         split = getattr(result, name)
         if not split.windows:
-            few = result.train.documents + result.valid.documents
-            share = f"another --valid_fraction (there are {few} documents)"
-            if few == 1:
-                share = "several files (a file of text is one document, and cannot be split)"
+            count = result.train.documents + result.valid.documents
             raise DataError(
                 f"The {name} split has {split.documents} documents and no window of "
-                f"{result.seq_len} tokens. Give more text, a shorter --seq_len, {share}, or "
-                "held-out files with --valid_input."
+                f"{result.seq_len} tokens. Give more text, a shorter --seq_len, another "
+                f"--valid_fraction (there are {count} documents), or held-out files with "
+                "--valid_input."
             )
 
 

@@ -298,10 +298,24 @@ def test_impossible_recipes_are_refused(tmp_path, changes, message):
         prepare(small_recipe(tmp_path, **changes), tmp_path / "out")
 
 
-def test_one_text_is_one_document(tmp_path):
-    (tmp_path / "all.txt").write_text("a word and another " * 500)
-    with pytest.raises(DataError, match=r"several files .*, or held-out files with --valid_input"):
-        prepare(small_recipe(tmp_path), tmp_path / "out")
+def test_the_tail_of_a_single_text_is_held_out_and_never_trains(tmp_path, capsys):
+    lines = [f"{i} a word and another" for i in range(400)]
+    text = "\n".join([*lines, "tail \u0416 " * 20])
+    (tmp_path / "all.txt").write_text(text)
+    result = prepare(small_recipe(tmp_path, valid_fraction=0.1), tmp_path / "out")
+    assert "the last 0.1 of each is held out" in capsys.readouterr().out
+    encoder = tokenizer.load_tokenizer(tmp_path / "out" / "tokenizer.json")
+    parts = {}
+    for name in ("train", "valid"):
+        windows = Windows(tmp_path / "out", result, name, seq_len=64)
+        ids = np.concatenate([windows[index][1:] for index in range(len(windows))])
+        parts[name] = encoder.decode(ids[: getattr(result, name).targets].tolist())
+    assert text.startswith(parts["train"])
+    assert text.endswith(parts["valid"])
+    assert parts["valid"].startswith("36")  # a whole line
+    assert result.train.text_bytes + result.valid.text_bytes == len(text.encode())
+    assert 0.1 <= result.valid.text_bytes / len(text.encode()) <= 0.13
+    assert "\u00d0\u0138" not in encoder.get_vocab()  # bytes of the tail's letter are not merged
 
 
 def test_prepare_command_line(tmp_path, capsys):
