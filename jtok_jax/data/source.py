@@ -68,13 +68,14 @@ class Source:
         """
         total = sum(path.stat().st_size for path in (*self._train, *self._valid))
         with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
-            advance = lambda path: bar.update(path.stat().st_size)
             recipe = self._recipe
             for files, pattern in ((self._train, recipe.input), (self._valid, recipe.valid_input)):
                 # The embedded corpus has bad files on purpose.
                 skip = recipe.on_bad_text == "skip" or pattern == corpus.STDLIB
                 counted = skipped if skip else None
-                for text in corpus.read_documents(files, skipped=counted, on_file=advance):
+                before = bar.n
+                for text, position in corpus.read_documents(files, skipped=counted):
+                    bar.update(before + position - bar.n)
                     if self._tails:
                         yield from _with_tail(text, recipe.valid_fraction)
                     else:
