@@ -102,11 +102,12 @@ def _tokenizer(recipe: Recipe, source: Source, folder: pathlib.Path) -> tokenize
 
 def _already_prepared(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     found = manifest.read_manifest(output)
-    wanted = dataclasses.asdict(recipe)
+    defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
+    before = defaults | found.recipe  # a recipe of an earlier version has fewer options
     changed = [
-        f"{name}: {found.recipe.get(name)!r}, now {value!r}"
-        for name, value in wanted.items()
-        if found.recipe.get(name) != value
+        f"{name}: {before[name]!r}, now {value!r}"
+        for name, value in dataclasses.asdict(recipe).items()
+        if before[name] != value
     ]
     if changed:
         raise DataError(
@@ -158,6 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--tokenizer", default="", help="take this tokenizer.json instead of training one")
     option("--end_token", default=tokenizer.END_TOKEN, help="token between documents")
     option("--seq_len", type=int, default=1024, help="targets per window (1024)")
+    option("--text_key", default="text", help="of JSON objects, or the Parquet column (text)")
     option("--on-bad-text", choices=("refuse", "skip"), default="refuse", dest="on_bad_text")
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")

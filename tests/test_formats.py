@@ -12,6 +12,7 @@ from test_prepare import texts
 
 from jtok_jax.data import corpus
 from jtok_jax.errors import DataError
+from jtok_jax.prepare import main as prepare_main
 
 MARK = b"\xef\xbb\xbf"
 
@@ -68,3 +69,15 @@ def test_zstd_with_a_long_window(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.shutil, "which", lambda _: None)
     with pytest.raises(DataError, match=r"window over 128 MiB .* Install it"):
         texts(str(path))
+
+
+def test_another_text_key_is_named_or_the_keys_are_listed(tmp_path, capsys):
+    rows = [{"id": i, "content": f"{i} words and words " * 9} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        with pytest.raises(DataError, match=r"\"text\"\. Its keys: id, content\. .*--text_key=KEY"):
+            texts(str(tmp_path / name))
+        options = [f"--input={tmp_path / name}", f"--output={tmp_path / 'out' / name}"]
+        prepare_main([*options, "--text_key=content", "--vocab_size=300", "--seq_len=64"])
+        assert "60 documents" in capsys.readouterr().out

@@ -111,7 +111,7 @@ def test_damaged_files_are_refused_even_when_skipping_bad_text(tmp_path, name, c
 
 def test_parquet_without_text_and_patterns_without_files_are_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"no column \"text\"\. Its columns: body"):
+    with pytest.raises(DataError, match=r"no column \"text\"\. Its keys: body"):
         texts(str(tmp_path / "x.parquet"))
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "y.parquet")
     with pytest.raises(DataError, match='"text" holds int64'):
@@ -195,6 +195,12 @@ def test_prepare_again_does_nothing_and_other_options_are_refused(tmp_path, caps
     before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
     assert prepare(recipe, tmp_path / "out") == first
     assert "nothing to do" in capsys.readouterr().out
+    path = tmp_path / "out" / "manifest.json"
+    earlier = json.loads(path.read_text())
+    del earlier["recipe"]["text_key"]  # as an earlier version wrote it
+    path.write_text(json.dumps(earlier))
+    before = path.stat().st_mtime_ns
+    prepare(recipe, tmp_path / "out")
     with pytest.raises(DataError, match="seq_len: 64, now 32"):
         prepare(replace(recipe, seq_len=32), tmp_path / "out")
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before

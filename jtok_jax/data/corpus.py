@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
 
 import pyarrow
@@ -197,16 +197,20 @@ def _text_of(origin: str, record: object, text_key: str) -> str:
     text = record.get(text_key, 0) if isinstance(record, dict) else record
     if text is None or isinstance(text, str):
         return text or ""
-    keys = f" Its keys: {', '.join(record)}." if isinstance(record, dict) else ""
+    keys = f" {_one_of(record)}" if isinstance(record, dict) else ""
     raise DataError(f'{origin}: no string under "{text_key}".{keys}')
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return f"Its keys: {', '.join(names)}. Name that of the text with --text_key=KEY."
 
 
 def _parquet(file: Opened) -> Contents:
     key, types = file.text_key, pyarrow.types
     with pyarrow.parquet.ParquetFile(file.path) as table:
         if key not in table.schema_arrow.names:
-            names = ", ".join(table.schema_arrow.names)
-            raise DataError(f'{file.path}: no column "{key}". Its columns: {names}.')
+            names = _one_of(table.schema_arrow.names)
+            raise DataError(f'{file.path}: no column "{key}". {names}')
         kind = table.schema_arrow.field(key).type
         values = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(values) or types.is_large_string(values)):

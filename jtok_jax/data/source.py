@@ -25,6 +25,7 @@ class Recipe:
     end_token: str
     seq_len: int
     on_bad_text: str
+    text_key: str = "text"
 
     def __post_init__(self):
         if self.seq_len < 1:
@@ -74,7 +75,8 @@ class Source:
                 skip = recipe.on_bad_text == "skip" or pattern == corpus.STDLIB
                 counted = skipped if skip else None
                 before = bar.n
-                for text, position in corpus.read_documents(files, skipped=counted):
+                found = corpus.read_documents(files, skipped=counted, text_key=recipe.text_key)
+                for text, position in found:
                     bar.update(before + position - bar.n)
                     if self._tails:
                         yield from _with_tail(text, recipe.valid_fraction)
