@@ -108,6 +108,11 @@ def load(
     folder = pathlib.Path(data or saved.config.data.path)
     found = manifest.read_manifest(folder)
     require_same_tokenizer(saved, found.tokenizer_sha256, folder)
+    if not found.tokenizer_sha256:
+        raise ConfigError(
+            f"{folder} was prepared from token ids without a tokenizer, so no text can be read.\n"
+            "Prepare it with --tokenizer, the one that made the ids, and train on that."
+        )
     encoder = tokenizer.load_tokenizer(folder / tokenizer.FILE_NAME)
     return LoadedRun(saved.config, saved.params, encoder, found.end_id, saved.step)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""python -m jtok_jax.prepare: text, JSONL or Parquet into shards of token windows.
+"""python -m jtok_jax.prepare: text, JSON, Parquet or token ids into token windows.
 
 python -m jtok_jax.prepare --input=stdlib --output=data/stdlib
 python -m jtok_jax.prepare --input='docs/*.jsonl.xz' --output=data/docs --vocab_size=8192
@@ -8,22 +8,22 @@ python -m jtok_jax.prepare --input='docs/*.jsonl.xz' --output=data/docs --vocab_
 
 import argparse
 import dataclasses
-import itertools
 import pathlib
 import secrets
 import shutil
 import sys
+from collections.abc import Iterator
 
 import tokenizers
 
 import jtok_jax
-from jtok_jax.data import manifest, tokenizer, windows
+from jtok_jax.data import manifest, token_ids, tokenizer, windows
 from jtok_jax.data.corpus import Skipped
-from jtok_jax.data.source import Recipe, Source
+from jtok_jax.data.source import Piece, Recipe, Source
 from jtok_jax.errors import DataError, exit_on_error
 
 DEFAULT_VOCAB = 4096
-ENCODE_BATCH = 256  # documents encoded at once, on all cores
+ENCODE_BATCH, ENCODE_SIZE = 256, 1 << 20  # documents or characters encoded at once
 
 
 def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
@@ -52,25 +52,27 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
 
 
 def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> manifest.Manifest:
-    source = Source(recipe)
+    given = tokenizer.load_tokenizer(pathlib.Path(recipe.tokenizer)) if recipe.tokenizer else None
+    source = Source(recipe, vocab_size=_vocabulary(given) if given else recipe.vocab_size)
     print(source.note, end="")
-    encoder = _tokenizer(recipe, source, partial)
-    end_id = tokenizer.end_token_id(encoder, recipe.end_token)
-    size = max(encoder.get_vocab().values()) + 1  # ids may have gaps
+    encoder = given if given or recipe.ids else _new_tokenizer(recipe, source)
+    digest = ""  # token ids may come without a tokenizer
+    if encoder:
+        target = partial / tokenizer.FILE_NAME
+        shutil.copyfile(recipe.tokenizer, target) if given else encoder.save(str(target))
+        digest = manifest.file_sha256(target)
+    size = _vocabulary(encoder) if encoder else recipe.vocab_size
+    end_id = recipe.end_id if recipe.ids else tokenizer.end_token_id(encoder, recipe.end_token)
     form = {"seq_len": recipe.seq_len, "end_id": end_id}
     form["dtype"] = "uint16" if size <= 1 << 16 else "uint32"
     writers = {name: windows.WindowWriter(partial, name, **form) for name in ("train", "valid")}
     skipped = Skipped()
-    documents = source.documents(skipped, "encoding")
-    while group := list(itertools.islice(documents, ENCODE_BATCH)):
-        texts = [text for _, text in group]
-        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-        for (split, text), encoding in zip(group, encodings, strict=True):
-            writers[split].add(encoding.ids, text_bytes=len(text.encode()))
+    write = _write_ids if recipe.ids else _write_text
+    write(writers, encoder, source, skipped)
     result = manifest.Manifest(
         format=manifest.FORMAT,
         vocab_size=size,
-        tokenizer_sha256=manifest.file_sha256(partial / tokenizer.FILE_NAME),
+        tokenizer_sha256=digest,
         train=writers["train"].close(pad_tail=False),
         valid=writers["valid"].close(pad_tail=True),
         recipe={**dataclasses.asdict(recipe), "version": jtok_jax.__version__},
@@ -87,17 +89,55 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
     return result
 
 
-def _tokenizer(recipe: Recipe, source: Source, folder: pathlib.Path) -> tokenizers.Tokenizer:
-    target = folder / tokenizer.FILE_NAME
-    if recipe.tokenizer:
-        encoder = tokenizer.load_tokenizer(pathlib.Path(recipe.tokenizer))
-        shutil.copyfile(recipe.tokenizer, target)
-        return encoder
-    documents = source.documents(Skipped(), "training the tokenizer")
-    texts = (text for split, text in documents if split == "train")
-    encoder = tokenizer.train_tokenizer(texts, vocab_size=recipe.vocab_size or DEFAULT_VOCAB)
-    encoder.save(str(target))
-    return encoder
+Writers = dict[str, windows.WindowWriter]  # of each split
+
+
+def _write_text(
+    writers: Writers, encoder: tokenizers.Tokenizer, source: Source, skipped: Skipped
+) -> None:
+    pieces = source.pieces(skipped, "encoding", cut=tokenizer.may_cut(encoder))
+    for group in _groups(pieces):
+        texts = [piece.content for piece in group]
+        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+        for piece, encoding in zip(group, encodings, strict=True):
+            size = len(piece.content.encode())
+            writers[piece.split].add(encoding.ids, text_bytes=size, last=piece.last)
+
+
+def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Yield pieces that are encoded at once, on all cores; long ones a few at a time."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.content)
+        if len(group) == ENCODE_BATCH or size >= ENCODE_SIZE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _write_ids(
+    writers: Writers, decoder: tokenizers.Tokenizer | None, source: Source, skipped: Skipped
+) -> None:
+    """Write token ids as they are; without a tokenizer their bytes of text are unknown, 0."""
+    for piece in source.pieces(skipped, "reading token ids"):
+        size = 0
+        if decoder:
+            text = decoder.decode(piece.content.tolist(), skip_special_tokens=False)
+            size = len(text.encode())
+        writers[piece.split].add(piece.content, text_bytes=size, last=piece.last)
+
+
+def _vocabulary(encoder: tokenizers.Tokenizer) -> int:
+    """Return the size of a vocabulary, whose ids may have gaps."""
+    return max(encoder.get_vocab().values()) + 1
+
+
+def _new_tokenizer(recipe: Recipe, source: Source) -> tokenizers.Tokenizer:
+    pieces = source.pieces(Skipped(), "training the tokenizer", cut=True)
+    texts = (piece.content for piece in pieces if piece.split == "train")
+    return tokenizer.train_tokenizer(texts, vocab_size=recipe.vocab_size or DEFAULT_VOCAB)
 
 
 def _already_prepared(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
@@ -160,6 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     option("--end_token", default=tokenizer.END_TOKEN, help="token between documents")
     option("--seq_len", type=int, default=1024, help="targets per window (1024)")
     option("--text_key", default="text", help="of JSON objects, or the Parquet column (text)")
+    option("--ids", choices=token_ids.DTYPES, default="", help="the input holds token ids")
+    option("--end_id", type=int, default=-1, help="between the documents of --ids")
     option("--on-bad-text", choices=("refuse", "skip"), default="refuse", dest="on_bad_text")
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")

@@ -26,7 +26,9 @@ ZSTD = pyarrow.Codec("zstd")
 
 
 def texts(pattern: str, skipped=None) -> list[str]:
-    return [one.text for one in corpus.read_documents(corpus.find_files(pattern), skipped=skipped)]
+    return [
+        one.content for one in corpus.read_documents(corpus.find_files(pattern), skipped=skipped)
+    ]
 
 
 # --------------------------------------------------------------------------- reading
@@ -64,7 +66,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
     [
         ("empty.txt", b"", "empty document"),
         ("bad.txt", b"abc\xff", r"invalid UTF-8 at byte 3 \(0xff\)"),
-        ("ids.npy", bytes([7, 0, 9, 0]), "ids.npy: binary, not text: NUL at character 1"),
+        ("data.ids", bytes([7, 0, 9, 0]), "data.ids: binary, not text: NUL at character 1"),
         ("empty.jsonl", b"", "empty document"),
         ("blank.jsonl", b'{"text": ""}\n', "blank.jsonl:1: empty document"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl:2: invalid UTF-8"),

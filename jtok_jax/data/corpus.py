@@ -22,11 +22,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
 from jtok_jax.errors import DataError
 
+IDS_SUFFIXES = (".bin", ".npy", ".idx")  # of files of token ids
 COMPRESSED = (".gz", ".xz", ".zst")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONG_WINDOW = "too much memory"  # in the error of zstd
@@ -49,9 +51,9 @@ class Skipped:
 
 
 class Document(NamedTuple):
-    """The text of one document and the bytes of all files read up to its end."""
+    """The text, or token ids, of one document and the bytes of all files read up to its end."""
 
-    text: str
+    content: str | np.ndarray
     position: int
 
 
@@ -110,6 +112,10 @@ def read_documents(
                 yield Document(_text(origin, content), before + position)
             except BadText as error:
                 reason, message = error.args
+                if path.suffix in IDS_SUFFIXES and reason != "empty":
+                    raise DataError(
+                        f"{message}\nIt looks like token ids: pass --ids=uint16, or their dtype."
+                    ) from error
                 if skipped is None:
                     advice = "Use --on-bad-text=skip to drop and count such documents."
                     raise DataError(f"{message} {advice}") from error

@@ -64,7 +64,7 @@ class PreparedSource:
     """A corpus written by jtok_jax.prepare.
 
     fingerprint: changes whenever the same step would give other tokens. valid_bytes: UTF-8 bytes of
-    the held-out documents; of a part by its share of tokens.
+    the held-out documents; of a part by its share of tokens; 0: not known, as of token ids.
     """
 
     def __init__(self, config: Config):
@@ -124,6 +124,8 @@ class PreparedSource:
                 f"tables. Pass --config.model.vocab_size={found.vocab_size} or more."
             )
         path = folder / tokenizer.FILE_NAME
+        if not found.tokenizer_sha256:  # token ids of --vocab_size
+            return
         if not path.is_file() or manifest.file_sha256(path) != found.tokenizer_sha256:
             raise DataError(f"{path} is not the tokenizer the shards were written with.")
 

@@ -4,13 +4,21 @@
 
 import dataclasses
 import hashlib
+import itertools
+import pathlib
+import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
 import tqdm
 
-from jtok_jax.data import corpus
-from jtok_jax.data.corpus import Skipped
+from jtok_jax.data import corpus, token_ids
+from jtok_jax.data.corpus import Document, Skipped
 from jtok_jax.errors import DataError
+
+PIECE = 1 << 18  # characters, or ids, of long documents that come in parts
+WORD_END = re.compile(r"\S[ \n]")  # byte-level tokenizers begin a new word there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Recipe:
     seq_len: int
     on_bad_text: str
     text_key: str = "text"
+    ids: str = ""  # dtype of token ids made elsewhere; empty: text
+    end_id: int = -1  # among them, between documents
 
     def __post_init__(self):
         if self.seq_len < 1:
@@ -36,6 +46,20 @@ class Recipe:
             raise DataError(f"--vocab_size is {self.vocab_size}; ids are 32-bit integers.")
         if self.tokenizer and self.vocab_size:
             raise DataError("--vocab_size is that of a new tokenizer; --tokenizer takes one.")
+        if self.ids and not (self.tokenizer or self.vocab_size):
+            raise DataError("--ids needs --tokenizer, which made them, or their --vocab_size.")
+        if bool(self.ids) != (self.end_id >= 0):
+            raise DataError(
+                "--ids and --end_id go together: the id between documents, or one no text has."
+            )
+
+
+class Piece(NamedTuple):
+    """A document, or a part of a long one, in its split."""
+
+    split: str
+    content: str | np.ndarray
+    last: bool  # of its document
 
 
 class Source:
@@ -45,8 +69,10 @@ class Source:
     tail of every document is. `note` says so.
     """
 
-    def __init__(self, recipe: Recipe):
-        self._recipe = recipe
+    def __init__(self, recipe: Recipe, *, vocab_size: int):
+        self._recipe, self._vocab_size = recipe, vocab_size  # the latter of token ids
+        if recipe.ids and recipe.end_id >= vocab_size:
+            raise DataError(f"--end_id is {recipe.end_id}; expected 0 to {vocab_size - 1}.")
         self._valid = corpus.find_files(recipe.valid_input) if recipe.valid_input else []
         held_out = {path.resolve() for path in self._valid}
         files = corpus.find_files(recipe.input)
@@ -58,52 +84,87 @@ class Source:
         if not self._valid and 0 < share < 1:
             self._tails = not self._both_splits()
         self.note = self._tails * (
-            f"Too few documents to hold out whole ones: the last {share:.3g} of each is held out, "
-            "from a line end on.\n"
+            f"Too few documents to hold out whole ones: the last {share:.3g} of each is held out"
+            f"{'' if recipe.ids else ', from a line end on'}.\n"
         )
 
-    def documents(self, skipped: Skipped, label: str) -> Iterator[tuple[str, str]]:
-        """Yield (split, text) of the whole input, with a progress bar over its bytes.
+    def pieces(self, skipped: Skipped, label: str, *, cut: bool = False) -> Iterator[Piece]:
+        """Yield the whole input, with a progress bar over its bytes.
 
-        Bad documents are counted in `skipped` where the recipe, or an input's nature, allows it.
+        Args:
+            skipped: counts bad documents where the recipe, or an input's nature, allows them.
+            cut: long texts come in parts, of which a byte-level tokenizer makes the same ids.
         """
-        total = sum(path.stat().st_size for path in (*self._train, *self._valid))
+        sizes = [[path.stat().st_size for path in files] for files in (self._train, self._valid)]
+        before, total = sum(sizes[0]), sum(itertools.chain(*sizes))
         with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
-            recipe = self._recipe
-            for files, pattern in ((self._train, recipe.input), (self._valid, recipe.valid_input)):
-                # The embedded corpus has bad files on purpose.
-                skip = recipe.on_bad_text == "skip" or pattern == corpus.STDLIB
-                counted = skipped if skip else None
-                before = bar.n
-                found = corpus.read_documents(files, skipped=counted, text_key=recipe.text_key)
-                for text, position in found:
-                    bar.update(before + position - bar.n)
-                    if self._tails:
-                        yield from _with_tail(text, recipe.valid_fraction)
-                    else:
-                        held_out = files is self._valid or (not self._valid and self._chosen(text))
-                        yield "valid" if held_out else "train", text
+            for document in self._read(self._train, self._recipe.input, skipped):
+                yield from self._cut(document, self._split(document.content), bar, cut)
+            for content, position in self._read(self._valid, self._recipe.valid_input, skipped):
+                document = Document(content, before + position)
+                yield from self._cut(document, [("valid", content)], bar, cut)
+
+    def _read(
+        self, files: list[pathlib.Path], pattern: str, skipped: Skipped
+    ) -> Iterator[Document]:
+        recipe = self._recipe
+        if recipe.ids:
+            form = {"dtype": recipe.ids, "end_id": recipe.end_id, "vocab_size": self._vocab_size}
+            return token_ids.read_ids(files, **form)
+        # The embedded corpus has bad files on purpose.
+        skip = recipe.on_bad_text == "skip" or pattern == corpus.STDLIB
+        counted = skipped if skip else None
+        return corpus.read_documents(files, skipped=counted, text_key=recipe.text_key)
+
+    def _split(self, content: str | np.ndarray) -> list[tuple[str, str | np.ndarray]]:
+        """Return (split, content) of a document of --input, or of its head and its tail."""
+        share = self._recipe.valid_fraction
+        if self._tails:
+            place = _tail(content, share)
+            parts = ("train", content[:place]), ("valid", content[place:])
+            return [part for part in parts if len(part[1])]
+        chosen = not self._valid and _fraction(content) < share * 2**64
+        return [("valid" if chosen else "train", content)]
+
+    def _cut(self, document: Document, parts: list, bar: tqdm.tqdm, cut: bool) -> Iterator[Piece]:
+        """Yield the parts of a document, or pieces of them; the bar moves when one is done with."""
+        start, done, size = bar.n, 0, len(document.content)
+        for split, content in parts:
+            at = 0
+            while at < len(content):
+                end = _end_of_piece(content, at, cut)
+                yield Piece(split, content[at:end], end == len(content))
+                done, at = done + end - at, end
+                bar.update(start + (document.position - start) * done // size - bar.n)
 
     def _both_splits(self) -> bool:
         """Return whether both splits get a whole document; reads only until that is known."""
         found = set()
         return any(
-            found.add(split) or len(found) == 2
-            for split, _ in self.documents(Skipped(), "choosing held-out documents")
+            found.add(piece.split) or len(found) == 2
+            for piece in self.pieces(Skipped(), "choosing held-out documents")
         )
 
-    def _chosen(self, text: str) -> bool:
-        """Return whether a text is held out: by its own hash, so equal texts are together."""
-        digest = hashlib.sha256(text.encode()).digest()
-        return int.from_bytes(digest[:8]) < self._recipe.valid_fraction * 2**64
+
+def _fraction(content: str | np.ndarray) -> int:
+    """Return 0 to 2^64 of a document, by its own hash, so equal documents are held out together."""
+    data = content.encode() if isinstance(content, str) else content.astype("<u4").tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8])
 
 
-def _with_tail(text: str, share: float) -> Iterator[tuple[str, str]]:
-    """Yield a text up to its held-out tail, and that tail."""
-    held_out = max(1, round(len(text) * share))
-    cut = wanted = len(text) - held_out
-    for mark in " \n":  # at a line end, else a space, that makes the tail at most twice as long
-        cut = text.rfind(mark, max(0, wanted - held_out), wanted) + 1 or cut
-    for split, part in (("train", text[:cut]), ("valid", text[cut:])):
-        if part:
-            yield split, part
+def _tail(content: str | np.ndarray, share: float) -> int:
+    """Return where the held-out tail of a document begins, in a text at a line end or a space."""
+    held_out = max(1, round(len(content) * share))
+    place = wanted = len(content) - held_out
+    if isinstance(content, str):
+        for mark in " \n":  # the latter counts more; the tail is at most twice as long as asked
+            place = content.rfind(mark, max(0, wanted - held_out), wanted) + 1 or place
+    return place
+
+
+def _end_of_piece(content: str | np.ndarray, start: int, cut: bool) -> int:
+    """Return where the piece from `start` ends: before a space or a line end, if a text is cut."""
+    if isinstance(content, np.ndarray):
+        return min(start + PIECE, len(content))
+    found = WORD_END.search(content, start + PIECE) if cut else None
+    return found.start() + 1 if found else len(content)

@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Byte-level BPE with the `tokenizers` library: train one, or take a tokenizer.json."""
 
+import json
 import pathlib
 from collections.abc import Iterable
 
@@ -47,6 +48,15 @@ def _for_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def may_cut(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Return whether a text cut before a space after a word gives the same ids as the whole."""
+    parts = json.loads(tokenizer.to_str())
+    words = parts["pre_tokenizer"] or {}
+    plain = words.get("type") == "ByteLevel" and words.get("use_regex", True)
+    added = any(not token["special"] for token in parts["added_tokens"])
+    return plain and not words["add_prefix_space"] and not parts["normalizer"] and not added
 
 
 def end_token_id(tokenizer: tokenizers.Tokenizer, end_token: str) -> int:

@@ -31,11 +31,11 @@ class WindowWriter:
         self._writer, self._in_shard, self._shards = None, 0, []
         self._targets = self._documents = self._text_bytes = 0
 
-    def add(self, ids: Sequence[int], *, text_bytes: int) -> None:
-        """Append one document of `ids` and the end token after it."""
-        document = np.array([*ids, self._end_id], self._stream.dtype)
-        self._stream = np.concatenate([self._stream, document])
-        self._documents += 1
+    def add(self, ids: Sequence[int], *, text_bytes: int, last: bool = True) -> None:
+        """Append ids of a document, and the end token after its last ones."""
+        parts = self._stream, ids, [self._end_id] * last
+        self._stream = np.concatenate([np.asarray(part, self._stream.dtype) for part in parts])
+        self._documents += last
         self._text_bytes += text_bytes
         while len(self._stream) > self._seq_len:
             self._write(self._stream[: self._seq_len + 1], targets=self._seq_len)
