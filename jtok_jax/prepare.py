@@ -59,7 +59,10 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
     digest = ""  # token ids may come without a tokenizer
     if encoder:
         target = partial / tokenizer.FILE_NAME
-        shutil.copyfile(recipe.tokenizer, target) if given else encoder.save(str(target))
+        if given:
+            shutil.copyfile(recipe.tokenizer, target)
+        else:
+            target.write_text(encoder.to_str(pretty=True), "utf-8")
         digest = manifest.file_sha256(target)
     size = _vocabulary(encoder) if encoder else recipe.vocab_size
     end_id = recipe.end_id if recipe.ids else tokenizer.end_token_id(encoder, recipe.end_token)
