@@ -14,6 +14,7 @@ import tokenizers
 
 from jtok_jax.config import Config
 from jtok_jax.data import manifest, tokenizer
+from jtok_jax.data.encoding import encode_text
 from jtok_jax.errors import ConfigError
 from jtok_jax.inference.generator import for_inference, for_mesh, generate
 from jtok_jax.inference.sampling import Sampling
@@ -39,7 +40,7 @@ class LoadedRun(NamedTuple):
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a document: the end token, then those of the text."""
-        return [self.end_id, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        return [self.end_id, *encode_text(self.tokenizer, text, self.end_id)]
 
     def logits(self, text: str) -> np.ndarray:
         """Return float32 [T, V]: row i predicts the token after the first i + 1 of `encode`."""

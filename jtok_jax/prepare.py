@@ -19,6 +19,7 @@ import tokenizers
 import jtok_jax
 from jtok_jax.data import manifest, token_ids, tokenizer, windows
 from jtok_jax.data.corpus import Skipped
+from jtok_jax.data.encoding import TextEncoder
 from jtok_jax.data.source import Piece, Recipe, Source
 from jtok_jax.errors import DataError, exit_on_error
 
@@ -70,8 +71,14 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
     form["dtype"] = "uint16" if size <= 1 << 16 else "uint32"
     writers = {name: windows.WindowWriter(partial, name, **form) for name in ("train", "valid")}
     skipped = Skipped()
-    write = _write_ids if recipe.ids else _write_text
-    write(writers, encoder, source, skipped)
+    counting = encoder and TextEncoder(encoder, end_id, max_lost=recipe.max_lost_text)
+    if recipe.ids:
+        _write_ids(writers, counting, source, skipped)
+    else:
+        cut = tokenizer.may_cut(encoder)
+        _write_text(writers, counting, source.pieces(skipped, "encoding", cut=cut))
+    if counting:
+        counting.check()
     result = manifest.Manifest(
         format=manifest.FORMAT,
         vocab_size=size,
@@ -80,6 +87,7 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
         valid=writers["valid"].close(pad_tail=True),
         recipe={**dataclasses.asdict(recipe), "version": jtok_jax.__version__},
         skipped=dict(skipped.counts),
+        text={name: dict(found) for name, found in counting.counts.items()} if counting else {},
         **form,
     )
     _check_splits(result)
@@ -89,22 +97,21 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
     partial.rename(output)
     for line in skipped.describe():
         print(line)
+    if counting:
+        print("What the token ids hold of the text:", *map(counting.describe, writers), sep="\n")
     return result
 
 
 Writers = dict[str, windows.WindowWriter]  # of each split
 
 
-def _write_text(
-    writers: Writers, encoder: tokenizers.Tokenizer, source: Source, skipped: Skipped
-) -> None:
-    pieces = source.pieces(skipped, "encoding", cut=tokenizer.may_cut(encoder))
+def _write_text(writers: Writers, encoder: TextEncoder, pieces: Iterator[Piece]) -> None:
     for group in _groups(pieces):
         texts = [piece.content for piece in group]
-        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-        for piece, encoding in zip(group, encodings, strict=True):
+        found = encoder.encode([piece.split for piece in group], texts)
+        for piece, ids in zip(group, found, strict=True):
             size = len(piece.content.encode())
-            writers[piece.split].add(encoding.ids, text_bytes=size, last=piece.last)
+            writers[piece.split].add(ids, text_bytes=size, last=piece.last)
 
 
 def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
@@ -121,14 +128,11 @@ def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _write_ids(
-    writers: Writers, decoder: tokenizers.Tokenizer | None, source: Source, skipped: Skipped
+    writers: Writers, counting: TextEncoder | None, source: Source, skipped: Skipped
 ) -> None:
     """Write token ids as they are; without a tokenizer their bytes of text are unknown, 0."""
     for piece in source.pieces(skipped, "reading token ids"):
-        size = 0
-        if decoder:
-            text = decoder.decode(piece.content.tolist(), skip_special_tokens=False)
-            size = len(text.encode())
+        size = counting.measure(piece.split, piece.content.tolist()) if counting else 0
         writers[piece.split].add(piece.content, text_bytes=size, last=piece.last)
 
 
@@ -205,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--text_key", default="text", help="of JSON objects, or the Parquet column (text)")
     option("--ids", choices=token_ids.DTYPES, default="", help="the input holds token ids")
     option("--end_id", type=int, default=-1, help="between the documents of --ids")
+    option("--max_lost_text", type=float, default=0.01, help="share a tokenizer may lose (0.01)")
     option("--on-bad-text", choices=("refuse", "skip"), default="refuse", dest="on_bad_text")
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")

@@ -36,12 +36,15 @@ class Recipe:
     text_key: str = "text"
     ids: str = ""  # dtype of token ids made elsewhere; empty: text
     end_id: int = -1  # among them, between documents
+    max_lost_text: float = 0.01  # share that the ids may not hold
 
     def __post_init__(self):
         if self.seq_len < 1:
             raise DataError(f"--seq_len is {self.seq_len}; expected at least 1.")
         if not 0 <= self.valid_fraction <= 1:
             raise DataError(f"--valid_fraction is {self.valid_fraction}; expected 0 to 1.")
+        if not 0 <= self.max_lost_text <= 1:
+            raise DataError(f"--max_lost_text is {self.max_lost_text}; expected 0 to 1.")
         if self.vocab_size >= 1 << 31:
             raise DataError(f"--vocab_size is {self.vocab_size}; ids are 32-bit integers.")
         if self.tokenizer and self.vocab_size:
