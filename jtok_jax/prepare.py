@@ -210,7 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     option("--ids", choices=token_ids.DTYPES, default="", help="the input holds token ids")
     option("--end_id", type=int, default=-1, help="between the documents of --ids")
     option("--max_lost_text", type=float, default=0.01, help="share a tokenizer may lose (0.01)")
-    option("--on-bad-text", choices=("refuse", "skip"), default="refuse", dest="on_bad_text")
+    spellings = "--on_bad_text", "--on-bad-text"
+    option(*spellings, choices=("refuse", "skip"), default="refuse", help="(refuse)")
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")
     with exit_on_error():

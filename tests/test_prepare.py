@@ -78,7 +78,7 @@ def test_bad_text_is_refused_or_counted(tmp_path, name, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         texts(str(path))
-    assert "--on-bad-text=skip" in str(caught.value)
+    assert "--on_bad_text=skip" in str(caught.value)
     skipped = corpus.Skipped()
     texts(str(path), skipped)
     assert sum(skipped.counts.values()) == 1
@@ -335,7 +335,8 @@ def test_prepare_command_line(tmp_path, capsys):
         prepare_main(arguments)
     assert stop.value.code == 5
     assert "DataError" in capsys.readouterr().err
-    prepare_main([*arguments, "--on-bad-text=skip"])
+    prepare_main([*arguments, "--on_bad_text=skip"])
+    prepare_main([*arguments, "--on-bad-text=skip"])  # the former spelling
     out = capsys.readouterr().out
     assert "skipped 1 (not UTF-8)" in out
     assert "vocabulary 300, windows of 64 tokens" in out

@@ -117,7 +117,7 @@ def read_documents(
                         f"{message}\nIt looks like token ids: pass --ids=uint16, or their dtype."
                     ) from error
                 if skipped is None:
-                    advice = "Use --on-bad-text=skip to drop and count such documents."
+                    advice = "Use --on_bad_text=skip to drop and count such documents."
                     raise DataError(f"{message} {advice}") from error
                 skipped.add(reason, message)
         before += path.stat().st_size
