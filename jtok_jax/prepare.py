@@ -187,7 +187,8 @@ def _describe(result: manifest.Manifest, output: pathlib.Path) -> str:
     for name in ("train", "valid"):
         split = getattr(result, name)
         lines.append(
-            f"  {name}: {split.documents:,} documents, {split.text_bytes:,} bytes, "
+            f"  {name}: {split.documents:,} documents, "
+            f"{f'{split.text_bytes:,} bytes, ' if split.text_bytes else ''}"
             f"{split.targets:,} tokens in {split.windows:,} windows ({len(split.shards)} shards)"
         )
     return "\n".join(lines)

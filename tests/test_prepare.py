@@ -311,7 +311,7 @@ def test_the_tail_of_a_single_text_is_held_out_and_never_trains(tmp_path, capsys
     text = "\n".join([*lines, "tail \u0416 " * 20])
     (tmp_path / "all.txt").write_text(text)
     result = prepare(small_recipe(tmp_path, valid_fraction=0.1), tmp_path / "out")
-    assert "the last 0.1 of each is held out" in capsys.readouterr().out
+    assert "the last 10% of each is held out, from a line" in capsys.readouterr().out
     encoder = tokenizer.load_tokenizer(tmp_path / "out" / "tokenizer.json")
     parts = {}
     for name in ("train", "valid"):

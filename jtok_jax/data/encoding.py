@@ -72,7 +72,10 @@ class TextEncoder:
 
     def decode(self, batch: list[list[int]]) -> list[str]:
         """Return the text the ids hold: what is unknown is left out."""
-        known = [[one for one in ids if one != self._unknown] for ids in batch]
+        known = [
+            [one for one in ids if one != self._unknown] if self._unknown in ids else ids
+            for ids in batch
+        ]
         return self._tokenizer.decode_batch(known, skip_special_tokens=False)
 
     def check(self, enough: int = 0) -> None:
@@ -90,18 +93,17 @@ class TextEncoder:
         """Return what the ids hold of a split, in a line."""
         counts = self.counts[split]
         shares = [
-            counts[part] / max(1, counts[whole])
+            100 * counts[part] / max(1, counts[whole])
             for part, whole in (("unknown", "tokens"), ("lost", "bytes"))
         ]
         ends = f"; it spells {self._end_token!r} {counts['ends']:,} times, kept as text"
         return (
-            f"  {split}: {shares[0]:.2%} of tokens unknown, {shares[1]:.2%} of text lost"
+            f"  {split}: {shares[0]:.3g}% of tokens unknown, {shares[1]:.3g}% of text lost"
             f"{ends if counts['ends'] else ''}"
         )
 
     def _count(self, split: str, ids: list[int], **more: int) -> None:
-        unknown = sum(one == self._unknown for one in ids)
-        self.counts[split].update(tokens=len(ids), unknown=unknown, **more)
+        self.counts[split].update(tokens=len(ids), unknown=ids.count(self._unknown), **more)
 
 
 def _difference(text: str, other: str) -> int:

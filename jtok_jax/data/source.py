@@ -87,7 +87,7 @@ class Source:
         if not self._valid and 0 < share < 1:
             self._tails = not self._both_splits()
         self.note = self._tails * (
-            f"Too few documents to hold out whole ones: the last {share:.3g} of each is held out"
+            f"Too few documents to hold out whole ones: the last {100 * share:.3g}% of each is held out"
             f"{'' if recipe.ids else ', from a line end on'}.\n"
         )
 
@@ -151,8 +151,13 @@ class Source:
 
 def _fraction(content: str | np.ndarray) -> int:
     """Return 0 to 2^64 of a document, by its own hash, so equal documents are held out together."""
-    data = content.encode() if isinstance(content, str) else content.astype("<u4").tobytes()
-    return int.from_bytes(hashlib.sha256(data).digest()[:8])
+    digest = hashlib.sha256()
+    if isinstance(content, str):
+        digest.update(content.encode())
+    else:
+        for start in range(0, len(content), PIECE):  # a file may be one document
+            digest.update(content[start : start + PIECE].astype("<u4").tobytes())
+    return int.from_bytes(digest.digest()[:8])
 
 
 def _tail(content: str | np.ndarray, share: float) -> int:
