@@ -203,11 +203,11 @@ def _text_of(origin: str, record: object, text_key: str) -> str:
     text = record.get(text_key, 0) if isinstance(record, dict) else record
     if text is None or isinstance(text, str):
         return text or ""
-    keys = f" {_one_of(record)}" if isinstance(record, dict) else ""
+    keys = f" {_list_keys(record)}" if isinstance(record, dict) else ""
     raise DataError(f'{origin}: no string under "{text_key}".{keys}')
 
 
-def _one_of(names: Iterable[str]) -> str:
+def _list_keys(names: Iterable[str]) -> str:
     return f"Its keys: {', '.join(names)}. Name that of the text with --text_key=KEY."
 
 
@@ -215,7 +215,7 @@ def _parquet(file: Opened) -> Contents:
     key, types = file.text_key, pyarrow.types
     with pyarrow.parquet.ParquetFile(file.path) as table:
         if key not in table.schema_arrow.names:
-            names = _one_of(table.schema_arrow.names)
+            names = _list_keys(table.schema_arrow.names)
             raise DataError(f'{file.path}: no column "{key}". {names}')
         kind = table.schema_arrow.field(key).type
         values = kind.value_type if types.is_dictionary(kind) else kind

@@ -126,7 +126,7 @@ class Source:
             place = _tail(content, share)
             parts = ("train", content[:place]), ("valid", content[place:])
             return [part for part in parts if len(part[1])]
-        chosen = not self._valid and _fraction(content) < share * 2**64
+        chosen = not self._valid and _hash64(content) < share * 2**64
         return [("valid" if chosen else "train", content)]
 
     def _cut(self, document: Document, parts: list, bar: tqdm.tqdm, cut: bool) -> Iterator[Piece]:
@@ -149,8 +149,8 @@ class Source:
         )
 
 
-def _fraction(content: str | np.ndarray) -> int:
-    """Return 0 to 2^64 of a document, by its own hash, so equal documents are held out together."""
+def _hash64(content: str | np.ndarray) -> int:
+    """Return a hash below 2^64 of a document, so that equal ones are held out together."""
     digest = hashlib.sha256()
     if isinstance(content, str):
         digest.update(content.encode())

@@ -14,7 +14,7 @@ import numpy as np
 from jtok_jax.data.corpus import Document
 from jtok_jax.errors import DataError
 
-DTYPES = ("uint16", "uint32", "int32", "int64")
+DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 CHUNK = 1 << 24  # ids looked at together
 MEGATRON_MAGIC = b"MMIDIDX\0\0"
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
