@@ -87,8 +87,8 @@ class Source:
         if not self._valid and 0 < share < 1:
             self._tails = not self._both_splits()
         self.note = self._tails * (
-            f"Too few documents to hold out whole ones: the last {100 * share:.3g}% of each is held out"
-            f"{'' if recipe.ids else ', from a line end on'}.\n"
+            f"Too few documents to hold out whole ones: the last {100 * share:.3g}% of each is "
+            f"held out{'' if recipe.ids else ', from a line end on'}.\n"
         )
 
     def pieces(self, skipped: Skipped, label: str, *, cut: bool = False) -> Iterator[Piece]:
