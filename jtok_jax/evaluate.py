@@ -80,10 +80,7 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     result = evaluate(
         eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for
     )
-    hosts.say(
-        f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "
-        f"{result.val_bpb:.6f} bits/byte"
-    )
+    hosts.say(f"step {saved.step}: {result:.6f}")
 
 
 def _whole(config: Config, options: argparse.Namespace) -> Config:

@@ -282,7 +282,7 @@ class Run:
         )
         if validation is None:
             return {}
-        self.hosts.say(f"step {step}: {validation}")
+        self.hosts.say(f"step {step}: {validation:.4f}")
         return validation._asdict()
 
     def _write(self, step: int, values: dict[str, object]) -> None:
