@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="of compute and tables; default float32 on a CPU")
     parser.add_argument("--texts", action="store_true", help="compare with transformers")
     parser.add_argument("--tokens", type=int, default=64, help="of a text, with --texts")
+    parser.add_argument("--clock", default="wall", choices=texts.CLOCKS, help="with --texts")
     parser.add_argument("--before", help="with --texts: folder with an earlier commit")
     arguments = parser.parse_args()
     device = jax.devices()[0]

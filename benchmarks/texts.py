@@ -5,6 +5,8 @@
 The same dense weights in one run, from prompts to ids on the host. Arms take turns within a round;
 a ratio is the median over rounds of the ratio to transformers within one (10th to 90th percentile).
 An earlier commit, checked out elsewhere, runs in a process of its own that waits while others run.
+--clock=cpu counts the seconds of all cores, for a machine that does other work; give both libraries
+one core (taskset, OMP_NUM_THREADS=1), or waiting threads count too.
 """
 
 import functools
@@ -38,14 +40,35 @@ def prompts_of(config: ModelConfig, batch: int, length: int) -> list[list[int]]:
     return np.random.default_rng(0).integers(0, config.vocab_size, (batch, length)).tolist()
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def timed(function, clock: str) -> tuple[np.ndarray, float]:
+    """Return what `function` returns, and the seconds it took."""
+    start = CLOCKS[clock]()
+    result = function()
+    return result, CLOCKS[clock]() - start
+
+
 class Ours:
     """The library that is imported here."""
 
     def __init__(self, config: ModelConfig, params):
         self._of = config, params
 
-    def generate(self, prompts, *, tokens, sampling):
-        return generate(*self._of, prompts, tokens=tokens, sampling=Sampling(*sampling), seed=0)
+    def generate(self, prompts, clock, *, tokens, sampling):
+        options = {"tokens": tokens, "sampling": Sampling(*sampling), "seed": 0}
+        return timed(functools.partial(generate, *self._of, prompts, **options), clock)
+
+
+class Theirs:
+    """What transformers has."""
+
+    def __init__(self, llama):
+        self._llama = llama
+
+    def generate(self, prompts, clock, **options):
+        return timed(functools.partial(self._llama.generate, prompts, **options), clock)
 
 
 class Before:
@@ -61,30 +84,28 @@ class Before:
             stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path},
         )  # fmt: skip
 
-    def generate(self, prompts, *, tokens, sampling):
-        call = {"prompts": prompts, "tokens": tokens, "sampling": sampling}
+    def generate(self, prompts, clock, **options):
+        call = {"prompts": prompts, "clock": clock, **options}
         print(json.dumps(call), file=self._process.stdin, flush=True)
-        return np.array(json.loads(self._process.stdout.readline()))
+        ids, seconds = json.loads(self._process.stdout.readline())
+        return np.array(ids), seconds
 
     def end(self):
         self._process.stdin.close()
         self._process.wait()
 
 
-def compare(arms: dict, prompts, *, tokens: int, rounds: int) -> None:
+def compare(arms: dict, prompts, *, tokens: int, rounds: int, clock: str) -> None:
     """Print tokens a second of every arm and kind of sampling for one batch."""
     for kind, sampling in KINDS.items():
         of = {"tokens": tokens, "sampling": sampling}
-        run = {name: functools.partial(arm.generate, prompts, **of) for name, arm in arms.items()}
-        texts = {name: one() for name, one in run.items()}  # compiled
+        texts = {name: arm.generate(prompts, clock, **of)[0] for name, arm in arms.items()}
         taken = {name: [] for name in arms}
         for index in range(rounds):
             names = list(arms)
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
-                start = time.perf_counter()
-                run[name]()
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(arms[name].generate(prompts, clock, **of)[1])
         for name, seconds in taken.items():
             ratio = np.array(taken["transformers"]) / np.array(seconds)
             speed = len(prompts) * tokens / np.median(seconds)
@@ -99,8 +120,9 @@ def main(config: ModelConfig, arguments) -> None:
     from llama import Llama
 
     params = params_of(config)
-    arms = {"transformers": Llama(config, params), "now": Ours(config, params)}
-    print("        ", arms["transformers"].version)
+    llama = Llama(config, params)
+    arms = {"transformers": Theirs(llama), "now": Ours(config, params)}
+    print("        ", llama.version)
     if arguments.before:
         names = ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim")
         fields = {name: getattr(config, name) for name in (*names, "compute_dtype", "head_dim")}
@@ -109,7 +131,8 @@ def main(config: ModelConfig, arguments) -> None:
           "          equal ids")  # fmt: skip
     for batch in arguments.batches:
         prompts = prompts_of(config, batch, arguments.length)
-        compare(arms, prompts, tokens=arguments.tokens, rounds=arguments.rounds)
+        options = {name: getattr(arguments, name) for name in ("tokens", "rounds", "clock")}
+        compare(arms, prompts, **options)
     if arguments.before:
         arms["before"].end()
 
@@ -120,7 +143,8 @@ def serve() -> None:
     ours = Ours(config, params_of(config))
     for line in sys.stdin:
         call = json.loads(line)
-        print(json.dumps(ours.generate(call.pop("prompts"), **call).tolist()), flush=True)
+        ids, seconds = ours.generate(**call)
+        print(json.dumps([ids.tolist(), seconds]), flush=True)
 
 
 if __name__ == "__main__":

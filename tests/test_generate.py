@@ -134,6 +134,8 @@ def test_sampling_frequencies():
     top_2 = [0.625, 0, 0.375, 0]
     np.testing.assert_allclose(_frequencies(logits, Sampling(top_k=2)), top_2, atol=0.03)
     np.testing.assert_allclose(_frequencies(logits, Sampling(top_p=0.7)), top_2, atol=0.03)
+    both = Sampling(top_k=2, top_p=0.55)  # of all probabilities, not of those of the two
+    np.testing.assert_allclose(_frequencies(logits, both), top_2, atol=0.03)
     only = [1, 0, 0, 0]
     np.testing.assert_array_equal(_frequencies(logits, Sampling(top_p=0.01)), only)
     np.testing.assert_array_equal(_frequencies(logits, Sampling(temperature=0.0)), only)
@@ -144,8 +146,8 @@ def test_top_p_keeps_the_smallest_set_and_what_is_as_likely_as_its_last():
     rng = np.random.default_rng(0)
     logits = np.round(2 * rng.standard_normal((6, 300)), 1).astype(np.float32)
     for top_p in (1e-6, 0.3, 0.9, 0.999):
-        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
-        kept = np.asarray(_most_likely(jnp.asarray(weights), jnp.float32(top_p))) > 0
+        weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+        kept = np.asarray(_most_likely(weights, np.float32(top_p) * weights.sum(axis=1))) > 0
         for row, one in zip(np.float64(weights), kept, strict=True):
             heavier = np.array([row[row > x].sum() for x in row])
             np.testing.assert_array_equal(one, heavier < top_p * row.sum())

@@ -49,11 +49,11 @@ def prefill(model: Transformer, ids_BT: jax.Array, lengths_B: jax.Array, *, capa
     attend = lambda q, k, v, _: AttentionResult(causal(q, k, v, kind=kind), (k, v))
     output = model(ids_BT, attend=attend)
     length = ids_BT.shape[1]
-    room = ((0, 0), (0, 0), (0, 0), (0, capacity - length), (0, 0))
-    keys, values = [jnp.pad(new.swapaxes(2, 3), room) for new in output.cached]
+    room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
+    with_room = lambda new_BTKH: jnp.pad(new_BTKH.swapaxes(1, 2), room)
     last_BD = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     cache = Cache(
-        layers=[(keys[i], values[i]) for i in range(model.config.num_layers)],
+        layers=[(with_room(k), with_room(v)) for k, v in zip(*output.cached, strict=True)],
         filled_BX=jnp.arange(capacity) < lengths_B[:, None],
         place=jnp.int32(length),
         lengths_B=lengths_B,

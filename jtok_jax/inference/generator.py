@@ -115,8 +115,12 @@ def _keys_of(prompts: list[list[int]], seed: int) -> jax.Array:
     for prompt in map(tuple, prompts):
         numbers.append(zlib.crc32(np.array([before[prompt], *prompt], "<i4").tobytes()))
         before[prompt] += 1
-    fold = functools.partial(jax.random.fold_in, jax.random.key(seed))
-    return jax.vmap(fold)(np.array(numbers, np.uint32))
+    return _folded(jax.random.key(seed), np.array(numbers, np.uint32))
+
+
+@jax.jit
+def _folded(key, numbers_B):
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers_B)
 
 
 @jax.jit

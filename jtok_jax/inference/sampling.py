@@ -13,7 +13,7 @@ BLOCK = 128  # ids whose weights are summed before one of them is searched
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Limits act on the probabilities after the temperature.
+    """How tokens are drawn; both limits act on all ids' probabilities after the temperature.
 
     `temperature` and `top_p` may change without compiling again, if they are not neutral before or
     after.
@@ -39,28 +39,28 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, options: Sampling) -> jax.Ar
     """
     if options.temperature is None:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    ids_BK = None
-    if options.top_k:
-        logits_BV, ids_BK = jax.lax.top_k(logits_BV, options.top_k)
     most_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
-    temperature = jnp.maximum(options.temperature, 1e-6)
-    weights_BV = jnp.exp((logits_BV - most_B1) / temperature)  # at most 1
+    logits_BV = (logits_BV - most_B1) / jnp.maximum(options.temperature, 1e-6)
+    whole_B = jnp.exp(logits_BV).sum(axis=-1)
+    ids_Bk = None
+    if options.top_k:
+        logits_BV, ids_Bk = jax.lax.top_k(logits_BV, options.top_k)
+    weights_BV = jnp.exp(logits_BV)  # at most 1
     if options.top_p is not None:
-        weights_BV = _most_likely(weights_BV, options.top_p)
+        weights_BV = _most_likely(weights_BV, options.top_p * whole_B)
     drawn_B = _draw(weights_BV, keys_B)
-    if ids_BK is not None:
-        drawn_B = jnp.take_along_axis(ids_BK, drawn_B[:, None], axis=-1)[:, 0]
+    if ids_Bk is not None:
+        drawn_B = jnp.take_along_axis(ids_Bk, drawn_B[:, None], axis=-1)[:, 0]
     return drawn_B.astype(jnp.int32)
 
 
-def _most_likely(weights_BV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Weights of the smallest set with `top_p` of their sum, zeros elsewhere.
+def _most_likely(weights_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
+    """Weights of the smallest set that sums to `wanted`, zeros elsewhere; all if none does.
 
     The least weight of the set is found by bisection. Floats of at least 0 have the order of their
     bits, so 30 halvings reach neighbours: the limit is exact.
     """
     bits_BV = jax.lax.bitcast_convert_type(weights_BV, jnp.int32)
-    wanted_B = top_p * weights_BV.sum(axis=-1)
     least, beyond = [jax.lax.bitcast_convert_type(jnp.float32(x), jnp.int32) for x in (0, 1)]
 
     def halve(_, bounds):
