@@ -89,7 +89,7 @@ def _written(old: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax
 
 
 def _attend(query_B1NH, key_BKXH, value_BKXH, filled_BX) -> jax.Array:
-    """Mixed values [B, 1, N, H] of one query a sequence; scores and softmax are float32."""
+    """Return mixed values [B, 1, N, H] of one query a sequence; scores and softmax are float32."""
     batch, heads, _, size = key_BKXH.shape
     query_BKGH = query_B1NH.reshape(batch, heads, -1, size)
     score = {"preferred_element_type": jnp.float32}

@@ -32,7 +32,7 @@ class Sampling:
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, options: Sampling) -> jax.Array:
-    """One int32 id per sequence, each drawn with a random key of its own.
+    """Return one int32 id per sequence, each drawn with a random key of its own.
 
     Top-k of equally likely tokens takes the lower ids. Top-p takes all tokens as likely as the last
     one that it needs, so at least one. `options` are those of `Sampling.without_neutral`.
@@ -55,7 +55,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, options: Sampling) -> jax.Ar
 
 
 def _most_likely(weights_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
-    """Weights of the smallest set that sums to `wanted`, zeros elsewhere; all if none does.
+    """Return weights of the smallest set that sums to `wanted`, zeros elsewhere; all if none does.
 
     The least weight of the set is found by bisection. Floats of at least 0 have the order of their
     bits, so 30 halvings reach neighbours: the limit is exact.
@@ -76,7 +76,7 @@ def _most_likely(weights_BV: jax.Array, wanted_B: jax.Array) -> jax.Array:
 
 
 def _draw(weights_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """An index by weight: first a block of `BLOCK` by its sum, then one of the block.
+    """Return an index by weight: first a block of `BLOCK` by its sum, then one of the block.
 
     That takes two random numbers a sequence, not one an id.
     """
@@ -89,7 +89,7 @@ def _draw(weights_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
 
 
 def _search(weights_BN: jax.Array, share_B: jax.Array) -> jax.Array:
-    """The first index whose running sum exceeds a share of the whole; its weight is not 0."""
+    """Return the first index whose running sum exceeds a share of the whole; it has a weight."""
     running_BN = jnp.cumsum(weights_BN, axis=-1)
     whole_B = running_BN[:, -1]
     target_B = jnp.minimum(share_B * whole_B, jnp.nextafter(whole_B, 0))  # rounding may reach it

@@ -27,7 +27,7 @@ from jtok_jax.model.jtok import jtok_layer
 from jtok_jax.model.layers import FeedForward, Rotation, rms_norm, rotation
 from jtok_jax.model.moe import Moe
 from jtok_jax.model.splash import SAVED
-from jtok_jax.model.tables import Lookup, Rows, make_reader
+from jtok_jax.model.tables import Lookup, Reader, Rows, make_reader
 from jtok_jax.model.variables import Embedding, Table, normal, ones
 from jtok_jax.model_config import ModelConfig
 
@@ -157,7 +157,7 @@ class Transformer(nnx.Module):
 
     @property
     def named_tables(self) -> dict[str, Table]:
-        """Every table by its path, the order of which does not change."""
+        """Return every table by its path, the order of which does not change."""
         found = nnx.to_flat_state(nnx.state(self, Table))
         return {"/".join(path): table for path, table in found}
 
@@ -195,19 +195,19 @@ class Transformer(nnx.Module):
         exchanges, mesh = parallel or ({}, None)
         attend = attend or _attend_causally(config, mesh)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
-        tables = self.named_tables
-        reader = make_reader(tables, config.id_streams, ids_BT, before_BC, training, exchanges)
+        reader = make_reader(
+            self.named_tables, config.id_streams, ids_BT, before_BC, training, exchanges
+        )
         in_layers = reader.in_layers
         partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)
+        options = {"rope": rope, "mesh": mesh, "with_health": with_health}
 
         def body(h_BTD, layer):
             params, stacks, row_grads, cache = layer
-            mine = {"rope": rope, "attend": lambda q, k, v: attend(q, k, v, cache), "mesh": mesh}
             lookups = reader.of_layer(stacks, row_grads)
-            run = functools.partial(
-                nnx.merge(graph, params), h_BTD, with_health=with_health, **mine
-            )
+            mine = lambda query, key, value: attend(query, key, value, cache)
+            run = functools.partial(nnx.merge(graph, params), h_BTD, attend=mine, **options)
             if not partly:
                 out_BTD, cached, aux = run(lookups=lookups)
             else:  # the index is negative in layers without JTok's tables
@@ -217,28 +217,32 @@ class Transformer(nnx.Module):
                 )
             return split(out_BTD, split_batch), (cached, aux)
 
-        h_BTD = split(self.embed[ids_BT].astype(config.compute_dtype), split_columns)
-        for name in sorted(tables.keys() - in_layers.keys()):
-            h_BTD = h_BTD + reader.at_input(name).rows().astype(h_BTD.dtype)
-        h_BTD = split(h_BTD, split_batch)
+        h_BTD = split(self._input(ids_BT, reader, split), split_batch)
         stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
-        layers = params, stacks, row_grads
-        if cache is None:
-            run = _remat(body, config.remat)
-            h_BTD, (cached, aux) = jax.lax.scan(run, h_BTD, (*layers, None))
-        else:
-            h_BTD, (cached, aux) = _one_by_one(body, h_BTD, layers, cache)
+        layers = params, stacks, row_grads, cache
+        over_layers = jax.lax.scan if cache is None else _one_by_one
+        h_BTD, (cached, aux) = over_layers(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
         return Output(hidden_BTD, cached, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
 
+    def _input(self, ids_BT: jax.Array, reader: Reader, split: Callable) -> jax.Array:
+        """Return the embedding of `ids` and the rows of tables at the input, added."""
+        h_BTD = split(self.embed[ids_BT].astype(self.config.compute_dtype), split_columns)
+        for name in sorted(reader.tables.keys() - reader.in_layers.keys()):
+            h_BTD = h_BTD + reader.at_input(name).rows().astype(h_BTD.dtype)
+        return h_BTD
 
-def _one_by_one(body: Callable, h_BTD: jax.Array, layers, cache: Sequence):
-    """Return what a scan over layers would, without slicing `cache` out of a stack and back."""
-    cached, auxs = [], []
+
+def _one_by_one(body: Callable, h_BTD: jax.Array, layers: tuple):
+    """Return what a scan over layers would; of the last of `layers`, the cache, nothing is sliced.
+
+    Caches of layers are arrays apart, so that each is read and written where it lies.
+    """
+    (*stacks, cache), cached, auxs = layers, [], []
     for index, of_layer in enumerate(cache):
-        mine = jax.tree.map(lambda stack, index=index: stack[index], layers)
+        mine = jax.tree.map(lambda stack, index=index: stack[index], stacks)
         h_BTD, (new, aux) = body(h_BTD, (*mine, of_layer))
         cached.append(new)
         auxs.append(aux)
@@ -281,13 +285,13 @@ def _split(x: jax.Array, how: NamedSharding) -> jax.Array:
 
 
 def _moments(x_BTD: jax.Array) -> jax.Array:
-    """float32 [B, 2]: means of x and x^2 by sequence, so that no layer waits for other devices."""
+    """Return float32 [B, 2], means of x and x^2 by sequence: no layer waits for other devices."""
     x_BTD = jax.lax.stop_gradient(x_BTD).astype(jnp.float32)
     return jnp.stack([x_BTD.mean(axis=(1, 2)), jnp.square(x_BTD).mean(axis=(1, 2))], axis=-1)
 
 
 def _with_stds(health: dict[str, jax.Array], final_B2: jax.Array) -> dict[str, jax.Array]:
-    """`health` with deviations of the stream for its moments, and that after all layers."""
+    """Return `health` with deviations of the stream for its moments, and that after all layers."""
 
     def std(moments_B2):
         mean, square = jnp.moveaxis(moments_B2.mean(axis=-2), -1, 0)
