@@ -23,7 +23,6 @@ from jtok_jax.config_dict import from_config_dict
 from jtok_jax.errors import ConfigError, exit_on_error, parse_flags
 from jtok_jax.hosts import ALONE, Hosts, joined
 from jtok_jax.launch import recognise
-from jtok_jax.training.guards import WorkdirLock
 from jtok_jax.training.run import open_run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/.", lock_config=True)
@@ -46,8 +45,7 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
             run.compile(state)
         if run.validation_due:
             run.validate_first(state)
-        for step in run.steps():
-            batch = run.read_batch(step)
+        for step, batch in run.batches():
             health = run.health_step(state.params, batch[0]) if run.log_due(step) else {}
             state, metrics = run.train_step(state, *batch)  # queued: the device works on it
             run.report(step, metrics, health)  # waits for the step before this one
@@ -71,7 +69,7 @@ def main(arguments: list[str]) -> None:
                 raise ConfigError(f"--{name} is missing. Example: {__doc__.splitlines()[0]}")
         config, workdir = from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value)
         launch = recognise(os.environ, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-        with joined(launch, workdir, config.train, WorkdirLock) as hosts:
+        with joined(launch, workdir, config.train) as hosts:
             train(config, workdir, hosts)
 
 

@@ -133,6 +133,6 @@ class ArmsConfig:
 
     @property
     def table_streams(self) -> dict[str, tuple[str, ...]]:
-        """The id streams that tables of the arms read, by arm."""
+        """Return the id streams that tables of the arms read, by arm."""
         chosen = self.chosen().items()
         return {name: one.table_streams for name, one in chosen if hasattr(one, "table_streams")}

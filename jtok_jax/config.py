@@ -40,7 +40,7 @@ class TableOptimizerConfig:
 
     @property
     def owners(self) -> tuple[str, ...]:
-        """Layers whose tables have values of their own."""
+        """Return the layers whose tables have values of their own."""
         return tuple(dict.fromkeys(owner for owner, _, _ in self._overrides()))
 
     def of(self, owner: str) -> "TableOptimizerConfig":
@@ -234,7 +234,8 @@ class Config:
         if unknown:
             raise ConfigError(
                 f"optimizer.tables.overrides names {', '.join(sorted(unknown))}, which has no "
-                f"tables here; there are those of {', '.join(self.model.table_owners) or 'none'}."
+                f"tables here; there are those of {', '.join(self.model.table_owners) or 'none'}. "
+                "model.jtok.kind and model.arms.names turn layers on."
             )
         save, validate = self.checkpoint.every, self.evaluation.every
         if self.checkpoint.keep_best and save % validate and validate % save:
@@ -248,7 +249,7 @@ class Config:
         return self.schedule.steps or self.train.steps
 
     def unique_rows(self, stream: str) -> int:
-        """U: rows of a table that a step has gradients for, one for each different id of a stream.
+        """Return U, the rows of a table that a step has gradients for: one a different id.
 
         train.max_unique_ids is of tokens; of n-grams there is always room for all.
         """

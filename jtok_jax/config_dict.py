@@ -16,18 +16,18 @@ _MESH = "--config.mesh."
 
 
 def to_dict(config: Config) -> dict:
-    """The whole configuration as nested dicts of plain values (what a checkpoint stores)."""
+    """Return the whole configuration as nested dicts of plain values (what a checkpoint stores)."""
     return dataclasses.asdict(config)
 
 
 def from_config_dict(values: ml_collections.ConfigDict | dict) -> Config:
-    """The checked configuration. Raises ConfigError at an unknown, missing or mistyped key."""
+    """Return the checked configuration. Raises ConfigError at an unknown or mistyped key."""
     plain = values if isinstance(values, dict) else values.to_dict()
     return _build(Config, plain, "")
 
 
 def completed(saved: dict, default: dict | None = None) -> dict:
-    """What an earlier version saved, with the fields added since at their defaults.
+    """Return what an earlier version saved, with the fields added since at their defaults.
 
     A new field therefore starts at a value that changes nothing. Groups of options that no longer
     exist are dropped: what they were for is refused by the name that turned it on.
@@ -38,8 +38,17 @@ def completed(saved: dict, default: dict | None = None) -> dict:
     return default | known | groups
 
 
+def differences(left: dict, right: dict, of_left: str, of_right: str) -> list[str]:
+    """Return a line "KEY: VALUE of_left, VALUE of_right" for each key whose values differ."""
+    return [
+        f"{key}: {left.get(key)!r} {of_left}, {right.get(key)!r} {of_right}"
+        for key in sorted(left.keys() | right.keys())
+        if left.get(key) != right.get(key)
+    ]
+
+
 def flatten(values: dict, prefix: str = "") -> dict[str, object]:
-    """{'train.steps': 10, ...} of nested dicts."""
+    """Return {'train.steps': 10, ...} of nested dicts."""
     flat = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -59,7 +68,7 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_mesh(options: argparse.Namespace) -> MeshConfig | None:
-    """What the options of `add_mesh_options` say; None if none was given."""
+    """Return what the options of `add_mesh_options` say; None if none was given."""
     prefix = _MESH.removeprefix("--")
     given = {k.removeprefix(prefix): v for k, v in vars(options).items() if k.startswith(prefix)}
     return MeshConfig(**given) if given else None

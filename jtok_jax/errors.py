@@ -81,13 +81,11 @@ def exit_on_error():
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
-        _exit(
-            1,
-            f"{reason}\nA device has too little memory. python -m jtok_jax.plan says what takes it "
-            "and what would fit: model.remat=full, model.loss_chunk, train.grad_accumulation, "
-            "another mesh.",
+        advice = (
+            "A device has too little memory. python -m jtok_jax.plan says what takes it and what "
+            "would fit: model.remat=full, model.loss_chunk, train.grad_accumulation, another mesh."
         )
+        _exit(1, f"{str(error).splitlines()[0]}\n{advice}")
 
 
 def _exit(code: int, message: str) -> NoReturn:
@@ -121,4 +119,4 @@ def _reason(error: Exception, arguments: list[str]) -> str:
         known = "jtok_jax/config.py and model_config.py have all of them."
         hint = f"Did you mean {meant[1]!r}?" if meant else known
         return f"{' '.join(options)}: there is no field {name[1]!r}. {hint}"
-    return f"{text} ({type(error).__name__})"
+    return text if isinstance(error, flags.Error) else f"{text} ({type(error).__name__})"

@@ -9,7 +9,6 @@ mesh.fsdp. Several processes are started as for train.py (docs/hosts.md).
 """
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -24,9 +23,10 @@ from jtok_jax.hosts import Hosts, code_and_versions, joined
 from jtok_jax.launch import recognise
 from jtok_jax.mesh import check_batches, make_mesh, replicated
 from jtok_jax.model.placement import describe, fitting
-from jtok_jax.training.checkpoint import checkpoints_of, load_params, require_same_tokenizer
+from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import StallWatch
+from jtok_jax.training.resume import checkpoints_of
 from jtok_jax.training.step import make_eval_step
 
 
@@ -48,8 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         given = options.coordinator_address, options.num_processes, options.process_id
         launch = recognise(os.environ, *given)
         checkpoints_of(options.workdir)  # processes that look for each other would make the folder
-        unlocked = lambda workdir: contextlib.nullcontext()  # a run may go on meanwhile
-        with joined(launch, options.workdir, TrainConfig(), unlocked) as hosts:
+        with joined(launch, options.workdir, TrainConfig()) as hosts:
             run(options, hosts)
 
 
@@ -76,19 +75,16 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     if mesh.size > 1:
         hosts.say(describe(config, mesh))
     eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
-    seconds, told = config.train.stall_seconds, {"file": "stall-evaluate.txt", "after": ""}
-    stall = StallWatch(options.workdir, seconds, hosts.announce, **told)
+    file = options.workdir / "stall-evaluate.txt"
+    stall = StallWatch(file, config.train.stall_seconds, hosts.announce)
     result = evaluate(
         eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for
     )
-    hosts.say(
-        f"step {saved.step}: validation loss {result.val_loss:.6f} nats/token, "
-        f"{result.val_bpb:.6f} bits/byte"
-    )
+    hosts.say(f"step {saved.step}: {result:.6f}")
 
 
 def _whole(config: Config, options: argparse.Namespace) -> Config:
-    """`config` of the run, over all held-out sequences of the data asked for."""
+    """Return `config` of the run, over all held-out sequences of the data asked for."""
     evaluation = dataclasses.replace(config.evaluation, max_sequences=0)
     if options.batch_size is not None:
         evaluation = dataclasses.replace(evaluation, batch_size=options.batch_size)

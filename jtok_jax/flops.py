@@ -29,7 +29,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device by the longest known prefix of its kind, or None if unknown (CPU)."""
+    """Return the peak of one device by the longest known prefix of its kind, or None."""
     known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
@@ -59,7 +59,7 @@ class Counts:
 
 
 def count(config: ModelConfig, *, seq_len: int) -> Counts:
-    """Counts of `config`; see `Counts` for what they include."""
+    """Return the counts of `config`; see `Counts` for what they include."""
     parameters = declared(config).values()
     tables = [one for one in parameters if one.is_table]
     dense = [one for one in parameters if not one.is_table]
@@ -83,13 +83,13 @@ def _size(one: Declared) -> int:
 
 
 def _share(one: Declared) -> int:
-    """Entries that a token is multiplied by."""
+    """Return the entries that a token is multiplied by."""
     part, whole = one.share
     return _size(one) * part // whole
 
 
 def _other_flops(config: ModelConfig, seq_len: int) -> int:
-    """FLOPs of attention and of what JTok does to rows."""
+    """Return FLOPs of attention and of what JTok does to rows."""
     carrying = len(config.jtok.table_layers(config.num_layers))
     # Scores and mixing over (seq_len + 1) / 2 keys on average: 2 x 2 x keys x N x H.
     attention = 2 * (seq_len + 1) * config.num_heads * config.head_size * config.num_layers

@@ -2,8 +2,8 @@
 # Copyright 2026 The jtok_jax authors
 """What started this process as one of several: flags, SLURM, MPI, a TPU pod or Kubernetes.
 
-Only who decides is looked for here; addresses and ranks that are not given are found by
-jax.distributed.initialize.
+Only the launcher is detected here. jax.distributed.initialize finds addresses and ranks that are
+not given.
 """
 
 import glob
@@ -15,22 +15,20 @@ from jtok_jax.errors import ConfigError
 
 
 class Launch(NamedTuple):
-    """Arguments of jax.distributed.initialize; it finds out by itself what is None."""
+    """The launcher, and arguments of jax.distributed.initialize, which finds what is None."""
 
-    by: str
+    launcher: str
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
     local_device_ids: tuple[int, ...] | None = None
     cluster_detection_method: str | None = None
 
-    def arguments(self) -> dict[str, object]:
-        return {name: value for name, value in self._asdict().items() if name != "by"}
-
     def __str__(self) -> str:
         rank = "" if self.process_id is None else f", process {self.process_id}"
         count = "" if self.num_processes is None else f" of {self.num_processes}"
-        return f"{self.by}{rank}{count}, coordinator {self.coordinator_address or 'found by JAX'}"
+        address = self.coordinator_address or "found by JAX"
+        return f"{self.launcher}{rank}{count}, coordinator {address}"
 
 
 def recognise(
@@ -39,7 +37,7 @@ def recognise(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Launch | None:
-    """How this process joins others; None if it is alone.
+    """Return how this process joins others; None if it is alone.
 
     Args:
         environment: os.environ.
@@ -52,19 +50,19 @@ def recognise(
     if num_processes == 1:
         return None
     if num_processes is not None or process_id is not None:
-        return _explicit(coordinator_address, num_processes, process_id)
-    found = _launcher(environment)
-    if found is None:
-        if coordinator_address:
-            raise ConfigError(
-                "--coordinator_address is given, but neither --num_processes and --process_id nor "
-                "a launcher (SLURM, MPI, TPU pod, Kubernetes) says which process this is."
-            )
-        return None
-    return found._replace(coordinator_address=coordinator_address or found.coordinator_address)
+        return _of_flags(coordinator_address, num_processes, process_id)
+    launch = _of_environment(environment)
+    if launch and coordinator_address:
+        return launch._replace(coordinator_address=coordinator_address)
+    if coordinator_address:
+        raise ConfigError(
+            "--coordinator_address is given, but neither --num_processes and --process_id nor "
+            "a launcher (SLURM, MPI, TPU pod, Kubernetes) says which process this is."
+        )
+    return launch
 
 
-def _explicit(address: str | None, count: int | None, process: int | None) -> Launch:
+def _of_flags(address: str | None, count: int | None, process: int | None) -> Launch:
     if address is None or count is None or process is None:
         raise ConfigError(
             "--coordinator_address, --num_processes and --process_id go together; given: "
@@ -78,16 +76,15 @@ def _explicit(address: str | None, count: int | None, process: int | None) -> La
     return Launch("flags", address, count, process, cluster_detection_method="deactivate")
 
 
-def _launcher(environment: Mapping[str, str]) -> Launch | None:
-    """The first launcher that says it started several processes."""
+def _of_environment(environment: Mapping[str, str]) -> Launch | None:
+    """Return the first launcher that says it started several processes."""
     number = lambda name: int(environment.get(name) or 0)
     # Open MPI may start its own processes by srun, which leave SLURM's variables to ours.
     if number("OMPI_COMM_WORLD_SIZE") > 1:
         # From version 5 on Open MPI does not say where the first process is: mpi4py finds it.
         method = "ompi" if "OMPI_MCA_orte_hnp_uri" in environment else "mpi4py"
         rank = number("OMPI_COMM_WORLD_RANK")
-        count = number("OMPI_COMM_WORLD_SIZE")
-        return _with_mpi("Open MPI", count, rank, method)
+        return _with_mpi("Open MPI", number("OMPI_COMM_WORLD_SIZE"), rank, method)
     if number("SLURM_STEP_NUM_TASKS") > 1:
         return Launch(
             "SLURM",
@@ -105,29 +102,24 @@ def _launcher(environment: Mapping[str, str]) -> Launch | None:
         return Launch("TPU pod", None, here * slices, rank) if here * slices > 1 else None
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return Launch("Kubernetes job", process_id=number("JOB_COMPLETION_INDEX"))
-    if _on_tpu_vm(environment):
+    may_be_tpu = environment.get("JAX_PLATFORMS", "tpu").split(",")[0] == "tpu"
+    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+    if may_be_tpu and chips and importlib.util.find_spec("libtpu"):
         return Launch("TPU VM")  # its metadata tell whether there are others
     return None
 
 
-def _with_mpi(by: str, count: int, rank: int, method: str) -> Launch:
+def _with_mpi(launcher: str, count: int, rank: int, method: str) -> Launch:
     if method == "mpi4py" and importlib.util.find_spec("mpi4py") is None:
         raise ConfigError(
-            f"{by} started {count} processes but does not say where the first one is; install "
-            "mpi4py, or pass --coordinator_address, --num_processes and --process_id."
+            f"{launcher} started {count} processes but does not say where the first one is; "
+            "install mpi4py, or pass --coordinator_address, --num_processes and --process_id."
         )
-    return Launch(by, None, count, rank, cluster_detection_method=method)
+    return Launch(launcher, None, count, rank, cluster_detection_method=method)
 
 
 def _gpus_of_a_node(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-    """All GPUs of the node where SLURM runs one task on it: JAX would take the first alone."""
+    """Return all GPUs of a node that runs one SLURM task: JAX would take the first alone."""
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0]
     gpus = environment.get("SLURM_GPUS_ON_NODE", "")
     return tuple(range(int(gpus))) if tasks == "1" and gpus.isdigit() else None
-
-
-def _on_tpu_vm(environment: Mapping[str, str]) -> bool:
-    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
-        return False
-    chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None

@@ -14,6 +14,7 @@ import tokenizers
 
 from jtok_jax.config import Config
 from jtok_jax.data import manifest, tokenizer
+from jtok_jax.data.encoding import encode_text
 from jtok_jax.errors import ConfigError
 from jtok_jax.inference.generator import for_inference, for_mesh, generate
 from jtok_jax.inference.sampling import Sampling
@@ -34,12 +35,12 @@ class LoadedRun(NamedTuple):
 
     @property
     def model(self) -> Transformer:
-        """The Flax module, holding `params`."""
+        """Return the Flax module, holding `params`."""
         return bind(self.config.model, self.params)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a document: the end token, then those of the text."""
-        return [self.end_id, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        return [self.end_id, *encode_text(self.tokenizer, text, self.end_id)]
 
     def logits(self, text: str) -> np.ndarray:
         """Return float32 [T, V]: row i predicts the token after the first i + 1 of `encode`."""
@@ -108,6 +109,11 @@ def load(
     folder = pathlib.Path(data or saved.config.data.path)
     found = manifest.read_manifest(folder)
     require_same_tokenizer(saved, found.tokenizer_sha256, folder)
+    if not found.tokenizer_sha256:
+        raise ConfigError(
+            f"{folder} was prepared from token ids without a tokenizer, so no text can be read.\n"
+            "Prepare it with --tokenizer, the one that made the ids, and train on that."
+        )
     encoder = tokenizer.load_tokenizer(folder / tokenizer.FILE_NAME)
     return LoadedRun(saved.config, saved.params, encoder, found.end_id, saved.step)
 

@@ -45,7 +45,7 @@ class TableLayout(NamedTuple):
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
-    """Devices along each of `AXES`; mesh.data -1 takes what is left.
+    """Return the devices along each of `AXES`; mesh.data -1 takes what is left.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
@@ -56,7 +56,8 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     if config.data == -1 and devices % others:
         raise ConfigError(
             f"mesh.fsdp x expert x tensor is {others}, which does not divide the {devices} "
-            "devices there are."
+            f"devices there are. Choose other sizes; a CPU simulates 8 with "
+            "XLA_FLAGS=--xla_force_host_platform_device_count=8."
         )
     if math.prod(shape) != devices:
         raise ConfigError(
@@ -67,7 +68,7 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh of `AXES` over all devices; one device is a mesh of ones.
+    """Return the mesh of `AXES` over all devices; one device is a mesh of ones.
 
     Raises:
         ConfigError: see `mesh_shape`.
@@ -77,12 +78,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """The mesh of as many devices that are not here: for shapes and shardings alone."""
+    """Return the mesh of as many devices that are not here: for shapes and shardings alone."""
     return AbstractMesh(mesh_shape(config, devices), AXES, axis_types=AUTO)
 
 
 def table_layout(options: MeshConfig, mesh: Mesh, name: str, shape: tuple[int, ...]) -> TableLayout:
-    """How a stack of tables lies on `mesh`, as `mesh.table_columns`, `_experts` and `_rows` say.
+    """Return how a stack of tables lies on `mesh`, by mesh.table_columns and its like.
 
     Args:
         shape: [G, R, D], or [G, M, R, D]; only the second is split along M.
@@ -115,12 +116,12 @@ def table_layout(options: MeshConfig, mesh: Mesh, name: str, shape: tuple[int, .
 
 
 def table_rules(layout: TableLayout) -> Rules:
-    """Mesh axes of every axis letter of a table."""
+    """Return the mesh axes of every axis letter of a table."""
     return {"C": layout.columns, "X": layout.experts, "R": layout.rows}
 
 
 def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> NamedSharding:
-    """Sharding of an array with axis `letters`.
+    """Return the sharding of an array with axis `letters`.
 
     Raises:
         ConfigError: an axis does not divide among its devices.
@@ -164,25 +165,25 @@ def check_batches(config: Config, mesh: Mesh, *, training: bool = True) -> None:
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """First axis split over all devices but those of one tensor group."""
+    """Return a sharding: the first axis over all devices but those of one tensor group."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def split_columns(mesh: Mesh) -> NamedSharding:
-    """[B, T, D] as rows are read from a parameter: D is split as there, B over what is left."""
+    """Return a sharding of [B, T, D]: D as in parameters, B over what is left."""
     left = tuple(name for name in BATCH if name not in RULES["D"])
     return NamedSharding(mesh, PartitionSpec(left, None, RULES["D"]))
 
 
 @functools.cache
 def rows_here(mesh: Mesh, size: int) -> tuple[int, ...]:
-    """Which sequences of a batch of `size` the devices of this process need, ascending."""
+    """Return which sequences of a batch of `size` the devices of this process need, ascending."""
     parts = split_batch(mesh).addressable_devices_indices_map((size,)).values()
     return tuple(sorted({row for (part,) in parts for row in range(*part.indices(size))}))
 
 
 def put_batch(mesh: Mesh, array: np.ndarray, *, size: int | None = None) -> jax.Array:
-    """A batch on the devices, split along its first axis.
+    """Return a batch on the devices, split along its first axis.
 
     size: sequences of the batch, of which `array` has those of `rows_here`; None: all of them.
     """

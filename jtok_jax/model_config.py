@@ -86,7 +86,7 @@ class JtokConfig:
         return self.top_k if self.kind == "jtok_m" else 1
 
     def table_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Indices of the layers that carry tables, ascending."""
+        """Return indices of the layers that carry tables, ascending."""
         if self.kind == "none":
             return ()
         named = {"all": range(num_layers), "even": range(0, num_layers, 2)}
@@ -111,7 +111,7 @@ class JtokConfig:
         return indices
 
     def table_of_layer(self, num_layers: int) -> tuple[int, ...]:
-        """For each layer the index of its table set in the stack, or -1 where it has none."""
+        """Return for each layer the index of its tables in the stack, or -1 without them."""
         carrying = self.table_layers(num_layers)
         shared = self.sharing == "shared"
         return tuple(
@@ -201,12 +201,12 @@ class ModelConfig:
 
     @property
     def id_streams(self) -> dict[str, IdStream]:
-        """Every id stream by name, read or not."""
+        """Return every id stream by name, read or not."""
         return parse_streams(self.streams, self.padded_vocab)
 
     @property
     def streams_read(self) -> dict[str, tuple[str, ...]]:
-        """Names of the streams that tables read, by the option that says so; {} without tables."""
+        """Return the names of the streams that tables read, by the option that says so."""
         arms = {
             f"model.arms.{arm}.{'streams' if arm == 'ngram' else 'stream'}": names
             for arm, names in self.arms.table_streams.items()
@@ -216,12 +216,12 @@ class ModelConfig:
 
     @property
     def table_owners(self) -> tuple[str, ...]:
-        """Layers that have tables: "jtok" and names of arms."""
+        """Return the layers that have tables: "jtok" and names of arms."""
         return ("jtok",) * (self.jtok.kind != "none") + tuple(self.arms.table_streams)
 
     @property
     def context(self) -> int:
-        """How many ids before a token its rows depend on."""
+        """Return how many ids before a token its rows depend on."""
         streams = self.id_streams
         return max(
             (streams[n].order - 1 for ns in self.streams_read.values() for n in ns), default=0
@@ -233,12 +233,12 @@ class ModelConfig:
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of embedding and tables: ids, and zeros that no id names and nothing changes."""
+        """Return the rows of embedding and tables: those of ids, and zeros that nothing changes."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def tables_shape(self) -> tuple[int, ...] | None:
-        """Stacked tables of JTok [G, V, D] or JTok-M [G, M, V, D]; None without them."""
+        """Return the shape of JTok's tables, [G, V, D] or [G, M, V, D]; None without them."""
         stack = max(self.jtok.table_of_layer(self.num_layers), default=-1) + 1
         if stack == 0:
             return None

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""python -m jtok_jax.prepare: text, JSONL or Parquet into shards of token windows.
+"""python -m jtok_jax.prepare: text, JSON, Parquet or token ids into token windows.
 
 python -m jtok_jax.prepare --input=stdlib --output=data/stdlib
 python -m jtok_jax.prepare --input='docs/*.jsonl.xz' --output=data/docs --vocab_size=8192
@@ -8,8 +8,6 @@ python -m jtok_jax.prepare --input='docs/*.jsonl.xz' --output=data/docs --vocab_
 
 import argparse
 import dataclasses
-import hashlib
-import itertools
 import pathlib
 import secrets
 import shutil
@@ -17,39 +15,16 @@ import sys
 from collections.abc import Iterator
 
 import tokenizers
-import tqdm
 
 import jtok_jax
-from jtok_jax.data import corpus, manifest, tokenizer, windows
+from jtok_jax.data import manifest, token_ids, tokenizer, windows
 from jtok_jax.data.corpus import Skipped
+from jtok_jax.data.encoding import TextEncoder
+from jtok_jax.data.source import Piece, Recipe, Source
 from jtok_jax.errors import DataError, exit_on_error
 
 DEFAULT_VOCAB = 4096
-ENCODE_BATCH = 256  # documents encoded at once, on all cores
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a corpus was made; a second call with the same recipe does nothing."""
-
-    input: str
-    valid_input: str
-    valid_fraction: float
-    vocab_size: int  # of a new tokenizer; 0: the default
-    tokenizer: str
-    end_token: str
-    seq_len: int
-    on_bad_text: str
-
-    def __post_init__(self):
-        if self.seq_len < 1:
-            raise DataError(f"--seq_len is {self.seq_len}; expected at least 1.")
-        if not 0 <= self.valid_fraction <= 1:
-            raise DataError(f"--valid_fraction is {self.valid_fraction}; expected 0 to 1.")
-        if self.vocab_size >= 1 << 31:
-            raise DataError(f"--vocab_size is {self.vocab_size}; ids are 32-bit integers.")
-        if self.tokenizer and self.vocab_size:
-            raise DataError("--vocab_size is that of a new tokenizer; --tokenizer takes one.")
+ENCODE_BATCH, ENCODE_SIZE = 256, 1 << 20  # documents or characters encoded at once
 
 
 def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
@@ -78,28 +53,41 @@ def prepare(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
 
 
 def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> manifest.Manifest:
-    source = _Source(recipe)
-    encoder = _tokenizer(recipe, source, partial)
-    end_id = tokenizer.end_token_id(encoder, recipe.end_token)
-    size = max(encoder.get_vocab().values()) + 1  # ids may have gaps
+    given = tokenizer.load_tokenizer(pathlib.Path(recipe.tokenizer)) if recipe.tokenizer else None
+    source = Source(recipe, vocab_size=_vocabulary(given) if given else recipe.vocab_size)
+    print(source.note, end="")
+    encoder = given if given or recipe.ids else _new_tokenizer(recipe, source)
+    digest = ""  # token ids may come without a tokenizer
+    if encoder:
+        target = partial / tokenizer.FILE_NAME
+        if given:
+            shutil.copyfile(recipe.tokenizer, target)
+        else:
+            target.write_text(encoder.to_str(pretty=True), "utf-8")
+        digest = manifest.file_sha256(target)
+    size = _vocabulary(encoder) if encoder else recipe.vocab_size
+    end_id = recipe.end_id if recipe.ids else tokenizer.end_token_id(encoder, recipe.end_token)
     form = {"seq_len": recipe.seq_len, "end_id": end_id}
     form["dtype"] = "uint16" if size <= 1 << 16 else "uint32"
     writers = {name: windows.WindowWriter(partial, name, **form) for name in ("train", "valid")}
     skipped = Skipped()
-    documents = source.documents(skipped, "encoding")
-    while group := list(itertools.islice(documents, ENCODE_BATCH)):
-        texts = [text for _, text in group]
-        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-        for (split, text), encoding in zip(group, encodings, strict=True):
-            writers[split].add(encoding.ids, text_bytes=len(text.encode()))
+    counting = encoder and TextEncoder(encoder, end_id, max_lost=recipe.max_lost_text)
+    if recipe.ids:
+        _write_ids(writers, counting, source, skipped)
+    else:
+        cut = tokenizer.may_cut(encoder)
+        _write_text(writers, counting, source.pieces(skipped, "encoding", cut=cut))
+    if counting:
+        counting.check()
     result = manifest.Manifest(
         format=manifest.FORMAT,
         vocab_size=size,
-        tokenizer_sha256=manifest.file_sha256(partial / tokenizer.FILE_NAME),
+        tokenizer_sha256=digest,
         train=writers["train"].close(pad_tail=False),
         valid=writers["valid"].close(pad_tail=True),
         recipe={**dataclasses.asdict(recipe), "version": jtok_jax.__version__},
         skipped=dict(skipped.counts),
+        text={name: dict(found) for name, found in counting.counts.items()} if counting else {},
         **form,
     )
     _check_splits(result)
@@ -109,64 +97,64 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
     partial.rename(output)
     for line in skipped.describe():
         print(line)
+    if counting:
+        print("What the token ids hold of the text:", *map(counting.describe, writers), sep="\n")
     return result
 
 
-class _Source:
-    """The documents of a recipe with the split each belongs to; can be read many times."""
-
-    def __init__(self, recipe: Recipe):
-        self._recipe = recipe
-        self._valid = corpus.find_files(recipe.valid_input) if recipe.valid_input else []
-        held_out = {path.resolve() for path in self._valid}
-        files = corpus.find_files(recipe.input)
-        self._train = [path for path in files if path.resolve() not in held_out]
-        if not self._train:
-            raise DataError(f"All files of --input={recipe.input} are held out by --valid_input.")
-
-    def documents(self, skipped: Skipped, label: str) -> Iterator[tuple[str, str]]:
-        """Yield (split, text) of the whole input, with a progress bar over its bytes.
-
-        Bad documents are counted in `skipped` where the recipe, or an input's nature, allows it.
-        """
-        total = sum(path.stat().st_size for path in (*self._train, *self._valid))
-        with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
-            advance = lambda path: bar.update(path.stat().st_size)
-            recipe = self._recipe
-            for files, pattern in ((self._train, recipe.input), (self._valid, recipe.valid_input)):
-                # The embedded corpus has bad files on purpose.
-                skip = recipe.on_bad_text == "skip" or pattern == corpus.STDLIB
-                counted = skipped if skip else None
-                for text in corpus.read_documents(files, skipped=counted, on_file=advance):
-                    held_out = files is self._valid or (not self._valid and self._chosen(text))
-                    yield "valid" if held_out else "train", text
-
-    def _chosen(self, text: str) -> bool:
-        """Return whether a text is held out: by its own hash, so equal texts are together."""
-        digest = hashlib.sha256(text.encode()).digest()
-        return int.from_bytes(digest[:8]) < self._recipe.valid_fraction * 2**64
+Writers = dict[str, windows.WindowWriter]  # of each split
 
 
-def _tokenizer(recipe: Recipe, source: _Source, folder: pathlib.Path) -> tokenizers.Tokenizer:
-    target = folder / tokenizer.FILE_NAME
-    if recipe.tokenizer:
-        encoder = tokenizer.load_tokenizer(pathlib.Path(recipe.tokenizer))
-        shutil.copyfile(recipe.tokenizer, target)
-        return encoder
-    documents = source.documents(Skipped(), "training the tokenizer")
-    texts = (text for split, text in documents if split == "train")
-    encoder = tokenizer.train_tokenizer(texts, vocab_size=recipe.vocab_size or DEFAULT_VOCAB)
-    encoder.save(str(target))
-    return encoder
+def _write_text(writers: Writers, encoder: TextEncoder, pieces: Iterator[Piece]) -> None:
+    for group in _groups(pieces):
+        texts = [piece.content for piece in group]
+        found = encoder.encode([piece.split for piece in group], texts)
+        for piece, ids in zip(group, found, strict=True):
+            size = len(piece.content.encode())
+            writers[piece.split].add(ids, text_bytes=size, last=piece.last)
+
+
+def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Yield pieces that are encoded at once, on all cores; long ones a few at a time."""
+    group, size = [], 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.content)
+        if len(group) == ENCODE_BATCH or size >= ENCODE_SIZE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _write_ids(
+    writers: Writers, counting: TextEncoder | None, source: Source, skipped: Skipped
+) -> None:
+    """Write token ids as they are; without a tokenizer their bytes of text are unknown, 0."""
+    for piece in source.pieces(skipped, "reading token ids"):
+        size = counting.measure(piece.split, piece.content.tolist()) if counting else 0
+        writers[piece.split].add(piece.content, text_bytes=size, last=piece.last)
+
+
+def _vocabulary(encoder: tokenizers.Tokenizer) -> int:
+    """Return the size of a vocabulary, whose ids may have gaps."""
+    return max(encoder.get_vocab().values()) + 1
+
+
+def _new_tokenizer(recipe: Recipe, source: Source) -> tokenizers.Tokenizer:
+    pieces = source.pieces(Skipped(), "training the tokenizer", cut=True)
+    texts = (piece.content for piece in pieces if piece.split == "train")
+    return tokenizer.train_tokenizer(texts, vocab_size=recipe.vocab_size or DEFAULT_VOCAB)
 
 
 def _already_prepared(recipe: Recipe, output: pathlib.Path) -> manifest.Manifest:
     found = manifest.read_manifest(output)
-    wanted = dataclasses.asdict(recipe)
+    defaults = {field.name: field.default for field in dataclasses.fields(recipe)}
+    before = defaults | found.recipe  # a recipe of an earlier version has fewer options
     changed = [
-        f"{name}: {found.recipe.get(name)!r}, now {value!r}"
-        for name, value in wanted.items()
-        if found.recipe.get(name) != value
+        f"{name}: {before[name]!r}, now {value!r}"
+        for name, value in dataclasses.asdict(recipe).items()
+        if before[name] != value
     ]
     if changed:
         raise DataError(
@@ -185,14 +173,12 @@ def _check_splits(result: manifest.Manifest) -> None:
     for name in ("train", "valid"):
         split = getattr(result, name)
         if not split.windows:
-            few = result.train.documents + result.valid.documents
-            share = f"another --valid_fraction (there are {few} documents)"
-            if few == 1:
-                share = "several files (a file of text is one document, and cannot be split)"
+            count = result.train.documents + result.valid.documents
             raise DataError(
                 f"The {name} split has {split.documents} documents and no window of "
-                f"{result.seq_len} tokens. Give more text, a shorter --seq_len, {share}, or "
-                "held-out files with --valid_input."
+                f"{result.seq_len} tokens. Give more text, a shorter --seq_len, another "
+                f"--valid_fraction (there are {count} documents), or held-out files with "
+                "--valid_input."
             )
 
 
@@ -201,7 +187,8 @@ def _describe(result: manifest.Manifest, output: pathlib.Path) -> str:
     for name in ("train", "valid"):
         split = getattr(result, name)
         lines.append(
-            f"  {name}: {split.documents:,} documents, {split.text_bytes:,} bytes, "
+            f"  {name}: {split.documents:,} documents, "
+            f"{f'{split.text_bytes:,} bytes, ' if split.text_bytes else ''}"
             f"{split.targets:,} tokens in {split.windows:,} windows ({len(split.shards)} shards)"
         )
     return "\n".join(lines)
@@ -220,7 +207,12 @@ def main(arguments: list[str] | None = None) -> None:
     option("--tokenizer", default="", help="take this tokenizer.json instead of training one")
     option("--end_token", default=tokenizer.END_TOKEN, help="token between documents")
     option("--seq_len", type=int, default=1024, help="targets per window (1024)")
-    option("--on-bad-text", choices=("refuse", "skip"), default="refuse", dest="on_bad_text")
+    option("--text_key", default="text", help="of JSON objects, or the Parquet column (text)")
+    option("--ids", choices=token_ids.DTYPES, default="", help="the input holds token ids")
+    option("--end_id", type=int, default=-1, help="between the documents of --ids")
+    option("--max_lost_text", type=float, default=0.01, help="share a tokenizer may lose (0.01)")
+    spellings = "--on_bad_text", "--on-bad-text"
+    option(*spellings, choices=("refuse", "skip"), default="refuse", help="(refuse)")
     values = vars(parser.parse_args(arguments))
     output = values.pop("output")
     with exit_on_error():

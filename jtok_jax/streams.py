@@ -25,7 +25,7 @@ class IdStream(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Rows of a table that this stream looks up."""
+        """Return how many rows of a table this stream looks up."""
         return self.rows * self.heads
 
 

@@ -16,6 +16,7 @@ if PLATFORMS == "cpu" and "optimization_level" not in FLAGS:  # others as users 
 
 import jax
 import pytest
+from drawn import SEED
 from small import prepare_small_corpus
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,6 +24,10 @@ CACHE = ROOT / ".pytest_cache" / "xla"
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"LAYOUT_SEED={SEED} draws the same cases again")
 
 
 @pytest.fixture(scope="session")

@@ -9,13 +9,12 @@ With NIGHTLY=1 (make nightly) every layout on every number of devices.
 
 import dataclasses
 import functools
-import os
-import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn
 from jax.sharding import Mesh
 from jtok_kernels import lazy_adam, update_rows
 from small import JTOK, JTOK_M, random_ids, random_params, with_every_table
@@ -77,14 +76,7 @@ FEWER = {
     "rows and columns of four": MeshConfig(fsdp=2, table_columns="fsdp", table_rows="data"),
     "copies on four": MeshConfig(fsdp=2, table_columns=""),
 }
-NIGHTLY = bool(os.environ.get("NIGHTLY"))
-SEED = int(os.environ.get("LAYOUT_SEED", 0))  # of the cases that are drawn; test_layouts.py sets it
 BATCH = (16, 8)
-
-
-def drawn(cases: list, count: int) -> list:
-    """Return `count` of the cases by `SEED`, all of them at night."""
-    return cases if NIGHTLY else random.Random(SEED).sample(cases, count)
 
 
 def run_config(kind: str, layout: MeshConfig, **train) -> Config:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from aot import copies_of
 from conftest import ROOT
+from drawn import drawn
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config, MeshConfig, TrainConfig
@@ -83,7 +84,8 @@ def size(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize(("target", "kind"), [
-    ("h100:1x8", "jtok"), ("h100:1x8", "jtok_m"), ("v5e:2x4", "jtok_m"), ("v5p:2x2x2", "jtok"),
+    *drawn([("h100:1x8", "jtok"), ("h100:1x8", "jtok_m")], 1),
+    *drawn([("v5e:2x4", "jtok_m"), ("v5p:2x2x2", "jtok")], 1),
 ])  # fmt: skip
 def test_a_step_across_eight_devices(target, kind):
     result = compiled(target, kind)
@@ -166,10 +168,10 @@ def test_no_device_holds_a_stream_of_the_whole_batch():
     assert exchanged == [part, part], sent  # forward, backward
 
 
-@pytest.mark.parametrize(("target", "split"), [
+@pytest.mark.parametrize(("target", "split"), drawn([
     ("h100:1x8", {"table_columns": "fsdp"}),
     ("v5e:2x4", {"table_columns": "", "table_rows": "fsdp"}),
-])  # fmt: skip
+], 1))  # fmt: skip
 def test_decoding_on_eight_devices_sends_activations_alone(target, split):
     """Experts and JTok-M: nothing sent is larger than the logits, no table or matrix is copied."""
     moe = MoeConfig(num_experts=8, top_k=2, expert_dim=1024)
@@ -228,7 +230,7 @@ def check_hidden_behind_matmuls(text: str) -> None:
     assert hidden[False], "the exchange of the forward pass is waited for at once"
 
 
-@pytest.mark.parametrize("target", ["h100:1x1", "v5p:1x1x1"])
+@pytest.mark.parametrize("target", drawn(["h100:1x1", "v5p:1x1x1"], 1))
 def test_the_plan_compiles_without_a_word_of_the_plugins(target):
     """As a user has it, who names no platform: JAX would try each plugin, and libtpu complains."""
     topology_of(target)

@@ -4,11 +4,11 @@
 
 import os
 import pathlib
-import random
 import subprocess
 import sys
 
 import pytest
+from drawn import SEED
 from pythons import FAST_TO_COMPILE, newest, oldest
 
 
@@ -17,15 +17,14 @@ def on_eight_devices(which: str, *, optimize: bool) -> None:
     flags = os.environ["XLA_FLAGS"].replace(FAST_TO_COMPILE, level)
     flags += " --xla_force_host_platform_device_count=8"
     file = pathlib.Path(__file__).with_name("eight_devices.py")
-    seed = os.environ.get("LAYOUT_SEED") or str(random.SystemRandom().randrange(1_000_000))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:xdist", str(file), "-k", which],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "LAYOUT_SEED": seed},
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=3600,
     )
-    assert done.returncode == 0, f"LAYOUT_SEED={seed}\n{done.stdout[-8000:]}"
+    assert done.returncode == 0, f"LAYOUT_SEED={SEED}\n{done.stdout[-8000:]}"
     assert " passed" in done.stdout
 
 

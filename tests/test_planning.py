@@ -59,6 +59,22 @@ def test_the_exchange_sends_one_vector_a_token_each_way():
     assert sent["rows, columns of them"].axes == ("fsdp",)
 
 
+def test_arms_keep_their_rows_and_share_the_ids():
+    without = changed(load("dense_s"), {"model.jtok.kind": "none", "model.remat": "dots"})
+    config = changed(without, {"model.arms.names": "deep_embed,value_embedding"})
+    mesh, model = abstract_mesh(config.mesh, 8), config.model
+    kept, before = (
+        {part.name: part.size for part in memory(c, mesh).parts}["activations of all layers"]
+        for c in (config, without)
+    )
+    tokens = config.train.batch_size * config.train.seq_len // 8
+    value = model.num_kv_heads * model.head_size
+    columns = value + 2 * model.model_dim  # rows of both, and the increment that one of them gates
+    assert kept - before == 2 * tokens * columns * model.num_layers
+    names = [one.name for one in traffic.collectives(config, mesh)]
+    assert names.count("ids") == 1
+
+
 def test_small_chunks_of_the_loss_take_time():
     """Each of a device's chunks reads the head twice, and reads and writes its gradient."""
     v5p = parse_topology("v5p:2x2x2")

@@ -26,7 +26,9 @@ ZSTD = pyarrow.Codec("zstd")
 
 
 def texts(pattern: str, skipped=None) -> list[str]:
-    return list(corpus.read_documents(corpus.find_files(pattern), skipped=skipped))
+    return [
+        one.content for one in corpus.read_documents(corpus.find_files(pattern), skipped=skipped)
+    ]
 
 
 # --------------------------------------------------------------------------- reading
@@ -64,7 +66,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
     [
         ("empty.txt", b"", "empty document"),
         ("bad.txt", b"abc\xff", r"invalid UTF-8 at byte 3 \(0xff\)"),
-        ("ids.npy", bytes([7, 0, 9, 0]), "ids.npy: binary, not text: NUL at character 1"),
+        ("data.ids", bytes([7, 0, 9, 0]), "data.ids: binary, not text: NUL at character 1"),
         ("empty.jsonl", b"", "empty document"),
         ("blank.jsonl", b'{"text": ""}\n', "blank.jsonl:1: empty document"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl:2: invalid UTF-8"),
@@ -76,7 +78,7 @@ def test_bad_text_is_refused_or_counted(tmp_path, name, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         texts(str(path))
-    assert "--on-bad-text=skip" in str(caught.value)
+    assert "--on_bad_text=skip" in str(caught.value)
     skipped = corpus.Skipped()
     texts(str(path), skipped)
     assert sum(skipped.counts.values()) == 1
@@ -111,7 +113,7 @@ def test_damaged_files_are_refused_even_when_skipping_bad_text(tmp_path, name, c
 
 def test_parquet_without_text_and_patterns_without_files_are_refused(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"no column \"text\"; it has \['body'\]"):
+    with pytest.raises(DataError, match=r"no column \"text\"\. Its keys: body"):
         texts(str(tmp_path / "x.parquet"))
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "y.parquet")
     with pytest.raises(DataError, match='"text" holds int64'):
@@ -195,6 +197,12 @@ def test_prepare_again_does_nothing_and_other_options_are_refused(tmp_path, caps
     before = (tmp_path / "out" / "manifest.json").stat().st_mtime_ns
     assert prepare(recipe, tmp_path / "out") == first
     assert "nothing to do" in capsys.readouterr().out
+    path = tmp_path / "out" / "manifest.json"
+    earlier = json.loads(path.read_text())
+    del earlier["recipe"]["text_key"]  # as an earlier version wrote it
+    path.write_text(json.dumps(earlier))
+    before = path.stat().st_mtime_ns
+    prepare(recipe, tmp_path / "out")
     with pytest.raises(DataError, match="seq_len: 64, now 32"):
         prepare(replace(recipe, seq_len=32), tmp_path / "out")
     assert (tmp_path / "out" / "manifest.json").stat().st_mtime_ns == before
@@ -298,10 +306,24 @@ def test_impossible_recipes_are_refused(tmp_path, changes, message):
         prepare(small_recipe(tmp_path, **changes), tmp_path / "out")
 
 
-def test_one_text_is_one_document(tmp_path):
-    (tmp_path / "all.txt").write_text("a word and another " * 500)
-    with pytest.raises(DataError, match=r"several files .*, or held-out files with --valid_input"):
-        prepare(small_recipe(tmp_path), tmp_path / "out")
+def test_the_tail_of_a_single_text_is_held_out_and_never_trains(tmp_path, capsys):
+    lines = [f"{i} a word and another" for i in range(400)]
+    text = "\n".join([*lines, "tail \u0416 " * 20])
+    (tmp_path / "all.txt").write_text(text)
+    result = prepare(small_recipe(tmp_path, valid_fraction=0.1), tmp_path / "out")
+    assert "the last 10% of each is held out, from a line" in capsys.readouterr().out
+    encoder = tokenizer.load_tokenizer(tmp_path / "out" / "tokenizer.json")
+    parts = {}
+    for name in ("train", "valid"):
+        windows = Windows(tmp_path / "out", result, name, seq_len=64)
+        ids = np.concatenate([windows[index][1:] for index in range(len(windows))])
+        parts[name] = encoder.decode(ids[: getattr(result, name).targets].tolist())
+    assert text.startswith(parts["train"])
+    assert text.endswith(parts["valid"])
+    assert parts["valid"].startswith("36")  # a whole line
+    assert result.train.text_bytes + result.valid.text_bytes == len(text.encode())
+    assert 0.1 <= result.valid.text_bytes / len(text.encode()) <= 0.13
+    assert "\u00d0\u0138" not in encoder.get_vocab()  # bytes of the tail's letter are not merged
 
 
 def test_prepare_command_line(tmp_path, capsys):
@@ -313,7 +335,8 @@ def test_prepare_command_line(tmp_path, capsys):
         prepare_main(arguments)
     assert stop.value.code == 5
     assert "DataError" in capsys.readouterr().err
-    prepare_main([*arguments, "--on-bad-text=skip"])
+    prepare_main([*arguments, "--on_bad_text=skip"])
+    prepare_main([*arguments, "--on-bad-text=skip"])  # the former spelling
     out = capsys.readouterr().out
     assert "skipped 1 (not UTF-8)" in out
     assert "vocabulary 300, windows of 64 tokens" in out

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import CACHE, ROOT
+from drawn import drawn
 from orbax.checkpoint import v1 as ocp
 from pythons import newest, oldest
 
@@ -85,13 +86,13 @@ def final_state(workdir, steps: int = STEPS) -> dict[str, np.ndarray]:
     pytest.param("jtok_m", marks=newest), pytest.param("moe-jtok", marks=oldest),
 ])  # fmt: skip
 def test_interrupted_runs_equal_one_left_alone(name, corpus, tmp_path):
-    """Six kills and interrupts in a row: equal losses, batches, validations and final state."""
+    """Kills and interrupts in a row: equal losses, batches, validations and final state."""
     alone, broken = tmp_path / "alone", tmp_path / "broken"
     process = start(alone, corpus, KINDS[name])
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     resumed = []
-    kills = KILLS if name == "jtok_m" else KILLS[1:3]
+    kills = drawn(KILLS, 3) if name == "jtok_m" else KILLS[1:3]
     for number, step in kills:
         process = start(broken, corpus, KINDS[name])
         wait_for_step(process, broken, step)
@@ -108,7 +109,7 @@ def test_interrupted_runs_equal_one_left_alone(name, corpus, tmp_path):
     assert process.returncode == 0, err
     assert "resumed at step" in out
     # Kills before the first checkpoint start over; the others must have gone on from one.
-    assert len(resumed) >= (3 if name == "jtok_m" else 0), resumed
+    assert len(resumed) >= sum(step >= 40 for _, step in kills[:-1]), resumed
     assert [record["step"] for record in records(broken)] == list(range(STEPS + 1))
     for left, right in zip(records(alone), records(broken), strict=True):
         for key in ("loss", "val_loss", "val_bpb", "grad_norm"):
@@ -128,7 +129,7 @@ def test_second_trainer_exits_3_and_a_killed_one_can_restart_at_once(corpus, tmp
     second = start(tmp_path / "run", corpus, {})
     _, err = second.communicate(timeout=120)
     assert second.returncode == 3
-    assert f"in use by a trainer with pid {first.pid}" in err
+    assert f"in use by a process with pid {first.pid}" in err
     assert first.poll() is None
     first.kill()
     first.communicate()

@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """What a run times, and which of its checkpoints it keeps."""
 
+import ast
 import dataclasses
 import json
 import math
@@ -11,6 +12,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import ROOT
 from pythons import oldest
 from small import KINDS
 from test_config import changed
@@ -24,6 +26,7 @@ from jtok_jax.training.evaluate import Validation
 from train import train
 
 pytestmark = oldest
+TRAINING = sorted((ROOT / "jtok_jax" / "training").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +100,27 @@ def test_checkpoints_that_are_never_ranked_are_refused(config):
     changed(config, changes)
     with pytest.raises(ConfigError, match=r"every is 4, evaluation.every 6\. Make one a multiple"):
         changed(config, changes | {"checkpoint.keep_best": 1})
+
+
+def late_attributes(path) -> list[tuple[str, str]]:
+    """Return (class, attribute) of what a method sets and `__init__` does not."""
+
+    def stored(method):
+        attributes = [node for node in ast.walk(method) if isinstance(node, ast.Attribute)]
+        own = [
+            x for x in attributes if isinstance(x.ctx, ast.Store) and ast.unparse(x.value) == "self"
+        ]
+        return {attribute.attr for attribute in own}
+
+    found = []
+    for kind in ast.walk(ast.parse(path.read_text())):
+        if isinstance(kind, ast.ClassDef):
+            methods = {x.name: stored(x) for x in kind.body if isinstance(x, ast.FunctionDef)}
+            first = methods.pop("__init__", set())
+            found += [(kind.name, name) for names in methods.values() for name in names - first]
+    return found
+
+
+@pytest.mark.parametrize("path", [ROOT / "jtok_jax" / "hosts.py", *TRAINING], ids=lambda x: x.name)
+def test_attributes_are_set_in_init(path):
+    assert not late_attributes(path)

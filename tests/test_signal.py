@@ -23,7 +23,9 @@ from test_train_loop import check_same_run, records, times_final_norm
 import train as train_module
 from jtok_jax.errors import CheckpointError, NonFiniteError, Preempted
 from jtok_jax.training import run as run_module
-from jtok_jax.training.metrics import open_writers, validation_due
+from jtok_jax.training.checkpoint import load_params
+from jtok_jax.training.evaluate import Validation
+from jtok_jax.training.metrics import open_writers
 
 pytestmark = oldest
 train = train_module.train
@@ -101,6 +103,23 @@ def test_a_run_whose_last_validation_is_not_finite_does_not_end_as_finished(
             train(config, tmp_path)
 
 
+def test_a_checkpoint_is_ranked_by_the_validation_that_the_same_command_makes_first(
+    config, tmp_path, monkeypatch
+):
+    config = changed(
+        config, {"checkpoint.every": 5, "checkpoint.keep": 1, "checkpoint.keep_best": 1}
+    )
+    with monkeypatch.context() as patched:
+        signal_in_validation(patched, 2)
+        with pytest.raises(Preempted, match="saved step 5"):
+            train(config, tmp_path)
+    losses = iter([1.0, 2.0, 3.0])  # of steps 5, 10 and 11
+    monkeypatch.setattr(run_module, "evaluate", lambda *_, **__: Validation(next(losses), 0.0))
+    train(config, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"5", "11"}
+    assert load_params(tmp_path, step="best").step == 5
+
+
 def test_ctrl_c_of_a_run_with_its_tee_saves(corpus, tmp_path):
     """The terminal sends it to both, and tee ends first: later lines have no reader."""
     fields = OVERRIDES | {"train.steps": 5000, "checkpoint.every": 5000, "data.path": corpus}
@@ -125,8 +144,6 @@ def test_a_record_is_completed_at_once_or_not_at_all(config, tmp_path, monkeypat
     path, board = tmp_path / "metrics.jsonl", mock.Mock()
     monkeypatch.setattr("tensorboardX.SummaryWriter", lambda *_, **__: board)
     path.write_text('{"step": 4, "loss": 3.0}\n{"step": 5, "loss": 2.0}\n{"step": 6, "loss": 1.0}')
-    assert validation_due(tmp_path, 5, config)
-    assert not validation_due(tmp_path, 4, config)  # none was due
     writers = open_writers(changed(config, {"logging.tensorboard": True}), tmp_path, first_step=6)
 
     def write(step, values):
@@ -143,11 +160,10 @@ def test_a_record_is_completed_at_once_or_not_at_all(config, tmp_path, monkeypat
     board.add_scalar.assert_called_once_with("val_loss", 0.5, 5)
     for writer in writers:
         writer.close()
-    assert not validation_due(tmp_path, 5, config)
 
 
 def test_metrics_that_are_damaged_are_told(config, finished, tmp_path):
     lines = (finished / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines[:-1], "garbage"]) + "\n")
     with pytest.raises(CheckpointError, match=r"metrics.jsonl, line 12 is damaged .* move that"):
-        validation_due(tmp_path, 11, config)
+        open_writers(config, tmp_path, first_step=12)

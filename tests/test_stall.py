@@ -12,7 +12,8 @@ import pytest
 from pythons import oldest
 
 from jtok_jax.errors import STALL_EXIT_CODE, WorkdirError, exit_on_error
-from jtok_jax.training.guards import STALL_FILE, StallWatch, WorkdirLock
+from jtok_jax.lock import locked
+from jtok_jax.training.guards import STALL_FILE, StallWatch
 
 pytestmark = oldest
 SCRIPT = """
@@ -60,7 +61,7 @@ def test_a_batch_that_never_comes_ends_the_run_with_exit_code_7(tmp_path, batche
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05])
 def test_waits_that_end_in_time_leave_nothing_behind(tmp_path, seconds):
-    watch = StallWatch(tmp_path, seconds)
+    watch = StallWatch(tmp_path / STALL_FILE, seconds)
     with watch.waiting_for("nothing"):
         pass
     time.sleep(0.1)  # past the limit of the wait above, which has ended
@@ -88,7 +89,6 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(
-        WorkdirError, match=r"cannot be locked: .*not implemented.* must have flock"
-    ):
-        WorkdirLock(tmp_path).__enter__()
+    message = r"cannot be locked: .*not implemented.* must have flock"
+    with pytest.raises(WorkdirError, match=message), locked(tmp_path / "lock"):
+        pass

@@ -20,15 +20,18 @@ from test_data import run_config
 from test_documents import blocks
 
 from jtok_jax import generate, loading
+from jtok_jax.config import MeshConfig
 from jtok_jax.data import manifest
 from jtok_jax.errors import CheckpointError
 from jtok_jax.evaluate import main as evaluate_main
+from jtok_jax.mesh import abstract_mesh
 from jtok_jax.training import checkpoint
 from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.step import make_eval_step
 from train import train
 
 generate_main = generate.main
+ONE_DEVICE = abstract_mesh(MeshConfig(), 1)
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +131,12 @@ def test_tools_take_the_implementation_of_the_run_where_it_can_run(workdir):
         ),
     )  # fmt: skip
     saved = load_params(workdir).config
-    of = lambda name: checkpoint._anywhere(asked(name)).model.jtok.implementation
+    of = lambda name: checkpoint._anywhere(asked(name), ONE_DEVICE).model.jtok.implementation
     assert [of("xla"), of("auto"), of("mosaic_gpu")] == ["xla", "auto", "auto"]
     asked = lambda kind: dataclasses.replace(
         saved, model=dataclasses.replace(saved.model, attention=kind)
     )
-    of = lambda kind: checkpoint._anywhere(asked(kind)).model.attention
+    of = lambda kind: checkpoint._anywhere(asked(kind), ONE_DEVICE).model.attention
     assert [of("chunked"), of("splash"), of("cudnn")] == ["chunked", "auto", "auto"]
 
 
@@ -171,6 +174,9 @@ def test_other_code_is_refused_by_the_tools(workdir):
         with pytest.raises(CheckpointError, match=message) as told:
             load_params(workdir)
         assert "Nothing was loaded" in str(told.value)
+    path.write_text(text.replace('"names": ""', '"names": "mixture"'))
+    with pytest.raises(CheckpointError, match=r"an option that is no more\. model\.arms"):
+        load_params(workdir)
 
 
 def test_generate_ends_where_the_text_ends(finished, monkeypatch, corpus):

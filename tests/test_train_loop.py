@@ -27,9 +27,9 @@ from jtok_jax.errors import (
     NonFiniteError,
     WorkdirError,
 )
+from jtok_jax.lock import locked
 from jtok_jax.training import step as step_module
 from jtok_jax.training.checkpoint import load_params
-from jtok_jax.training.guards import WorkdirLock
 from jtok_jax.training.metrics import open_writers
 
 train = train_module.train
@@ -98,7 +98,7 @@ def test_console_shows_counts_progress_and_validation(config, tmp_path, capsys):
     out = capsys.readouterr().out
     for name in ("backbone", "tables", "total", "active", "optimizer", "FLOPs"):
         assert re.search(rf"^ *{name} +[\d,]+ ", out, re.MULTILINE), name
-    line = r"step 3/4  loss \d\.\d+  [\d,]+ tokens/s  MFU n/a  \d+ ms/step  data wait \d+ ms  \d+m"
+    line = r"step 3/4  loss \d\.\d+  [\d,]+ tokens/s  MFU n/a  \d+ ms/step  data wait \d+ ms  0:"
     assert re.search(line, out), out
     assert re.search(r"step 4: validation loss \d\.\d+ nats/token, \d\.\d+ bits/byte", out)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
@@ -205,12 +205,12 @@ def test_more_different_ids_than_there_is_room_for_are_refused(config, tmp_path)
 
 def test_a_second_trainer_is_refused_before_it_touches_anything(config, workdir):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    with WorkdirLock(workdir):
-        locked = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-        with pytest.raises(WorkdirError, match=r"in use by a trainer with pid \d+ on"):
+    with locked(workdir / "lock"):
+        with_lock = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+        with pytest.raises(WorkdirError, match=r"in use by a process with pid \d+ on"):
             train(config, workdir)
-        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == locked
-    assert before.keys() == locked.keys()
+        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == with_lock
+    assert before.keys() == with_lock.keys()
     train(config, workdir)  # the lock went with its holder
 
 
@@ -242,7 +242,7 @@ def test_changed_data_is_refused_with_a_diff(config, workdir, tmp_path, corpus):
     found = manifest.read_manifest(other)
     valid = dataclasses.replace(found.valid, targets=found.valid.targets - 1)
     manifest.write_manifest(other, dataclasses.replace(found, valid=valid))
-    with pytest.raises(DataError, match=r"valid: [0-9a-f]{32} in the run, [0-9a-f]{32} now"):
+    with pytest.raises(DataError, match=r"valid: '[0-9a-f]{64}' in the run, '[0-9a-f]{64}' now"):
         train(changed(config, {"data.path": str(other), "train.steps": 11}), workdir)
     moved = shutil.copytree(corpus, tmp_path / "moved")
     train(changed(config, {"data.path": str(moved)}), workdir)  # the same data elsewhere is fine
@@ -316,7 +316,7 @@ def test_a_save_that_failed_in_the_log_alone_stops_the_run(
     with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*disk full") as told:
         train(config, tmp_path)
     assert isinstance(told.value.__cause__.__context__, NonFiniteError) == also_not_finite
-    assert caplog.messages == ["A save failed: OSError('disk full')"]
+    assert not caplog.messages
     assert not closed
 
 

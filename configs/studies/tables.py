@@ -5,9 +5,9 @@
     python -m jtok_jax.study run --study=configs/studies/tables.py:together --data=FOLDER
     python -m jtok_jax.study run --study=configs/studies/tables.py:rows --data=FOLDER
 
-together: JTok and JTok-M with a bigram table beside that table alone. Each starts as arms.py chose
-it alone. Short runs on another seed choose the initial values and the rate of the bigram table.
-Three seeds, 400 steps.
+together: JTok and JTok-M with a bigram table beside that table alone, and beside one with as many
+parameters as JTok and it have together. Each starts as arms.py chose it alone. Short runs on
+another seed choose the initial values and the rate of the bigram table. Three seeds, 400 steps.
 
 rows: a bigram table, value embeddings and DeepEmbed under three optimizers of their rows: `adamw`,
 whose gradients and moments are dense, `lazy_adam` and `rowwise_adam`. Rates are those found for
@@ -42,7 +42,9 @@ def get_study(part="together"):
 
 def together(alone, bigram):
     streams, rate = {"model.streams": bigram["model.streams"]}, "ngram.learning_rate_multiplier"
-    arms = [Arm("bigram", "configs/arms/bigram.py", bigram, tried=alone["bigram"].tried + 6)]
+    arms = [Arm("bigram", "configs/arms/bigram.py", bigram, tried=6)]
+    double = bigram | {"model.streams": "bigram=2:8V"}  # as many parameters as with JTok
+    arms.append(Arm("bigram_double", "configs/arms/bigram.py", double, tried=6))
     for name in ("jtok", "jtok_m"):
         file, fields = f"configs/arms/{name}_bigram.py", alone[name].fields | streams
         fields |= {OVERRIDES: f"{rate}=1"}

@@ -15,6 +15,7 @@ from jtok_jax.data import manifest, tokenizer
 from jtok_jax.data.windows import Windows, allow_open_files
 from jtok_jax.errors import DataError
 
+LOSSLESS = 0.001  # of a text may be lost before its bits a byte mean nothing
 Rows = Sequence[int] | None  # sequences of a batch that are wanted; None: all
 
 
@@ -64,7 +65,8 @@ class PreparedSource:
     """A corpus written by jtok_jax.prepare.
 
     fingerprint: changes whenever the same step would give other tokens. valid_bytes: UTF-8 bytes of
-    the held-out documents; of a part by its share of tokens.
+    the held-out documents; of a part by its share of tokens; 0: not known, as of token
+    ids, or of a tokenizer that loses text.
     """
 
     def __init__(self, config: Config):
@@ -90,7 +92,8 @@ class PreparedSource:
         used = min(config.evaluation.max_sequences or count, count)
         self._evaluated = np.arange(used) * count // used  # sequences of the held-out set
         share = np.minimum(targets - self._evaluated * seq_len, seq_len).sum() / targets
-        self.valid_bytes = self.manifest.valid.text_bytes * share
+        lost = manifest.lost_share(self.manifest.text.get("valid", {})) > LOSSLESS
+        self.valid_bytes = 0 if lost else self.manifest.valid.text_bytes * share
 
     def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
         """Return int32 ids [rows, seq_len + 1] of the batch of `step` (from 1)."""
@@ -124,6 +127,8 @@ class PreparedSource:
                 f"tables. Pass --config.model.vocab_size={found.vocab_size} or more."
             )
         path = folder / tokenizer.FILE_NAME
+        if not found.tokenizer_sha256:  # token ids of --vocab_size
+            return
         if not path.is_file() or manifest.file_sha256(path) != found.tokenizer_sha256:
             raise DataError(f"{path} is not the tokenizer the shards were written with.")
 

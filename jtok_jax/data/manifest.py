@@ -52,6 +52,7 @@ class Manifest:
     valid: Split
     recipe: dict
     skipped: dict
+    text: dict = dataclasses.field(default_factory=dict)  # counts of encoding.TextEncoder
 
     def fingerprint(self) -> dict[str, str]:
         """Return what training depends on: tokenizer and windows, not where they came from."""
@@ -61,6 +62,12 @@ class Manifest:
             "train": _digest(form, self.train),
             "valid": _digest(form, self.valid),
         }
+
+
+def lost_share(counts: dict[str, int]) -> float:
+    """Return the share of a text that its ids do not hold; of a corpus without counts, 0."""
+    pairs = ("unknown", "tokens"), ("lost", "bytes")
+    return max(counts.get(part, 0) / max(1, counts.get(whole, 0)) for part, whole in pairs)
 
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Byte-level BPE with the `tokenizers` library: train one, or take a tokenizer.json."""
 
+import json
 import pathlib
 from collections.abc import Iterable
 
@@ -11,6 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from jtok_jax.errors import DataError
 
 END_TOKEN = "<|endoftext|>"
+END_TOKENS = (  # of documents, the likeliest first; then of turns
+    "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "[SEP]", "<|im_end|>",
+    "<|eot_id|>",
+)  # fmt: skip
 FILE_NAME = "tokenizer.json"
 
 
@@ -49,12 +54,32 @@ def _for_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def may_cut(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Return whether a text cut before a space after a word gives the same ids as the whole."""
+    parts = json.loads(tokenizer.to_str())
+    words = parts["pre_tokenizer"] or {}
+    plain = words.get("type") == "ByteLevel" and words.get("use_regex", True)
+    added = any(not token["special"] for token in parts["added_tokens"])
+    return plain and not words["add_prefix_space"] and not parts["normalizer"] and not added
+
+
+def unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """Return the id of what a tokenizer cannot write; None if its model has no such token."""
+    model = json.loads(tokenizer.to_str())["model"]
+    token = model.get("unk_token")
+    return model.get("unk_id") if token is None else tokenizer.token_to_id(token)
+
+
 def end_token_id(tokenizer: tokenizers.Tokenizer, end_token: str) -> int:
     """Return the id of the token between documents. Raises DataError if there is no such token."""
     token_id = tokenizer.token_to_id(end_token)
     if token_id is None:
+        likely = [one for one in END_TOKENS if tokenizer.token_to_id(one) is not None]
+        advice = "Name one of its tokens with --end_token."
+        if likely:
+            others = f" It also has {', '.join(map(repr, likely[1:]))}." if likely[1:] else ""
+            advice = f"Likely: --end_token='{likely[0]}'.{others}"
         raise DataError(
-            f"The tokenizer has no token {end_token!r} to put between documents; name one of its "
-            "tokens with --end_token."
+            f"The tokenizer has no token {end_token!r} to put between documents.\n{advice}"
         )
     return token_id

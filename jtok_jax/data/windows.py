@@ -2,9 +2,10 @@
 # Copyright 2026 The jtok_jax authors
 """Windows of token ids in ArrayRecord shards: the writer, and a random-access reader."""
 
+import contextlib
 import pathlib
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import array_record.python.array_record_module as array_record
@@ -31,11 +32,11 @@ class WindowWriter:
         self._writer, self._in_shard, self._shards = None, 0, []
         self._targets = self._documents = self._text_bytes = 0
 
-    def add(self, ids: Sequence[int], *, text_bytes: int) -> None:
-        """Append one document of `ids` and the end token after it."""
-        document = np.array([*ids, self._end_id], self._stream.dtype)
-        self._stream = np.concatenate([self._stream, document])
-        self._documents += 1
+    def add(self, ids: Sequence[int], *, text_bytes: int, last: bool = True) -> None:
+        """Append ids of a document, and the end token after its last ones."""
+        parts = self._stream, ids, [self._end_id] * last
+        self._stream = np.concatenate([np.asarray(part, self._stream.dtype) for part in parts])
+        self._documents += last
         self._text_bytes += text_bytes
         while len(self._stream) > self._seq_len:
             self._write(self._stream[: self._seq_len + 1], targets=self._seq_len)
@@ -62,7 +63,8 @@ class WindowWriter:
             name = f"{self._split}-{len(self._shards):05d}.array_record"
             self._path = self._folder / name
             self._writer = array_record.ArrayRecordWriter(str(self._path), "group_size:1")
-        self._writer.write(window.tobytes())
+        with _disk_errors():
+            self._writer.write(window.tobytes())
         self._in_shard += 1
         self._targets += targets
         if self._in_shard == self._windows_per_shard:
@@ -71,10 +73,20 @@ class WindowWriter:
     def _close_shard(self) -> None:
         if self._writer is None:
             return
-        self._writer.close()
+        with _disk_errors():
+            self._writer.close()
         size, digest = self._path.stat().st_size, file_sha256(self._path)
         self._shards.append(Shard(self._path.name, size, digest, self._in_shard))
         self._writer, self._in_shard = None, 0
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Raise what ArrayRecord says of a full disk as the OSError it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 class Windows:

@@ -163,7 +163,7 @@ def fits_cudnn(dtype, head_size: int) -> bool:
 
 
 def cudnn_lacks(device: jax.Device) -> str | None:
-    """Why cuDNN attention cannot run on `device`, or None."""
+    """Return why cuDNN attention cannot run on `device`, or None."""
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
         return f"{device.device_kind} is not an NVIDIA GPU"
     if float(device.compute_capability) < 8.0:

@@ -43,12 +43,12 @@ class Exchange(NamedTuple):
     # ------------------------------------------------------------------ once a step
 
     def gather_ids(self, ids_BT: jax.Array) -> jax.Array:
-        """int32 [copies, tokens of a group]."""
+        """Return int32 [copies, tokens of a group]."""
         local = lambda ids: _gather(ids.reshape(-1), self.layout.axes)[None]
         return self._map(local, TOKENS, P(self._copies))(ids_BT)
 
     def plan(self, ids_NBT: jax.Array, *, max_unique: int | None) -> RowPlan:
-        """`row_plan` of N microbatches, for the rows that each device holds.
+        """Return `row_plan` of N microbatches, for the rows that each device holds.
 
         Unique ids, [row shards x U], are those of all groups, as are those found, [row shards]; the
         order, [N, copies x row shards, ...], is that of a group.
@@ -77,7 +77,7 @@ class Exchange(NamedTuple):
         return jax.lax.with_sharding_constraint(row_grads, spec)
 
     def update(self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, **scalars):
-        """`update_rows` on every device's part."""
+        """Return the result of `update_rows` on every device's part."""
         layout = self.layout
         shard = Shard(columns=layout.columns, rows=layout.rows, experts=layout.experts)
 
@@ -106,7 +106,7 @@ class Exchange(NamedTuple):
         choice_BTK: jax.Array | None,
         weights_BTK: jax.Array | None,
     ) -> jax.Array:
-        """Rows of JTok, or mixtures of JTok-M, [B, T, D] in the compute dtype.
+        """Return rows of JTok, or mixtures of JTok-M, [B, T, D] in the compute dtype.
 
         Args:
             ids_of_group: of `gather_ids`.
@@ -122,7 +122,7 @@ class Exchange(NamedTuple):
         return checkpoint_name(self._map(local, in_specs, TOKENS)(*arguments), FETCHED)
 
     def add(self, h_BTD, dm_BTD, e_BTD, scale_D, **form) -> jax.Array:
-        """`norm_add` on every device's tokens."""
+        """Return the result of `norm_add` on every device's tokens."""
 
         def local(h, dm, e, scale):
             flat = lambda x: x.reshape(-1, x.shape[-1])
@@ -145,7 +145,7 @@ class Exchange(NamedTuple):
         return self.shape[-2] // num_shards(self.mesh, self.layout.rows)
 
     def _tables_spec(self) -> P:
-        """Of one layer's tables, [(M,) V, D], and of gradients of their unique rows."""
+        """Return the spec of one layer's tables, [(M,) V, D], and of their row gradients."""
         layout = self.layout
         experts = [layout.experts or None] if len(self.shape) == 4 else []
         return P(*experts, layout.rows or None, layout.columns or None)
@@ -156,7 +156,7 @@ class Exchange(NamedTuple):
         return RowPlan(here, P(self._copies + rows), here, here)
 
     def _here(self, ids: jax.Array) -> jax.Array:
-        """Ids counted from the first row here; those of other devices are outside."""
+        """Return ids counted from the first row here; those of other devices are outside."""
         if not self.layout.rows:
             return ids
         return ids - jax.lax.axis_index(self.layout.rows) * self._rows_here
@@ -173,7 +173,7 @@ def _gather(x: jax.Array, axes: tuple[str, ...], *, axis: int = 0) -> jax.Array:
 
 
 def _outside_alone(ids: jax.Array, also: jax.Array | None, num_rows: int) -> jax.Array:
-    """How many rows here (0 to 2) a plan counts only because ids of other shards are clipped."""
+    """Return how many rows, 0 to 2, a plan counts only as ids of other shards are clipped."""
     every = ids if also is None else jnp.concatenate([ids, also], axis=1)
     below = jnp.any(every < 0) & ~jnp.any(every == 0)
     above = jnp.any(every >= num_rows) & ~jnp.any(every == num_rows - 1)
@@ -181,7 +181,7 @@ def _outside_alone(ids: jax.Array, also: jax.Array | None, num_rows: int) -> jax
 
 
 def _fetch(exchange: Exchange, tables, layer, ids_BT, ids, plan, row_grads, choice, weights):
-    """This device's part of `Exchange.fetch`: [B, T, D] of its own tokens."""
+    """Return this device's part of `Exchange.fetch`: [B, T, D] of its own tokens."""
     layout, mesh = exchange.layout, exchange.mesh
     ids = exchange._here(ids[0])
     inside = (ids >= 0) & (ids < tables.shape[-2])
@@ -209,7 +209,7 @@ def _fetch(exchange: Exchange, tables, layer, ids_BT, ids, plan, row_grads, choi
 
 
 def _to_owners_of_tokens(e: jax.Array, layout: TableLayout, mesh: Mesh) -> jax.Array:
-    """[tokens of the group, columns here] -> [tokens here, columns]."""
+    """Return all columns of the tokens here, from those here of all tokens of the group."""
     summed = layout.experts + layout.rows
     blocks = num_shards(mesh, layout.columns), num_shards(mesh, summed)
     e = e.reshape(*blocks, -1, e.shape[-1])

@@ -21,7 +21,7 @@ AT_ONCE = 1 << 27  # bytes of the float32 matrices of the blocks that a GPU comp
 
 @jax.custom_vjp
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """y [R, F] with y_r = x_r @ w[group of r].
+    """Return y [R, F] with y_r = x_r @ w[group of r].
 
     Args:
         sizes_E: int32, rows of each group in order. Rows past their sum give something finite
@@ -59,12 +59,12 @@ def _backward_ragged(x_RD, w_EDF, sizes_E, dy_RF):
 
 
 def _in_groups(y_RX, sizes_E):
-    """Zeros in rows past the last group, which the kernel of TPUs does not write."""
+    """Return `y` with zeros past the last group, where the kernel of TPUs writes nothing."""
     return jnp.where(jnp.arange(len(y_RX))[:, None] < sizes_E.sum(), y_RX, 0)
 
 
 def block_rows(num_rows: int, num_groups: int) -> int:
-    """Rows of a block: a power of two, about an eighth of its rows wasted on average."""
+    """Return rows of a block: a power of two, about an eighth of its rows wasted on average."""
     return min(512, max(16, 1 << max(0, (num_rows // (4 * num_groups)).bit_length() - 1)))
 
 
@@ -118,7 +118,7 @@ def _over_blocks(step: Callable, carry, sizes_E: jax.Array, block: int):
 
 
 def _parts(num_rows: int, w_EDF: jax.Array, sizes_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of every block and its group, int32 [parts, n, S] and [parts, n].
+    """Return rows of every block and its group, int32 [parts, n, S] and [parts, n].
 
     Places without row have numbers from R on, no two the same.
     """
@@ -139,7 +139,7 @@ def _parts(num_rows: int, w_EDF: jax.Array, sizes_E: jax.Array) -> tuple[jax.Arr
 
 
 def _read(array_RX: jax.Array, rows_nS: jax.Array) -> jax.Array:
-    """[n, S, X], zeros where there is no row."""
+    """Return [n, S, X], zeros where there is no row."""
     return array_RX.at[rows_nS].get(mode="fill", fill_value=0)
 
 

@@ -279,7 +279,7 @@ def jtok_layer(config: ModelConfig, *, rngs: nnx.Rngs) -> JTok | JTokM:
 
 
 def _some_rows(prefetched: Prefetched, lookup: Lookup) -> jax.Array:
-    """Rows, or mixtures of them, of some tokens; float32 [N, D]."""
+    """Return rows, or mixtures of them, of some tokens; float32 [N, D]."""
     if prefetched.rows_BTD is not None:
         return _some(_flat(prefetched.rows_BTD)).astype(jnp.float32)
     ids, routed = _some(lookup.ids.reshape(-1)), prefetched.routed

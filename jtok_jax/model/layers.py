@@ -19,7 +19,7 @@ from jtok_jax.model_config import ModelConfig
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array | None, *, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last axis, computed in float32, in the dtype of `x`."""
+    """Return x / rms(x) * weight over the last axis, computed in float32, in the dtype of `x`."""
     x32 = x.astype(jnp.float32)
     scaled = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     if weight_D is not None:
@@ -35,7 +35,7 @@ class Rotation(NamedTuple):
 
 
 def rotation(positions_BT: jax.Array, *, head_dim: int, base: float) -> Rotation:
-    """Angles position * base^(-2i/H) of int32 positions [B, T], or [1, T] shared by a batch."""
+    """Return the rotation by position * base^(-2i/H), of int32 positions [B, T] or [1, T]."""
     half = head_dim // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
@@ -43,7 +43,7 @@ def rotation(positions_BT: jax.Array, *, head_dim: int, base: float) -> Rotation
 
 
 def rotate(x_BTNH: jax.Array, rope: Rotation) -> jax.Array:
-    """Rotary embedding: the two halves of H turn by the angle of their position.
+    """Return `x` with the two halves of H turned by the angle of their position.
 
     Sums are float32. Halves are cut and joined in the dtype of `x`, or TPUs move float32 halves.
     """
@@ -54,7 +54,7 @@ def rotate(x_BTNH: jax.Array, rope: Rotation) -> jax.Array:
 
 
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """(silu(x gate) * (x up)) down."""
+    """Return (silu(x gate) * (x up)) down."""
     dtype = x_BTD.dtype
     gate = _widened(x_BTD, gate_DF.astype(dtype))
     up = _widened(x_BTD, up_DF.astype(dtype))
@@ -63,7 +63,7 @@ def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.
 
 @jax.custom_vjp
 def _widened(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x weight, whose weight's gradient is x^T g rather than autodiff's (g^T x)^T.
+    """Return x weight; the weight's gradient is x^T g rather than autodiff's (g^T x)^T.
 
     The same sums: but XLA on CPUs writes the first factor transposed, and x is the narrower.
     """
@@ -85,7 +85,7 @@ _widened.defvjp(_widened_forward, _widened_backward)
 
 
 def residual_std(config: ModelConfig) -> float:
-    """Standard deviation of a projection that writes to the residual stream."""
+    """Return the standard deviation of a projection that writes to the residual stream."""
     return config.init_std / (2 * config.num_layers) ** 0.5
 
 

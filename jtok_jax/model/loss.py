@@ -53,7 +53,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, LossSums]:
-    """Mean of cross-entropy + `z_loss` * logsumexp^2 over weighted tokens, and sums over them.
+    """Return the mean of cross-entropy + `z_loss` * logsumexp^2 over weighted tokens, and sums.
 
     Only the mean has derivatives, first ones in reverse mode, by hidden states and head; to the
     sums nothing flows back. All weights zero: NaN.
@@ -129,7 +129,7 @@ def _on_devices(
 def _all_chunks(
     fixed: _Fixed, hidden_BTD, head_DV, targets_BT, weights_BT, weight, *, with_grads: bool
 ) -> tuple[LossSums, _Grads | None]:
-    """Sums over these sequences; gradients have the dtype of what they are of."""
+    """Return sums over these sequences; gradients have the dtype of what they are of."""
     arrays, narrow_DV = (hidden_BTD, targets_BT, weights_BT), head_DV.astype(hidden_BTD.dtype)
     batch, length, dim = hidden_BTD.shape
     one = functools.partial(_chunk, fixed, narrow_DV, weight, with_grads=with_grads)
@@ -158,7 +158,7 @@ def _all_chunks(
 def _chunk(
     fixed: _Fixed, head_DV, weight, hidden_BTD, targets_BT, weights_BT, *, with_grads: bool
 ) -> tuple[LossSums, _Grads | None]:
-    """Sums, and gradients of the mean over `weight` tokens; that of the head is float32."""
+    """Return sums, and gradients of the mean over `weight` tokens; that of the head is float32."""
     # Two axes, not three: XLA on the CPU copies three-axis logits.
     hidden_RD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     targets_R, weights_R = targets_BT.reshape(-1), weights_BT.reshape(-1)
@@ -195,7 +195,7 @@ def _chunk(
 
 
 def _part(fixed: _Fixed, head_DV: jax.Array):
-    """The first column of this part of the head, and how a reduction goes over all parts."""
+    """Return the first column of this part of the head, and how a reduction goes over all parts."""
     if fixed.mesh is None:
         return 0, lambda reduce, x: x
     axes = RULES["V"]

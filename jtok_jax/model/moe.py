@@ -25,7 +25,7 @@ class ExpertRoute(NamedTuple):
 
 
 def route(x_RD: jax.Array, router_DE: jax.Array, *, top_k: int, renormalize: bool) -> ExpertRoute:
-    """Softmax over all experts in float32, then the top k."""
+    """Return the top k of a softmax over all experts, in float32."""
     logits_RE = jnp.dot(x_RD.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
     probabilities_RE = jax.nn.softmax(logits_RE, axis=-1)
     weights_Rk, choice_Rk = jax.lax.top_k(probabilities_RE, top_k)
@@ -35,7 +35,7 @@ def route(x_RD: jax.Array, router_DE: jax.Array, *, top_k: int, renormalize: boo
 
 
 def balance_loss(route: ExpertRoute) -> jax.Array:
-    """E * sum_e f_e P_e: share of the choices times mean probability (Switch, arXiv 2101.03961)."""
+    """Return E * sum_e f_e P_e, share of choices times mean probability (arXiv 2101.03961)."""
     num_experts = route.probabilities_RE.shape[-1]
     counts_E = jnp.bincount(route.choice_Rk.reshape(-1), length=num_experts)
     share_E = counts_E.astype(jnp.float32) / route.choice_Rk.size
@@ -52,7 +52,7 @@ def experts(
     *,
     some_elsewhere: bool = False,
 ) -> jax.Array:
-    """Weighted sum of the chosen experts' SwiGLU of every token, [R, D].
+    """Return the weighted sum of the chosen experts' SwiGLU of every token, [R, D].
 
     1. sort the (token, choice) pairs by expert  2. three grouped matmuls over the sorted rows
     3. put the rows back in order                4. weigh and add the k rows of a token.
@@ -78,7 +78,7 @@ def experts(
 
 
 def sharded_experts(mesh: Mesh, x_BTD, choice_BTk, weights_BTk, *matrices: jax.Array) -> jax.Array:
-    """`experts` of tokens on several devices, [B, T, D]; no token is dropped, whatever it chose.
+    """Return `experts` of tokens on several devices, [B, T, D]; no token is dropped.
 
     Along the mesh axis "expert" every device holds some experts. It gathers the tokens of its
     group, computes what they chose of its own, and the parts of a token's sum are added where the

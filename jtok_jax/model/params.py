@@ -41,12 +41,12 @@ class Declared(NamedTuple):
 
     @property
     def reads(self) -> int:
-        """How many times a forward pass reads a table; those that share one count each."""
+        """Return how many times a forward pass reads a table; those that share one count each."""
         return sum(index >= 0 for index in self.layers) if self.layers else 1
 
     @property
     def grads_shape(self) -> tuple[int, ...]:
-        """Leading axes of row gradients, (L,) or (L, M): zeros for layers that do not read."""
+        """Return the leading axes of row gradients, (L,) or (L, M)."""
         return (len(self.layers) or 1, *self.shape[1:-2])
 
 
@@ -69,19 +69,19 @@ def declared_tables(config: ModelConfig) -> dict[str, Declared]:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-    """Initial values of every parameter, see jtok_jax.model.layers for their distribution."""
+    """Return the initial values of every parameter, drawn as jtok_jax.model.layers says."""
     state = nnx.state(Transformer(config, rngs=nnx.Rngs(params=key)))
     return {"/".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of `init_params`."""
+    """Return the shapes and dtypes of `init_params`."""
     found = declared(config).items()
     return {name: jax.ShapeDtypeStruct(one.shape, one.dtype) for name, one in found}
 
 
 def bind(config: ModelConfig, params: Params) -> Transformer:
-    """The model of `config` holding `params` (arrays or tracers)."""
+    """Return the model of `config` holding `params` (arrays or tracers)."""
     graph, abstract = _structure(config)
     flat = [
         (path, variable.replace(params["/".join(path)]))
@@ -106,14 +106,14 @@ def operations(config: ModelConfig, name: str, *, column_shards: int = 1) -> Ope
 
 
 def to_stored(config: ModelConfig, params: Params) -> Params:
-    """Logical parameters as a run here holds them: tables as words where the operations want it."""
+    """Return logical parameters as a run here holds them, some tables as words."""
     tables = {name for name in declared_tables(config) if name in params}
     words = {name for name in tables if held_alone() and operations(config, name).packed}
     return params | {name: _pack(params[name]) for name in words}
 
 
 def to_logical(params: Params) -> Params:
-    """The inverse of `to_stored`; also of shapes (`jax.ShapeDtypeStruct`)."""
+    """Return the inverse of `to_stored`; also of shapes (`jax.ShapeDtypeStruct`)."""
     return params | {
         name: _logical(value) for name, value in params.items() if value.dtype == jnp.uint32
     }

@@ -19,7 +19,7 @@ class Route(NamedTuple):
 
 
 def route(x_BTD: jax.Array, router_DM: jax.Array, bias_M: jax.Array | None, *, top_k: int) -> Route:
-    """g = x^T R, Eq. 10, with x = RMSNorm(h); TopK and w_i = sigmoid(g_i) / sum_j sigmoid(g_j)."""
+    """Return TopK of g = x^T R, Eq. 10, with w_i = sigmoid(g_i) / sum_j sigmoid(g_j)."""
     logits_BTM = jnp.dot(x_BTD.astype(jnp.float32), router_DM, precision=jax.lax.Precision.HIGHEST)
     if bias_M is not None:
         logits_BTM = logits_BTM + bias_M
@@ -50,7 +50,7 @@ def largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def balance_loss(probabilities: jax.Array, choice: jax.Array, *, probability: str) -> jax.Array:
-    """n_e * sum_i p_i f_i, App. B, without lambda; over all tokens given.
+    """Return n_e * sum_i p_i f_i, App. B, without lambda; over all tokens given.
 
     p_i is the mean probability of table i, f_i its share of the choices (no gradient).
 
@@ -65,5 +65,5 @@ def balance_loss(probabilities: jax.Array, choice: jax.Array, *, probability: st
 
 
 def load(choice: jax.Array, count: int) -> jax.Array:
-    """Share of the choices that fell on each of `count` tables or experts; sums to 1."""
+    """Return the share of the choices that fell on each of `count` tables or experts; sums to 1."""
     return jnp.mean(jax.nn.one_hot(choice.reshape(-1), count, dtype=jnp.float32), axis=0)

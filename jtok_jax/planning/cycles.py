@@ -84,7 +84,9 @@ def _kind(module: Module, run: Run, num_layers: int, attention: re.Pattern) -> s
     if one.opcode.startswith(COLLECTIVES):
         return "collectives"
     in_layer = any(loop.turns == num_layers for loop in run.loops)
-    if _multiplies(module, one) or any(_is_ring(loop.instruction) for loop in run.loops):
+    # A loop that is itself a product passes slices of a weight around: a collective matmul.
+    ring = any(loop.instruction.op_name.endswith("dot_general") for loop in run.loops)
+    if ring or _multiplies(module, one):
         return "layer matmuls" if in_layer else "other matmuls"
     return "the rest"
 
@@ -97,8 +99,3 @@ def _multiplies(module: Module, one: Instruction) -> bool:
         part for name in one.called for part in module.computations[name].instructions.values()
     ]
     return one.opcode == "fusion" and any(_multiplies(module, part) for part in inner)
-
-
-def _is_ring(loop: Instruction) -> bool:
-    """Is it a collective matmul, a loop that passes slices of a weight around?"""
-    return loop.op_name.endswith("dot_general")

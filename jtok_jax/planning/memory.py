@@ -2,9 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """Bytes of a training step on one device, part by part, from shapes alone.
 
-What lives between steps is exact: the shapes and shardings of the state. What a step adds is a
-model of what XLA keeps and makes: which arrays live together at the widest point of the backward
-pass. Its whole numbers were chosen by figures of XLA's compilers for TPUs and H100s (LOG.md).
+What lives between steps is exact: the shapes and shardings of the state. What the backward pass
+needs of the forward pass is counted in a trace. Which arrays live together at its widest point is
+a model, whose whole numbers were chosen by figures of XLA's compilers for TPUs and H100s (LOG.md).
 """
 
 import dataclasses
@@ -13,25 +13,33 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.mesh import BATCH, num_shards
-from jtok_jax.model.attention import QUERIES
-from jtok_jax.model.params import declared, declared_tables
+from jtok_jax.mesh import AUTO, AXES, BATCH, num_shards
+from jtok_jax.model.attention import QUERIES, causal
+from jtok_jax.model.params import abstract_params, bind, declared, declared_tables
 from jtok_jax.model.placement import entries_here, table_layouts
+from jtok_jax.model.splash import SAVED
+from jtok_jax.model.tables import Rows
 from jtok_jax.model.variables import Weight
+from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.rows import row_gradient_bytes
+from jtok_jax.training.rows import make_plans, parallel_reads, row_gradient_bytes, zero_row_grads
 from jtok_jax.training.state import abstract_state
+
+PRIME = 8191  # tokens of a traced sequence: only what is kept for every token has a multiple
 
 
 class Part(NamedTuple):
     """Bytes of one thing on one device.
 
-    `when`: "state" lives between steps, "gradients" from the backward pass to the update, "kept"
-    from the forward to the backward pass; of "backward" and "update" only the largest lives.
+    `when`: "state" lives between steps, "gradients" from the backward pass to the update,
+    "residuals" from the forward to the backward pass. Of "backward" and "update" only the largest
+    lives.
     """
 
     name: str
@@ -45,19 +53,18 @@ class Memory:
 
     parts: tuple[Part, ...]
 
-    def of(self, when: str) -> int:
-        return sum(part.size for part in self.parts if part.when == when)
+    def sizes(self, when: str) -> list[int]:
+        return [part.size for part in self.parts if part.when == when]
 
     @property
     def state(self) -> int:
-        return self.of("state")
+        return sum(self.sizes("state"))
 
     @property
     def step(self) -> int:
         """What a step needs beside the state: the compiler's temporaries."""
-        most = lambda when: max((p.size for p in self.parts if p.when == when), default=0)
-        passes = self.of("kept") + most("backward")
-        return self.of("gradients") + max(passes, most("update"))
+        passes = sum(self.sizes("residuals")) + max(self.sizes("backward"))
+        return sum(self.sizes("gradients")) + max([passes, *self.sizes("update")])
 
     @property
     def total(self) -> int:
@@ -70,14 +77,15 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     Raises:
         ConfigError: the mesh does not divide what it splits.
     """
-    shapes = _Shapes(config, mesh)
+    shapes, model = _Shapes(config, mesh), config.model
+    row_grads = shapes.sums * sum(map(shapes.row_grads, shapes.tables))
     parts = [
         *_state(_what_state_depends_on(config), mesh),
-        Part("gradients of the backbone", shapes.sums * shapes.backbone_entries * 4, "gradients"),
-        Part("gradients of rows", shapes.sums * _row_grads(shapes), "gradients"),
-        Part("backbone in the compute dtype", _cast_weights(shapes), "kept"),
-        Part("plan of rows", _plan(shapes), "kept"),
-        Part("activations of all layers", shapes.model.num_layers * _saved(shapes), "kept"),
+        Part("gradients of the backbone", shapes.sums * shapes.backbone * 4, "gradients"),
+        Part("gradients of rows", row_grads, "gradients"),
+        Part("backbone in the compute dtype", _cast_weights(shapes), "residuals"),
+        Part("plan of rows", _plan(shapes), "residuals"),
+        Part("activations of all layers", model.num_layers * _residuals(shapes), "residuals"),
         Part("backward of a layer", _layer(shapes), "backward"),
         Part("loss and head", _head(shapes), "backward"),
         Part("update of the rows of a layer", _row_update(shapes), "update"),
@@ -88,19 +96,18 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
 def update_bytes(config: Config, mesh: AbstractMesh) -> int:
     """Read and written by the update on one device: value, gradient and two moments, float32."""
     shapes = _Shapes(config, mesh)
-    entries = shapes.backbone_entries
-    if config.optimizer.tables.kind == "adamw":
-        return 28 * (entries + sum(map(shapes.entries, shapes.tables)))
-    return 28 * entries + 7 * _row_grads(shapes)
+    dense = [name for name in shapes.tables if shapes.is_dense(name)]
+    rows = sum(shapes.row_grads(name) for name in shapes.tables if name not in dense)
+    return 28 * (shapes.backbone + sum(map(shapes.entries, dense))) + 7 * rows
 
 
 class _Shapes:
-    """Sizes of one device's part of everything."""
+    """Sizes of one device's part of everything; `backbone` in entries."""
 
     def __init__(self, config: Config, mesh: AbstractMesh):
-        self.config, self.mesh = config, mesh
-        self.model, self.layouts = config.model, table_layouts(config, mesh)
+        self.config, self.mesh, self.model = config, mesh, config.model
         self.declared, self.tables = declared(config.model), declared_tables(config.model)
+        self.backbone = sum(map(self.entries, self.declared.keys() - self.tables.keys()))
         self.compute = flops.BYTES[self.model.compute_dtype]
         batch = config.train.batch_size // config.train.grad_accumulation
         self.sequences = batch / num_shards(mesh, BATCH)
@@ -109,25 +116,23 @@ class _Shapes:
         self.tensor = mesh.shape["tensor"]
         self.sums = 2 if config.train.grad_accumulation > 1 else 1  # of a microbatch, and of all
 
-    def entries(self, name: str, *, gathered: bool = False, layer: bool = False) -> int:
-        """Entries of a parameter here; whole along D, or of one layer."""
-        whole = "D" if gathered else ""
-        entries = entries_here(self.config, self.mesh, name, whole=whole)
-        return entries // self.model.num_layers if layer else entries
+    def entries(self, name: str, *, whole: str = "") -> int:
+        """Entries of a parameter here, if the axes `whole` are not split."""
+        return entries_here(self.config, self.mesh, name, whole=whole)
 
-    @property
-    def backbone_entries(self) -> int:
-        return sum(self.entries(name) for name in self.declared if name not in self.tables)
+    def is_dense(self, table: str) -> bool:
+        """Return whether the optimizer of a table rewrites every row."""
+        return self.config.optimizer.tables.of(self.tables[table].owner).kind == "adamw"
+
+    def row_grads(self, table: str) -> int:
+        """Return bytes of a table's row gradients."""
+        return row_gradient_bytes(self.config, self.mesh, table)
 
     @property
     def matrices(self) -> list[str]:
         """Of the layers, those that matmuls read."""
-        in_layers = {name: one for name, one in self.declared.items() if one.axes[0] == "L"}
-        return [
-            name
-            for name, one in in_layers.items()
-            if issubclass(one.kind, Weight) and not one.full_precision
-        ]
+        read = lambda one: issubclass(one.kind, Weight) and not one.full_precision
+        return [name for name, one in self.declared.items() if one.axes[0] == "L" and read(one)]
 
 
 def _what_state_depends_on(config: Config) -> Config:
@@ -140,16 +145,13 @@ def _what_state_depends_on(config: Config) -> Config:
 def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
     """Exact, but for what a TPU pads of narrow arrays."""
     state = abstract_state(config, make_optimizer(config), mesh)
-    sizes = dict.fromkeys(("backbone", "AdamW moments", "tables", "row optimizer"), 0)
-    tables = declared_tables(config.model)
+    kinds = (("backbone", "AdamW moments"), ("tables", "row optimizer"))
+    sizes, tables = dict.fromkeys(sum(kinds, ()), 0), declared_tables(config.model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
-        of_tables = any(key in tables for key in keys)
-        local = leaf.sharding.shard_shape(leaf.shape)
         moment = "opt_state" in jax.tree_util.keystr(path)
-        kind = ("row optimizer" if moment else "tables") if of_tables else "backbone"
-        kind = "AdamW moments" if moment and not of_tables else kind
-        sizes[kind] += math.prod(local) * leaf.dtype.itemsize
+        kind = kinds[any(key in tables for key in keys)][moment]
+        sizes[kind] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return tuple(Part(name, size, "state") for name, size in sizes.items())
 
 
@@ -160,82 +162,82 @@ def _plan(shapes: _Shapes) -> int:
     return 16 * train.batch_size * train.seq_len * ids
 
 
-def _row_grads(shapes: _Shapes) -> int:
-    """Return bytes of the row gradients of all tables."""
-    return sum(row_gradient_bytes(shapes.config, shapes.mesh, name) for name in shapes.tables)
-
-
 def _cast_weights(shapes: _Shapes) -> int:
     """XLA casts all layers at once, before the loop over them."""
-    if shapes.compute == flops.BYTES[shapes.model.param_dtype]:
-        return 0
-    return sum(shapes.entries(name) for name in shapes.matrices) * shapes.compute
+    cast = shapes.compute != flops.BYTES[shapes.model.param_dtype]
+    return sum(map(shapes.entries, shapes.matrices)) * shapes.compute * cast
 
 
-def _saved(shapes: _Shapes, remat: str | None = None) -> int:
-    """What remat keeps of one layer; `model.remat` unless another is named."""
-    model, jtok, moe = shapes.model, shapes.model.jtok, shapes.model.moe
-    remat = remat or model.remat
-    dim, query = model.model_dim, model.num_heads * model.head_size
-    heads = (query + 2 * model.num_kv_heads * model.head_size) / shapes.tensor
-    width = (moe.shared_dim if moe.num_experts else model.ffn_dim) / shapes.tensor
-    kept = dim  # the input of the layer
-    if remat != "full":
-        kept += heads + dim + 2 * width  # results of matmuls that a gradient needs
-        if model.attention == "splash":  # what it returns, or the forward pass would run twice
-            kept += query / shapes.tensor
-        fetched, gated = jtok.kind != "none" and shapes.mesh.size > 1, jtok.kind == "jtok"
-        kept += (fetched + gated) * dim / shapes.tensor  # rows, and the increment a gate needs
-    if remat == "none":
-        kept += 10 * dim + heads + 4 * width  # norms, partly float32; rotations; activations
-        if moe.num_experts:
-            kept += moe.top_k * (2 * dim + 5 * moe.expert_dim / shapes.tensor)
-    return int(shapes.tokens * kept * shapes.compute)
+def _residuals(shapes: _Shapes, remat: str | None = None) -> int:
+    """Bytes that one layer keeps for its backward pass, as `model.remat` or `remat` says.
+
+    On several devices tables and experts split tokens over the tensor axis. Without them it splits
+    heads and widths, and vectors of D entries are whole.
+    """
+    model, jtok = shapes.model, dataclasses.replace(shapes.model.jtok, table_dtype="float32")
+    attention = "splash" if model.attention == "splash" else "xla"
+    fields = {"remat": remat or model.remat, "attention": attention, "loss_chunk": 0, "jtok": jtok}
+    data, expert = 1 + (shapes.mesh.size > 1), shapes.mesh.shape["expert"]
+    vectors, others = _trace(dataclasses.replace(model, **fields), data, expert)
+    split = model.moe.num_experts or any(table.layers for table in shapes.tables.values())
+    return int(shapes.tokens * (vectors / (shapes.tensor if split else 1) + others / shapes.tensor))
+
+
+@functools.cache
+def _trace(model: ModelConfig, data: int, expert: int) -> tuple[float, float]:
+    """Bytes a token of what autodiff keeps of a layer: vectors of D entries, and all else."""
+    mesh = AbstractMesh((data, 1, expert, 1), AXES, axis_types=AUTO)
+    config, tables = Config(model=model), declared_tables(model)
+    params, sequences = abstract_params(model), mesh.size * (model.num_layers + 1)
+    name = SAVED if model.attention == "splash" else ""  # whose kernels need a TPU to be traced
+    attend = lambda q, k, v, _: (checkpoint_name(causal(q, k, v, kind="xla"), name), None)
+
+    def backward(backbone, tables, ids):
+        parallel = parallel_reads(config, mesh)
+        plans = make_plans(config, ids[None], parallel)
+        first = lambda plan: plan._replace(order=jax.tree.map(lambda x: x[0], plan.order))
+        mine = {key: first(plan) for key, plan in plans.items()}
+
+        def run(backbone, grads):
+            options = {"training": Rows(mine, grads), "parallel": parallel, "attend": attend}
+            return bind(model, backbone | tables)(ids, **options)._replace(cached=None, health=None)
+
+        return jax.vjp(run, backbone, zero_row_grads(config, plans, parallel))[1]
+
+    backbone = {name: params.pop(name) for name in params.keys() - tables.keys()}
+    ids = jax.ShapeDtypeStruct((sequences, PRIME), jnp.int32)
+    sizes = [0, 0]
+    for one in jax.tree.leaves(jax.eval_shape(backward, backbone, params, ids)):
+        if one.shape[:1] == (model.num_layers,) and one.size % PRIME == 0:
+            sizes[one.shape[-1] != model.model_dim] += one.size * one.dtype.itemsize
+    return tuple(size / (model.num_layers * sequences * PRIME) for size in sizes)
 
 
 def _layer(shapes: _Shapes) -> int:
     """Matrices of a layer as gathered, their gradients, and the widest the backward pass gets."""
-    weights = sum(shapes.entries(name, gathered=True, layer=True) for name in shapes.matrices)
-    widest = max(_attention(shapes), _feed_forward(shapes))
-    made = _saved(shapes, "dots") + widest + _mixture(shapes)
-    return int(2 * weights * shapes.compute + made)
+    entries = sum(shapes.entries(name, whole="D") for name in shapes.matrices)
+    weights = entries // shapes.model.num_layers * shapes.compute
+    made = _residuals(shapes, "none")
+    return int(2 * weights + max(made, made / 3 + max(_scores(shapes), _mixtures(shapes))))
 
 
-def _attention(shapes: _Shapes) -> float:
-    """Return bytes of one layer's attention in the backward pass.
-
-    Probabilities and their gradients are float32. "chunked" has those of some queries, and
-    kernels have none.
-    """
+def _scores(shapes: _Shapes) -> float:
+    """Bytes of a layer's attention probabilities and their gradients, float32."""
     model = shapes.model
+    queries = {"cudnn": 0, "splash": 0, "chunked": QUERIES}.get(model.attention, shapes.length)
     heads = model.num_heads / shapes.tensor
-    flat = 4 * shapes.tokens * heads * model.head_size * shapes.compute
-    if model.attention in ("cudnn", "splash"):
-        return flat
-    queries = QUERIES if model.attention == "chunked" else shapes.length
-    return flat + 2 * 4 * shapes.sequences * heads * min(queries, shapes.length) * shapes.length
+    return 2 * 4 * shapes.sequences * heads * min(queries, shapes.length) * shapes.length
 
 
-def _feed_forward(shapes: _Shapes) -> float:
-    """Of experts: rows sorted, put back, and the gradients of both."""
-    model, moe = shapes.model, shapes.model.moe
-    if not moe.num_experts:
-        return 4 * shapes.tokens * model.ffn_dim / shapes.tensor * shapes.compute
-    rows = shapes.tokens * shapes.mesh.shape["expert"] * moe.top_k
-    width = moe.expert_dim / shapes.tensor
-    return rows * shapes.compute * 4 * (width + model.model_dim)
-
-
-def _mixture(shapes: _Shapes) -> float:
-    """Rows of the tokens of a group, the columns here: read, mixed, and their gradients."""
-    made, used = 0.0, shapes.model.jtok.rows_per_token
+def _mixtures(shapes: _Shapes) -> float:
+    """Rows of a layer that a device reads for its group, sums of them, and gradients of both."""
+    made, layouts = 0.0, table_layouts(shapes.config, shapes.mesh)
     for name, table in shapes.tables.items():
-        layout, stream = shapes.layouts[name], shapes.model.id_streams[table.stream]
-        tokens = shapes.tokens / shapes.tensor * num_shards(shapes.mesh, layout.axes)
-        columns = table.shape[-1] // num_shards(shapes.mesh, layout.columns)
-        each = used if len(table.shape) == 4 else stream.heads
-        made += tokens * columns * (8 * each + 10) * bool(table.layers)
-    return made
+        parts = num_shards(shapes.mesh, layouts[name].experts + layouts[name].rows)
+        heads = shapes.model.id_streams[table.stream].heads
+        each = table.top_k or heads
+        made += parts * table.shape[-1] * (8 * each + 10) * bool(table.layers)
+    return made * shapes.tokens / shapes.tensor
 
 
 def _head(shapes: _Shapes) -> int:
@@ -247,11 +249,14 @@ def _head(shapes: _Shapes) -> int:
 
 
 def _row_update(shapes: _Shapes) -> int:
-    """Rows of one layer with two moments, before and after, float32; of the largest table."""
-    if shapes.config.optimizer.tables.kind == "adamw":  # a dense gradient of the whole table
-        return max((4 * shapes.entries(name) for name in shapes.tables), default=0)
-    of_layers = {
-        row_gradient_bytes(shapes.config, shapes.mesh, name) // (len(table.layers) or 1)
+    """Rows of one layer with two moments, before and after, float32; of the largest table.
+
+    Of a table with dense updates its gradient.
+    """
+    sizes = [
+        4 * shapes.entries(name)
+        if shapes.is_dense(name)
+        else 6 * (shapes.row_grads(name) // table.grads_shape[0])
         for name, table in shapes.tables.items()
-    }
-    return 6 * max(of_layers, default=0)
+    ]
+    return max(sizes, default=0)

@@ -140,7 +140,7 @@ def as_text(plan: dict) -> str:
     titles = {
         "state": "state (exact)",
         "gradients": "a step (estimate)",
-        "kept": "forward to backward (estimate)",
+        "residuals": "forward to backward (estimate)",
         "backward": "then the largest of",
         "update": "or, when all that was kept is gone",
     }
@@ -254,7 +254,7 @@ def draw(plan: dict, path: pathlib.Path) -> None:
         raise ConfigError("--plot needs matplotlib; pip install -e '.[plot]'.") from error
     parts = plan["memory"]["parts"]
     colours = {
-        "state": "#33608c", "gradients": "#5a9a6f", "kept": "#c98b2b", "backward": "#a8a8a8",
+        "state": "#33608c", "gradients": "#5a9a6f", "residuals": "#c98b2b", "backward": "#a8a8a8",
         "update": "#d9d9d9",
     }  # fmt: skip
     figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(parts) + 1.6))

@@ -59,12 +59,10 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
     def add(name, kind, axes, whole, times=1):
         """`whole`: bytes of the gathered or unreduced array; a device sends all but its part."""
         axes = tuple(name for name in axes if shape[name] > 1)
-        count = num_shards(mesh, axes)
         factor = 2 if kind == "all-reduce" else 1
-        if count > 1 and whole:
-            found.append(
-                Collective(name, kind, axes, int(times * factor * whole * (1 - 1 / count)))
-            )
+        size = int(times * factor * whole * (1 - 1 / num_shards(mesh, axes)))
+        if size:
+            found.append(Collective(name, kind, axes, size))
 
     of_fsdp, gathered = 0, 0  # entries along D; and how many of them a pass gathers
     experts, others = 0, 0  # entries here
@@ -87,18 +85,20 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
         gathered = activations * shape["expert"]
         add("tokens to experts", "all-gather", ("expert",), gathered, times=2)
         add("tokens from experts", "reduce-scatter", ("expert",), gathered, times=2)
-    for name, table in declared_tables(model).items():
-        layout, stream = table_layouts(config, mesh)[name], model.id_streams[table.stream]
-        carrying = sum(index >= 0 for index in table.layers) or 1
-        group, every = num_shards(mesh, layout.axes), tuple(shape)
+    tables, layouts = declared_tables(model), table_layouts(config, mesh)
+    plans = {(table.stream, layouts[name]) for name, table in tables.items()}
+    for stream, _ in sorted(plans):  # tables of one stream and layout share their ids
+        ids = 4 * config.train.batch_size * config.train.seq_len * model.id_streams[stream].heads
+        add(f"ids of {stream}" if len(plans) > 1 else "ids", "all-gather", tuple(shape), ids)
+    for name, table in tables.items():
+        layout, stream = layouts[name], model.id_streams[table.stream]
+        carrying = table.reads
         here = tokens / shape["tensor"] * stream.heads
         rows = here * table.shape[-1] * wire * carrying
-        ids = config.train.batch_size * config.train.seq_len * stream.heads
-        of_table = f" of {name}" if len(declared_tables(model)) > 1 else ""
-        add(f"ids{of_table}", "all-gather", every, 4 * ids)
+        of_table = f" of {name}" if len(tables) > 1 else ""
         if len(table.shape) == 4:
-            routed = 8 * model.jtok.top_k * here * carrying
-            add("router weights", "all-gather", layout.axes, routed * group, times=1.5)
+            routed = 8 * model.jtok.top_k * here * carrying * num_shards(mesh, layout.axes)
+            add("router weights", "all-gather", layout.axes, routed, times=1.5)
         add(f"rows{of_table}, columns of them", "all-to-all", layout.columns, rows, times=2)
         copies = tuple(axis for axis in shape if axis not in layout.axes)
         size = row_gradient_bytes(config, mesh, name)
@@ -114,8 +114,8 @@ def step_time(config: Config, mesh: AbstractMesh, topology: Topology) -> Time:
     chip, model = topology.chip, config.model
     counts = flops.count(model, seq_len=config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len / mesh.size
-    forward = {"none": 0, "dots": 0, "full": 1}[model.remat]  # computed once more
-    work = tokens * (counts.train_flops + forward * counts.forward_flops)
+    again = counts.forward_flops if model.remat == "full" else 0
+    work = tokens * (counts.train_flops + again)
     moved = _row_bytes(config, tokens) + _loss_bytes(config, mesh) + update_bytes(config, mesh)
     sent = sum(
         one.size / (LINK_SHARE * _rate(one, mesh, topology)) for one in collectives(config, mesh)
@@ -140,9 +140,9 @@ def _row_bytes(config: Config, tokens: float) -> float:
     wide = flops.BYTES[model.compute_dtype]
     for table in declared_tables(model).values():
         heads = model.id_streams[table.stream].heads
-        used = model.jtok.rows_per_token if len(table.shape) == 4 else heads
+        used = table.top_k or heads
         entry = 2 * used * table.dtype.itemsize + 6 * wide + 4 * used
-        carrying = sum(index >= 0 for index in table.layers) or 1
+        carrying = table.reads
         moved += tokens * table.shape[-1] * entry * carrying
     return moved
 

@@ -254,8 +254,9 @@ def _router(model: ModelConfig, params: Params, source: Source) -> dict:
 def _removal(config: Config, params: Params, source: Source) -> dict:
     """Return losses of some batches as they are, and with rows of the tables zero."""
     model, tables, show = config.model, params["tables"], str
-    if config.data.source == "prepared":
-        tokenizer = load_tokenizer(pathlib.Path(config.data.path) / FILE_NAME)
+    path = pathlib.Path(config.data.path) / FILE_NAME
+    if config.data.source == "prepared" and path.exists():  # token ids may come without one
+        tokenizer = load_tokenizer(path)
         show = lambda token: repr(tokenizer.decode([token], skip_special_tokens=False))
     batches = list(itertools.islice(source.valid_batches(), REMOVAL_BATCHES))
     ids = np.concatenate([batch.ids_BT[batch.weights_BT > 0] for batch in batches])

@@ -18,7 +18,7 @@ class Estimate(NamedTuple):
 
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
-            return "diverged"
+            return "unknown" if math.isnan(self.mean) else "diverged"
         return f"{self.mean:.4f}" + ("" if math.isnan(self.half) else f" +- {self.half:.4f}")
 
 

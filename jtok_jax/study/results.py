@@ -38,7 +38,7 @@ class Result(NamedTuple):
     seed: int
     status: str  # finished, or diverged: the run stopped as not finite
     val_loss: float  # nats a token, over the whole held-out set; not finite where diverged
-    val_bpb: float  # bits a byte of text
+    val_bpb: float  # bits a byte of text; NaN: not known
     backbone: int  # parameters
     tables: int  # parameters
     table_bytes: int
@@ -180,7 +180,7 @@ def make_result(
         chosen=json.dumps(dict(cell.candidate.chosen)),
         status="finished" if finished else "diverged",
         val_loss=last["val_loss"] if finished else math.inf,
-        val_bpb=last["val_bpb"] if finished else math.inf,
+        val_bpb=(last["val_bpb"] or math.nan) if finished else math.inf,
         backbone=counts.backbone, tables=counts.tables, table_bytes=counts.table_bytes,
         tokens=tokens, train_flops=float(counts.train_flops) * tokens,
         step_seconds=median, seconds=median * config.train.steps,

@@ -8,7 +8,9 @@ the resolved configuration, the data fingerprint and the versions that wrote it.
 
 import contextlib
 import dataclasses
+import json
 import logging
+import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -20,14 +22,19 @@ from jax.sharding import AbstractMesh, Mesh
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
-from jtok_jax.config import CheckpointConfig, Config, MeshConfig
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from jtok_jax.mesh import abstract_mesh, make_mesh
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.params import abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import parameter_sharding, table_operations
-from jtok_jax.training.resume import CHECKPOINTS, require_same_config, require_same_data
+from jtok_jax.training.resume import (
+    CHECKPOINTS,
+    checkpoints_of,
+    require_same_config,
+    require_same_data,
+)
 from jtok_jax.training.state import TrainState, non_finite
 
 # Of several processes JAX agrees on the step at which all stop, once, by the steps they ask about.
@@ -45,24 +52,43 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
         self._folder = workdir.absolute() / CHECKPOINTS
-        self._config, self._data, self._pending, self._step = config, data, None, None
-        self._checkpointer = ocp.training.Checkpointer(
+        self._config, self._data, self._pending, self._failed = config, data, None, False
+        self._checkpointer = self._open()
+        self._log = _FailureLog()
+
+    def _open(self) -> ocp.training.Checkpointer:
+        options, policies = self._config.checkpoint, ocp.training.preservation_policies
+        preserved = [policies.LatestN(options.keep)]
+        if options.keep_best:
+            preserved.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[_RANKED_BY],
+                    reverse=True,  # the lowest last, where Orbax takes the best from
+                    n=options.keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return ocp.training.Checkpointer(
             self._folder,
-            preservation_policy=_preservation(config.checkpoint),
+            preservation_policy=policies.AnyPreservationPolicy(preserved),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             cleanup_tmp_directories=True,
         )
-        self._noted = _NotedFailure()
 
     def latest_step(self) -> int | None:
         """Return the step of the newest checkpoint, None if there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    def is_ranked(self) -> bool:
+        """Return whether the newest checkpoint has a validation that is finite."""
+        latest = self._checkpointer.latest
+        return latest is not None and bool(latest.metrics)
+
     def save(self, state: TrainState, step: int, *, val_loss: float | None = None) -> None:
         """Start writing `state`; returns once the arrays may change.
 
-        val_loss: finite, by which checkpoint.keep_best ranks it; None: it is not ranked.
+        val_loss: by which checkpoint.keep_best ranks it; None or not finite: it is not ranked.
 
         Raises:
             CheckpointError: the save before this one failed.
@@ -83,14 +109,31 @@ class Checkpoints:
             "jax": jax.__version__,
             "flax": flax.__version__,
         }
-        self._step = step
+        finite = val_loss is not None and math.isfinite(val_loss)
+        metrics = {_RANKED_BY: val_loss} if finite else None
         with self._failure(step):
-            leaves = named_leaves(state)
-            ranked_by = None if val_loss is None else {_RANKED_BY: val_loss}
             response = self._checkpointer.save_async(
-                step, leaves, metrics=ranked_by, custom_metadata=metadata
+                step, named_leaves(state), metrics=metrics, custom_metadata=metadata
             )
         self._pending = step, response
+
+    def rank(self, val_loss: float) -> None:
+        """Rank the newest checkpoint, whose validation a signal had cut short.
+
+        All processes call this, while no save is under way. Orbax cannot add metrics to a
+        checkpoint: process 0 writes them where Orbax does, and all read them again.
+        """
+        step = self.latest_step()
+        if step is None or not math.isfinite(val_loss):
+            return
+        self._checkpointer.close()
+        if jax.process_index() == 0:
+            path = self._folder / str(step) / "metrics" / "metrics"
+            path.parent.mkdir(exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps({_RANKED_BY: val_loss}))
+            partial.replace(path)
+        self._checkpointer = self._open()  # which waits for process 0
 
     def check(self, seconds: float = 0.0) -> None:
         """Wait so long for the save under way. Raises CheckpointError if it failed."""
@@ -98,8 +141,8 @@ class Checkpoints:
             return
         step, response = self._pending
         with self._failure(step):
-            if self._noted.error:
-                raise self._noted.error
+            if self._log.error:
+                raise self._log.error
             try:
                 response.result(timeout=seconds)
             except TimeoutError as error:
@@ -114,21 +157,18 @@ class Checkpoints:
             self.check(_POLL_SECONDS)
 
     def close(self) -> None:
-        """Wait for the save under way and let go of Orbax; after a failure here do not wait."""
-        with contextlib.closing(self._noted):
-            try:
-                self.wait()
-            finally:
-                if not self._noted.error:  # else Orbax waits for the other processes
-                    with self._failure(self._step):  # a failed save is told again here
-                        self._checkpointer.close()
+        """Wait for the save under way; after a failure here Orbax would wait for the others."""
+        with contextlib.closing(self._log):
+            self.wait()
+            if not self._failed:
+                self._checkpointer.close()
 
     @contextlib.contextmanager
     def _failure(self, step: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._pending = None
+            self._pending, self._failed = None, True
             what = f"Save of step {step} under {self._folder} failed: {error!r}. Earlier ones are"
             if (self._folder / str(step)).exists():  # it gets its name when all of it is there
                 what = f"After the save of step {step} under {self._folder}: {error!r}. It is"
@@ -145,38 +185,21 @@ class Checkpoints:
             CheckpointError: names, shapes or dtypes differ, or the files are damaged.
         """
         step = self.latest_step()
-        found = _metadata(self._checkpointer, step, self._folder)
+        found = _metadata(self._checkpointer, step)
         require_same_config(found.custom_metadata["config"], self._config, self._folder.parent)
         require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
         logical = _logical(abstract)
         wanted = named_leaves(logical)
-        _compare_leaves(found.metadata, wanted, step)
-        leaves = _load(self._checkpointer, step, wanted)
+        leaves = _load(self._checkpointer, found, wanted)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
 
 
-def _preservation(options: CheckpointConfig):
-    """Return Orbax's policy of what is kept: the newest checkpoints, and the best ones if asked."""
-    policies = ocp.training.preservation_policies
-    newest = policies.LatestN(options.keep)
-    if not options.keep_best:
-        return newest
-    best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics[_RANKED_BY],
-        reverse=True,  # the lowest last, where Orbax takes the best from
-        n=options.keep_best,
-        keep_checkpoints_without_metrics=False,
-    )
-    return policies.AnyPreservationPolicy([newest, best])
-
-
-class _NotedFailure(logging.Filter):
-    """Notes why a save in the background failed here, from Orbax's log when it says so.
+class _FailureLog(logging.Filter):
+    """Takes from Orbax's log the first error of a save in the background.
 
     Of several processes Orbax lets no save end before those of all others have, and the others
-    wait for the one that failed: its response would tell it after Orbax's limit of 20 minutes.
-    Of the same failure told several times the first is left in the log, on one line.
+    wait for the one that failed: its response would say so after Orbax's limit of 20 minutes.
     """
 
     def __init__(self):
@@ -185,16 +208,14 @@ class _NotedFailure(logging.Filter):
         logging.getLogger("absl").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether `record` is logged: not what becomes an error of ours."""
         if record.levelno < logging.ERROR or not record.exc_info or record.module not in _SAVING:
             return True
-        error, first = record.exc_info[1], self.error is None
-        self.error = self.error or error
-        if isinstance(error, OSError | ValueError):  # of file systems; others keep their traceback
-            record.msg, record.args = f"A save failed: {error!r}", ()
-            record.exc_info = record.exc_text = None
-        return first
+        self.error = self.error or record.exc_info[1]
+        return False
 
     def close(self) -> None:
+        """Let the log be as it was."""
         logging.getLogger("absl").removeFilter(self)
 
 
@@ -205,16 +226,6 @@ class Saved(NamedTuple):
     config: Config
     data: dict[str, str]  # fingerprint of the data, see jtok_jax.data.manifest
     params: dict[str, jax.Array]
-
-
-def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
-    """Return the folder of a run's checkpoints. Raises CheckpointError if there is none."""
-    folder = workdir.absolute() / CHECKPOINTS
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{workdir} holds no {CHECKPOINTS} folder; is this a train.py --workdir?"
-        )
-    return folder
 
 
 def load_params(
@@ -237,21 +248,16 @@ def load_params(
     folder = checkpoints_of(workdir)
     with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
         number = _choose_step(checkpointer, step, folder)
-        found = _metadata(checkpointer, number, folder)
-        config = from_config_dict(completed(found.custom_metadata["config"]))
+        found = _metadata(checkpointer, number)
+        config = _config_of(found)
         if choose:
             config = dataclasses.replace(config, mesh=choose(config))
         place, mesh = _placing(config, alone=choose is None)
         config = _anywhere(config, mesh)
-        saved = {name: x for name, x in found.metadata.items() if name.startswith(_PARAMS)}
-        expected = {_PARAMS + name: x for name, x in abstract_params(config.model).items()}
-        _compare_leaves(saved, expected, number)
-        place_of = lambda name, leaf: place(name.removeprefix(_PARAMS), leaf)
-        wanted = dict.fromkeys(found.metadata, ...)  # Orbax skips those
-        wanted |= {name: place_of(name, leaf) for name, leaf in saved.items()}
-        leaves = _load(checkpointer, number, wanted)
-    params = {name.removeprefix(_PARAMS): leaves[name] for name in saved}
-    params = to_stored(config.model, params)
+        names = abstract_params(config.model)
+        wanted = {_PARAMS + name: place(name, leaf) for name, leaf in names.items()}
+        leaves = _load(checkpointer, found, wanted, below=_PARAMS)
+    params = to_stored(config.model, {name: leaves[_PARAMS + name] for name in names})
     return Saved(number, config, found.custom_metadata["data"], params)
 
 
@@ -277,15 +283,16 @@ def _placing(config: Config, *, alone: bool) -> tuple[Callable, Mesh | AbstractM
     """Return (name, leaf -> where it is restored), and the mesh."""
     if alone:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return lambda _, leaf: _placed(leaf, device), abstract_mesh(MeshConfig(), 1)
-    mesh = make_mesh(config.mesh)
-    of_parameter = parameter_sharding(config, mesh)
-    place = lambda name, leaf: _placed(leaf, of_parameter(name, leaf.shape))
+        sharding_of, mesh = lambda name, shape: device, abstract_mesh(MeshConfig(), 1)
+    else:
+        mesh = make_mesh(config.mesh)
+        sharding_of = parameter_sharding(config, mesh)
+
+    def place(name: str, leaf) -> jax.ShapeDtypeStruct:
+        sharding = sharding_of(name, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
     return place, mesh
-
-
-def _placed(leaf, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _anywhere(config: Config, mesh: Mesh | AbstractMesh) -> Config:
@@ -325,64 +332,67 @@ def _logical(state: TrainState) -> TrainState:
     return state._replace(params=to_logical(state.params))
 
 
-def _metadata(checkpointer, step: int, folder: pathlib.Path):
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
+    """Raise CheckpointError where the checkpoint of `step` is damaged.
+
+    Orbax is silent meanwhile: it logs a traceback per leaf, and the error says it once.
+    """
+    logging.disable(logging.CRITICAL)
     try:
-        with _quiet():
-            found = checkpointer.metadata(step)
+        yield
+    except Exception as error:
+        older = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) < step]
+        before = f"step {max(older)}" if older else "step 0: there is no checkpoint before it"
+        raise CheckpointError(
+            f"Checkpoint {folder / str(step)} cannot be read: {error}. Move that folder away to "
+            f"go on from {before}."
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _metadata(checkpointer, step: int):
+    with _reading(checkpointer.directory, step):
+        found = checkpointer.metadata(step)
         if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
             raise ValueError("its metadata is incomplete")
         return found
-    except Exception as error:
+
+
+def _config_of(found) -> Config:
+    """Return the configuration in a checkpoint's metadata, whichever version wrote it."""
+    try:
+        return from_config_dict(completed(found.custom_metadata["config"]))
+    except ConfigError as error:
         raise CheckpointError(
-            f"Checkpoint {folder / str(step)} cannot be read: {error}. Move that folder away to "
-            f"go on from {_before(folder, step)}."
+            f"Checkpoint step {found.step} was written by jtok_jax "
+            f"{found.custom_metadata.get('jtok_jax')}, with an option that is no more. {error} "
+            "Use the code that wrote it."
         ) from error
 
 
-def _before(folder: pathlib.Path, step: int) -> str:
-    older = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) < step]
-    return f"step {max(older)}" if older else "step 0: there is no checkpoint before it"
+def _load(checkpointer, found, wanted: dict, *, below: str = "") -> dict[str, jax.Array]:
+    """Return the leaves of a checkpoint whose name begins with `below`.
 
-
-def _load(checkpointer, step: int, wanted: dict) -> dict[str, jax.Array]:
-    try:
-        with _quiet():
-            return checkpointer.load(step, wanted)
-    except Exception as error:
-        raise CheckpointError(
-            f"Checkpoint step {step} is damaged: {error}. Move its folder away to go on from "
-            f"{_before(pathlib.Path(checkpointer.directory), step)}."
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Orbax: a failed load logs a traceback per leaf, and the error says it once."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _compare_leaves(found: dict, wanted: dict[str, jax.ShapeDtypeStruct], step: int) -> None:
-    """Raise CheckpointError unless all leaves agree; Orbax would cast dtypes silently."""
-    problems = [f"  {name}: missing" for name in wanted if name not in found]
-    problems += [f"  {name}: not in this configuration" for name in found if name not in wanted]
-    for name in wanted.keys() & found.keys():
-        ours, saved = wanted[name], found[name]
-        if tuple(saved.shape) != ours.shape or saved.dtype != ours.dtype:
-            problems.append(
-                f"  {name}: saved {saved.dtype}{tuple(saved.shape)}, "
-                f"configuration gives {ours.dtype}{ours.shape}"
-            )
+    Raises:
+        CheckpointError: they are not those of `wanted`, or damaged. Orbax would cast dtypes.
+    """
+    saved = {name: leaf for name, leaf in found.metadata.items() if name.startswith(below)}
+    problems = [f"  {name}: missing" for name in wanted.keys() - saved.keys()]
+    problems += [f"  {name}: not in this configuration" for name in saved.keys() - wanted.keys()]
+    describe = lambda leaf: f"{leaf.dtype}{tuple(leaf.shape)}"
+    problems += [
+        f"  {name}: saved {describe(saved[name])}, configuration gives {describe(wanted[name])}"
+        for name in wanted.keys() & saved.keys()
+        if describe(wanted[name]) != describe(saved[name])
+    ]
     if problems:
         raise CheckpointError(
-            f"Checkpoint step {step} does not fit this configuration:\n"
+            f"Checkpoint step {found.step} does not fit this configuration:\n"
             + "\n".join(sorted(problems))
             + "\nNothing was loaded. Use the code and the configuration that wrote it."
         )
+    with _reading(checkpointer.directory, found.step):
+        skipped = dict.fromkeys(found.metadata, ...)
+        return checkpointer.load(found.step, skipped | wanted)

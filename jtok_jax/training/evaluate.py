@@ -21,10 +21,14 @@ class Validation(NamedTuple):
     """Every token of the held-out documents, and the end token after each, is predicted once."""
 
     val_loss: float  # nats per token
-    val_bpb: float  # total nats / ln 2 / UTF-8 bytes of the documents
+    val_bpb: float  # total nats / ln 2 / UTF-8 bytes of the documents; NaN: these are not known
 
-    def __str__(self) -> str:
-        return f"validation loss {self.val_loss:.4f} nats/token, {self.val_bpb:.4f} bits/byte"
+    def __format__(self, digits: str) -> str:
+        """Return both losses with a number of digits, such as ".4f"."""
+        bits = "bits/byte unknown: the ids do not hold the text"
+        if not math.isnan(self.val_bpb):
+            bits = f"{self.val_bpb:{digits}} bits/byte"
+        return f"validation loss {self.val_loss:{digits}} nats/token, {bits}"
 
 
 def evaluate(
@@ -56,4 +60,5 @@ def evaluate(
             sums = eval_step(params, *arrays)
             nats += float(np.asarray(sums.nats))
             weight += float(np.asarray(sums.weight))
-    return Validation(nats / weight, nats / math.log(2) / source.valid_bytes)
+    size = source.valid_bytes or math.nan
+    return Validation(nats / weight, nats / math.log(2) / size)

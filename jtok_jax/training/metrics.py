@@ -2,7 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """Measures a run's steps and writes them: metrics.jsonl, TensorBoard and the console."""
 
+import collections
 import contextlib
+import datetime
 import json
 import math
 import pathlib
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jtok_jax import flops
@@ -18,8 +21,8 @@ from jtok_jax.config import Config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.operations import Operations
-from jtok_jax.model.params import declared_tables
-from jtok_jax.training.optimizer import Optimizer, make_optimizer
+from jtok_jax.model.params import abstract_params, declared_tables
+from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.step import StepMetrics
 
 FILE_NAME = "metrics.jsonl"
@@ -123,8 +126,7 @@ class Timer:
         peak = flops.peak_flops(jax.devices()[0].device_kind)
         self._flops_per_token = counts.train_flops
         self._peak = peak * jax.device_count() if peak else None
-        self._steps, self._seconds = 0, 0.0
-        self.start()
+        self._steps, self._seconds, self._last = 0, 0.0, time.perf_counter()
 
     def start(self) -> None:
         """Begin the next step now."""
@@ -167,7 +169,7 @@ def console_line(
         f"data wait {1000 * values['data_wait']:.0f} ms",
     ]
     if seconds_left is not None:
-        parts.append(f"{_duration(seconds_left)} left")
+        parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
     if values["bad_steps"]:
         parts.append(f"{values['bad_steps']} steps skipped")
     return "  ".join(parts)
@@ -180,29 +182,29 @@ def parameter_table(config: Config, operations: dict[str, Operations]) -> str:
         operations: by table, see `table_operations`.
     """
     counts = flops.count(config.model, seq_len=config.train.seq_len)
-    optimizer, tables = make_optimizer(config), declared_tables(config.model)
-    rows = [
+    numbers = [
         ("backbone", counts.backbone, "parameters"),
         ("tables", counts.tables, f"parameters, {_mebibytes(counts.table_bytes)} MiB"),
         ("total", counts.total, "parameters"),
         ("active", counts.active, "parameters a token, tables left out"),
-        ("optimizer", 8 * counts.backbone, "bytes of AdamW moments of the backbone"),
-        *_table_state(config, optimizer),
+        ("optimizer", _optimizer_bytes(config), "bytes of state"),
         ("FLOPs", counts.train_flops, f"a token in training at length {config.train.seq_len}"),
     ]
-    lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in rows]
+    lines = [f"{name:>10} {value:>18,} {unit}" for name, value, unit in numbers]
     attention = choice_of(config.model, config.train.seq_len)
     lines.append(f"{'attention':>10} {attention.kind:>18} of tokens: {attention.reason}")
     if config.train.compiler_options:
         lines.append(f"{'compiler':>10} {config.train.compiler_options}")
-    for stream in sorted({table.stream for table in tables.values()}):
-        mine = [table for table in tables.values() if table.stream == stream]
-        entries = sum(math.prod(table.grads_shape) * table.shape[-1] for table in mine)
+    tables = declared_tables(config.model)
+    entries = collections.Counter()  # of all rows of an id, by stream
+    for table in tables.values():
+        entries[table.stream] += math.prod(table.grads_shape) * table.shape[-1]
+    for stream, size in sorted(entries.items()):
         rows = config.unique_rows(stream)
         limit = " (train.max_unique_ids)" if stream == "token" else ""
         lines.append(
             f"{'rows':>10} {rows:>18,} by {stream} at most of each table in a step{limit}, "
-            f"gradients {_mebibytes(4 * rows * entries)} MiB"
+            f"gradients {_mebibytes(4 * rows * size)} MiB"
         )
     for choice in dict.fromkeys(operations.values()):
         named = [tables[name].owner for name, one in operations.items() if one == choice]
@@ -211,29 +213,17 @@ def parameter_table(config: Config, operations: dict[str, Operations]) -> str:
     return "\n".join(lines)
 
 
-def _table_state(config: Config, optimizer: Optimizer) -> list[tuple]:
-    by_kind: dict[str, list[tuple[int, int]]] = {}
-    for name, table in declared_tables(config.model).items():
-        shape = jax.ShapeDtypeStruct(table.shape, table.dtype)
-        leaves = jax.tree.leaves(jax.eval_shape(optimizer.rows[name].init, shape))
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        kind = config.optimizer.tables.of(table.owner).kind
-        by_kind.setdefault(kind, []).append((size, shape.size))
-    lines = []
-    for kind, found in by_kind.items():
-        size, entries = map(sum, zip(*found, strict=True))
-        lines.append(("", size, f"bytes of {kind} state, {size / entries:.2f} a table parameter"))
-    return lines
+def _optimizer_bytes(config: Config) -> int:
+    masters = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        for name, leaf in abstract_params(config.model).items()
+    }
+    leaves = jax.tree.leaves(jax.eval_shape(make_optimizer(config).init, masters))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
 
 
 def _numbers(record: dict[str, object]) -> Iterator[tuple[str, float]]:
@@ -253,15 +243,6 @@ def _plain(value: np.ndarray) -> object:
     return number if math.isfinite(number) else None
 
 
-def validation_due(workdir: pathlib.Path, step: int | None, config: Config) -> bool:
-    """Return whether the validation after `step`, the last saved, is missing: a signal ended it."""
-    if step is None or (step < config.train.steps and step % config.evaluation.every):
-        return False
-    lines = _lines_up_to(workdir / FILE_NAME, step)
-    record = json.loads(lines[-1]) if lines else {}
-    return record.get("step") == step and "val_loss" not in record
-
-
 def _line(record: dict[str, object]) -> str:
     finite = lambda value: not isinstance(value, float) or math.isfinite(value)
     record = {name: value if finite(value) else None for name, value in record.items()}
@@ -270,13 +251,13 @@ def _line(record: dict[str, object]) -> str:
 
 def _lines_up_to(path: pathlib.Path, step: int) -> list[str]:
     """Return the lines of steps up to `step`, without one at the end that a kill cut short."""
-    kept = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
-        while kept and not (kept[-1].endswith("\n") and json.loads(kept[-1])["step"] <= step):
-            kept.pop()
+        while lines and not (lines[-1].endswith("\n") and json.loads(lines[-1])["step"] <= step):
+            lines.pop()
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
-            f"{path}, line {len(kept)} is damaged ({error!r}). Checkpoints are whole: move that "
+            f"{path}, line {len(lines)} is damaged ({error!r}). Checkpoints are whole: move that "
             "file away, and the same command goes on with a new one."
         ) from error
-    return kept
+    return lines

@@ -15,7 +15,7 @@ from jtok_jax.model_config import ModelConfig
 
 
 def schedule(config: Config) -> optax.Schedule:
-    """Learning rate by step (from 0): linear warm-up, then cosine, WSD or constant."""
+    """Return the learning rate by step (from 0): linear warm-up, then cosine, WSD or constant."""
     options, steps, peak = config.schedule, config.schedule_steps, config.optimizer.learning_rate
     warmup = round(options.warmup_fraction * steps)
     rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 0))

@@ -6,7 +6,7 @@ import json
 import pathlib
 
 from jtok_jax.config import Config
-from jtok_jax.config_dict import completed, flatten, to_dict
+from jtok_jax.config_dict import completed, differences, flatten, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError
 
 CHECKPOINTS = "checkpoints"  # folder of a workdir
@@ -53,36 +53,38 @@ def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> N
     old, new = flatten(completed(saved)), flatten(to_dict(config))
     old["schedule.steps"] = old.get("schedule.steps") or old["train.steps"]
     new["schedule.steps"] = config.schedule_steps
-    lines = [
-        f"  {key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
-    ]
+    lines = differences(old, new, "in the run", "now")
+    lines = [line for line in lines if not line.startswith(MAY_CHANGE)]
     if lines:
         if any("schedule.steps" in line for line in lines):
             lines.append(
-                f"  (to train longer on the same schedule, pass "
+                f"(to train longer on the same schedule, pass "
                 f"--config.schedule.steps={old['schedule.steps']})"
             )
         raise ConfigError(
             f"{workdir} belongs to a run with another configuration:\n"
-            + "\n".join(lines)
-            + "\nNothing was changed. Use the same values, or another --workdir."
+            + "".join(f"  {line}\n" for line in lines)
+            + "Nothing was changed. Use the same values, or another --workdir."
         )
 
 
 def require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:
     """Raise DataError with a diff if the same step would give other examples."""
-    keys = sorted(saved.keys() | now.keys())
-    lines = [
-        f"  {key}: {str(saved.get(key))[:32]} in the run, {str(now.get(key))[:32]} now"
-        for key in keys
-        if saved.get(key) != now.get(key)
-    ]
+    lines = differences(saved, now, "in the run", "now")
     if lines:
         raise DataError(
             f"Data differs from the run in {workdir}:\n"
-            + "\n".join(lines)
-            + "\nThe same step would give other examples. Restore the shards and the tokenizer, "
+            + "".join(f"  {line}\n" for line in lines)
+            + "The same step would give other examples. Restore the shards and the tokenizer, "
             "or use another --workdir."
         )
+
+
+def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
+    """Return the folder of a run's checkpoints. Raises CheckpointError if there is none."""
+    folder = workdir.absolute() / CHECKPOINTS
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{workdir} holds no {CHECKPOINTS} folder; is this a train.py --workdir?"
+        )
+    return folder

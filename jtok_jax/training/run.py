@@ -3,7 +3,6 @@
 """The run that the loop of train.py drives: its devices, data, steps, checkpoints and metrics."""
 
 import contextlib
-import math
 import pathlib
 import time
 from collections.abc import Iterator
@@ -17,14 +16,8 @@ from jtok_jax.config_dict import flatten, to_dict
 from jtok_jax.data.loader import open_source, train_batches
 from jtok_jax.errors import ConfigError, DataError, Preempted
 from jtok_jax.hosts import Hosts, code_and_versions
-from jtok_jax.mesh import (
-    check_batches,
-    make_mesh,
-    put_batch,
-    replicated,
-    rows_here,
-    split_batch,
-)
+from jtok_jax.lock import LOCK_FILE, locked
+from jtok_jax.mesh import check_batches, make_mesh, put_batch, replicated, rows_here, split_batch
 from jtok_jax.model.params import Params
 from jtok_jax.model.placement import describe, table_operations
 from jtok_jax.training import guards
@@ -37,17 +30,11 @@ from jtok_jax.training.metrics import (
     open_writers,
     parameter_table,
     step_record,
-    validation_due,
 )
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import claim_workdir
 from jtok_jax.training.state import TrainState, abstract_state, init_state
-from jtok_jax.training.step import (
-    StepMetrics,
-    jit_train_step,
-    make_eval_step,
-    make_health_step,
-)
+from jtok_jax.training.step import StepMetrics, jit_train_step, make_eval_step, make_health_step
 
 
 @contextlib.contextmanager
@@ -59,15 +46,17 @@ def open_run(config: Config, workdir: pathlib.Path, hosts: Hosts) -> Iterator["R
         ConfigError, DataError, HostError: processes, devices, data or workdir do not fit.
     """
     with contextlib.ExitStack() as stack:
-        if not hosts.several:
-            stack.enter_context(guards.WorkdirLock(workdir))
+        if hosts.lead:
+            stack.enter_context(locked(workdir / LOCK_FILE))
         hosts.agree("code and versions", code_and_versions(), ConfigError)
         hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
-        hosts.check_shared(workdir / guards.LOCK_FILE)
+        hosts.check_shared(workdir / LOCK_FILE)
         stop = stack.enter_context(guards.StopSignal())
-        stall = guards.StallWatch(workdir, config.train.stall_seconds, hosts.announce)
+        stall = guards.StallWatch(
+            workdir / guards.STALL_FILE, config.train.stall_seconds, hosts.announce
+        )
         run = Run(config, workdir, hosts, stop, stall)
-        stack.callback(stall.within, "end of the last save", run.checkpoints.close)
+        stack.callback(run.close_checkpoints)
         stack.push(hosts.leave_if_alone)
         stack.callback(run.close_writers)
         yield run
@@ -100,31 +89,32 @@ class Run:
         self.stop, self._stall = stop, stall
         with stall.waiting_for("devices of all processes"):
             self._mesh = make_mesh(config.mesh)
-        self._tell_devices()
+        size = config.train.batch_size
+        hosts.stage(
+            f"has {jax.local_device_count()} of {jax.device_count()} devices and reads "
+            f"{len(rows_here(self._mesh, size))} of {size} sequences of a batch"
+        )
         check_batches(config, self._mesh)
         self._source = open_source(config)
         if hosts.lead:
             claim_workdir(workdir, config)
-        self._tell_model()
+        self._print_model()
         self._optimizer = make_optimizer(config)
         self.train_step = jit_train_step(config, self._optimizer, self._mesh)
         everywhere = replicated(self._mesh)
         self.health_step = jax.jit(make_health_step(config, self._mesh), out_shardings=everywhere)
         self._eval_step = jax.jit(make_eval_step(config, self._mesh), out_shardings=everywhere)
-        self._timer = Timer(config)
+        self.checkpoints = Checkpoints(workdir, config, data=self._source.fingerprint)
+        saved = self.checkpoints.latest_step() or 0
+        self.first_step = saved + 1
+        ranked = self.checkpoints.is_ranked()  # else a signal ended the validation
+        self.validation_due = self.evaluation_due(saved) and not ranked
+        self._timer, self._data_wait = Timer(config), 0.0
         self._writers: list[Writer] = []
         self._pending: _Pending | None = None
         self._val_loss: float | None = None  # after the newest step that was reported
-        self.checkpoints = Checkpoints(workdir, config, data=self._source.fingerprint)
 
-    def _tell_devices(self) -> None:
-        size = self.config.train.batch_size
-        self.hosts.stage(
-            f"has {jax.local_device_count()} of {jax.device_count()} devices and reads "
-            f"{len(rows_here(self._mesh, size))} of {size} sequences of a batch"
-        )
-
-    def _tell_model(self) -> None:
+    def _print_model(self) -> None:
         config, mesh, kind = self.config, self._mesh, jax.devices()[0].device_kind
         self.hosts.say(f"{jax.device_count()} x {kind}, {describe(config, mesh)}")
         self.hosts.say(parameter_table(config, table_operations(config, mesh)))
@@ -133,17 +123,14 @@ class Run:
 
     def restore_or_init(self) -> TrainState:
         """Return the state of the newest checkpoint, or a fresh one; all processes agree on it."""
-        done = self.checkpoints.latest_step()
-        due = validation_due(self.workdir, done, self.config)
-        found = self._source.fingerprint | {"last step": done, "validation due": due}
-        self.hosts.agree("data and checkpoint", found, DataError)
-        self.first_step, self.validation_due = (done or 0) + 1, done is None or due
-        if done is None:
+        facts = {"last step": self.first_step - 1, "validation due": self.validation_due}
+        self.hosts.agree("data and checkpoint", self._source.fingerprint | facts, DataError)
+        if self.first_step == 1:
             return init_state(self.config, self._optimizer, self._mesh)
-        with self._stall.waiting_for(f"restored checkpoint of step {done}"):
+        with self._stall.waiting_for(f"restored checkpoint of step {self.first_step - 1}"):
             abstract = abstract_state(self.config, self._optimizer, self._mesh)
             state = self.checkpoints.restore(abstract)
-        self.hosts.say(f"resumed at step {done}")
+        self.hosts.say(f"resumed at step {self.first_step - 1}")
         return state
 
     def is_finished(self) -> bool:
@@ -157,8 +144,14 @@ class Run:
             self._writers = open_writers(self.config, self.workdir, first)
 
     def close_writers(self) -> None:
+        """Close what `open_writers` opened."""
         for writer in self._writers:
             writer.close()
+
+    def close_checkpoints(self) -> None:
+        """Wait for the last save."""
+        with self._stall.waiting_for("end of the last save"):
+            self.checkpoints.close()
 
     def compile(self, state: TrainState) -> None:
         """Compile the training and the health step, so that the time of no step contains it."""
@@ -186,27 +179,26 @@ class Run:
         if not values:
             asked = self.stop.agreed
             raise Preempted(f"{asked} while validating step {step}. Run the same command.")
-        loss, saved = values["val_loss"], self.checkpoints.latest_step
-        guards.require_finite(step, loss, self.config, saved)  # else it would count as made
+        record, saved = {"step": step} | values, self.checkpoints.latest_step
+        guards.require_sound(record, self.config, saved)  # else it would count as made
         self._write(step, values)
+        with self._stall.waiting_for(f"rank of checkpoint {step}"):
+            self.checkpoints.rank(values["val_loss"])
 
     # ------------------------------------------------------------------ the loop
 
-    def steps(self) -> Iterator[int]:
-        """Yield the number of every step to take; its batches are read ahead from now on."""
-        rows = rows_here(self._mesh, self.config.train.batch_size)
-        first, last = self.first_step, self.config.train.steps
-        self._batches = train_batches(self._source, self.config, rows, first_step=first)
+    def batches(self) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
+        """Yield every step to take with its ids and targets, int32 [B, T], read ahead."""
+        size, first = self.config.train.batch_size, self.first_step
+        rows = rows_here(self._mesh, size)
+        batches = train_batches(self._source, self.config, rows, first_step=first)
         self._timer.start()
-        yield from range(first, last + 1)
-
-    def read_batch(self, step: int) -> tuple[jax.Array, jax.Array]:
-        """Return the ids and targets of `step`, int32 [B, T], on the devices."""
-        began, size = time.perf_counter(), self.config.train.batch_size
-        with self._stall.waiting_for(f"batch for step {step}"):
-            batch = next(self._batches)
-        self._data_wait = time.perf_counter() - began
-        return tuple(put_batch(self._mesh, array, size=size) for array in batch)
+        for step in range(first, self.config.train.steps + 1):
+            began = time.perf_counter()
+            with self._stall.waiting_for(f"batch for step {step}"):
+                batch = next(batches)
+            self._data_wait = time.perf_counter() - began
+            yield step, tuple(put_batch(self._mesh, array, size=size) for array in batch)
 
     def log_due(self, step: int) -> bool:
         """Return whether `step` is shown, with the health before it."""
@@ -242,12 +234,11 @@ class Run:
     def save(self, step: int, state: TrainState) -> None:
         """Save `state` in the background, but wait for the last save of the process."""
         self._report_pending()  # what is not sound is not saved
-        finite = self._val_loss is not None and math.isfinite(self._val_loss)
         with self._timer.left_out():
             with self._stall.waiting_for(f"end of the save before step {step}"):
                 self.checkpoints.wait()
             with self._stall.waiting_for(f"completed save at step {step}"):
-                self.checkpoints.save(state, step, val_loss=self._val_loss if finite else None)
+                self.checkpoints.save(state, step, val_loss=self._val_loss)
                 if self._is_last(step) or self.stop.agreed:
                     self.checkpoints.wait()
 
@@ -267,7 +258,9 @@ class Run:
             values = step_record(metrics, health)
         values |= self._timer.step(data_wait=data_wait)
         if health or step == 1 or values["bad_in_row"]:
-            self._tell_progress(step, values)
+            steps = self.config.train.steps
+            left = self._timer.seconds_for(steps - step)
+            self.hosts.say(console_line(step, values, steps=steps, seconds_left=left))
         if params is not None:
             with self._timer.left_out():
                 values |= self._validate(step, params)
@@ -275,11 +268,6 @@ class Run:
         self._write(step, values)
         record = {"step": step} | values
         guards.require_sound(record, self.config, self.checkpoints.latest_step)
-
-    def _tell_progress(self, step: int, values: dict[str, object]) -> None:
-        steps = self.config.train.steps
-        left = self._timer.seconds_for(steps - step)
-        self.hosts.say(console_line(step, values, steps=steps, seconds_left=left))
 
     def _validate(self, step: int, params: Params) -> dict[str, float]:
         """Return the validation of `params`, those after `step`; {} if a signal ended it."""
@@ -294,7 +282,7 @@ class Run:
         )
         if validation is None:
             return {}
-        self.hosts.say(f"step {step}: {validation}")
+        self.hosts.say(f"step {step}: {validation:.4f}")
         return validation._asdict()
 
     def _write(self, step: int, values: dict[str, object]) -> None:

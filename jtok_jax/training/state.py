@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """The state before step 1, a pure function of `train.seed`."""
+    """Return the state before step 1, a pure function of `train.seed`."""
     build = _builder(config, optimizer)
     key = jax.random.key(config.train.seed)
     shardings = state_shardings(config, optimizer, mesh)
@@ -36,7 +36,7 @@ def init_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
 
 
 def abstract_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without any memory."""
+    """Return shapes, dtypes and shardings of the state, without any memory."""
     shapes = jax.eval_shape(_builder(config, optimizer), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -46,7 +46,7 @@ def abstract_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSta
 
 
 def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-    """NamedSharding of every leaf; a moment is split as the parameter it belongs to.
+    """Return the NamedSharding of every leaf; a moment is split as the parameter it belongs to.
 
     The optimizer of the tables has leaves of their shape, of one number a row, and scalars.
     """
@@ -64,7 +64,7 @@ def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSt
 
 
 def non_finite(params: Params) -> list[str]:
-    """Names of the logical parameters that hold a NaN or an infinity; waits for them."""
+    """Return the names of the logical parameters that hold a NaN or an infinity; waits for them."""
     finite = jax.device_get(_all_finite(params))
     return [name for name, value in finite.items() if not value]
 

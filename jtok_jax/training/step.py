@@ -48,7 +48,7 @@ class _Losses(NamedTuple):
 def make_train_step(
     config: Config, optimizer: Optimizer, mesh: Mesh
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, StepMetrics]]:
-    """step(state, ids_BT, targets_BT) -> (state, metrics), to be jitted with the state donated.
+    """Return step(state, ids_BT, targets_BT) -> (state, metrics), to be jitted.
 
     1. plan the rows of the whole batch  2. sum gradients over microbatches  3. clip by the norm of
     all of them  4. update the backbone, and the rows of the step  5. keep the old values where
@@ -108,7 +108,7 @@ def jit_train_step(
 
 
 def batch_hash(ids_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """uint32 [2], changed by any token or its place, the same however the batch is split.
+    """Return uint32 [2], changed by any token or its place, the same however the batch is split.
 
     A sum modulo 2^32 of words that each depend on a token and its place: order does not matter.
     """
@@ -119,7 +119,7 @@ def batch_hash(ids_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def _clip_scale(norm: jax.Array, limit: float) -> jax.Array:
-    """What gradients of this norm are multiplied by to keep within `limit`; 0: no limit."""
+    """Return what gradients of this norm are multiplied by to keep within `limit`; 0: no limit."""
     return jnp.where(norm > limit, limit / norm, 1.0) if limit else jnp.float32(1)
 
 
@@ -134,7 +134,7 @@ def _update(
     finite: jax.Array,
     parallel: Parallel | None,
 ) -> tuple[Params, dict[str, object]]:
-    """Parameters and optimizer state after one more accepted step, or as they were."""
+    """Return parameters and optimizer state after one more accepted step, or as they were."""
     backbone, tables = optimizer.split(state.params)
     backbone_grads, row_grads = grads
     backbone_grads = jax.tree.map(lambda leaf: leaf * scale, backbone_grads)
@@ -176,7 +176,7 @@ def _stored(params: Params, like: Params, key: jax.Array) -> Params:
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
-    """step(params, ids_BT, targets_BT, weights_BT) -> sums over the weighted tokens."""
+    """Return step(params, ids_BT, targets_BT, weights_BT) -> sums over the weighted tokens."""
     parallel = parallel_reads(config, mesh)
 
     def step(params: Params, ids_BT, targets_BT, weights_BT) -> LossSums:
@@ -188,7 +188,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
 
 
 def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
-    """step(params, ids_BT) -> what docs/runs.md calls health, by name, mostly a value a layer.
+    """Return step(params, ids_BT) -> what docs/runs.md calls health, by name.
 
     A forward pass of its own over one sequence a device: a step that nobody looks at pays nothing.
     """
@@ -203,7 +203,7 @@ def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.
 
 
 def _split(config: Config, array_BT: jax.Array) -> jax.Array:
-    """[N, B / N, T], one entry a microbatch.
+    """Return [N, B / N, T], one entry a microbatch.
 
     Its sequences are strided, so that a batch split over devices stays where it is.
     """
@@ -220,7 +220,7 @@ def _gradients(
     plans: dict[str, RowPlan],
     parallel: Parallel | None,
 ) -> tuple[_Losses, Params, Params]:
-    """Losses, gradients of the backbone, and row gradients [G, (M,) U, D] by table.
+    """Return losses, gradients of the backbone, and row gradients [G, (M,) U, D] by table.
 
     Averaged over the microbatches, float32.
     """

@@ -44,7 +44,7 @@ def choose(
     top_k: int = 1,
     local: bool | None = None,
 ) -> Choice:
-    """The implementation for tables with rows of `dim` entries of `dtype`, and why.
+    """Return the implementation for tables with rows of `dim` entries of `dtype`, and why.
 
     The device is that of an abstract mesh in use (as when compiling ahead of time), else the
     default one. With several devices only XLA is chosen, but not refused what is asked for: it may
@@ -81,7 +81,7 @@ def choose(
 
 
 def backend(implementation: str):
-    """The functions of an implementation."""
+    """Return the functions of an implementation."""
     name = implementation.removesuffix(INTERPRET)
     if name == "xla":
         return xla
@@ -94,7 +94,7 @@ def is_simulated(implementation: str) -> bool:
 
 
 def _obstacle(name: str, tables: _Tables) -> str | None:
-    """What about the tables or this JAX keeps `name` from running, or None."""
+    """Return what about the tables or this JAX keeps `name` from running, or None."""
     dim, dtype, num_tables, top_k = tables
     if name == "mosaic_gpu":
         if jax.version.__version_info__ < FIRST_JAX:
@@ -121,7 +121,7 @@ def _obstacle(name: str, tables: _Tables) -> str | None:
 
 
 def _place(name: str, device: _Device) -> str | None:
-    """What about the device keeps `name` from running, or None."""
+    """Return what about the device keeps `name` from running, or None."""
     platform = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}.get(name)
     if platform and device.platform != platform:
         return f"the device is a {device.platform}"
@@ -137,7 +137,7 @@ def _several(device: _Device) -> str | None:
 
 
 def num_devices() -> int:
-    """Of the mesh that is compiled for (`jax.sharding.use_abstract_mesh`), else those there are."""
+    """Return the devices of the mesh that is compiled for, else those there are."""
     return _device().count
 
 

@@ -13,5 +13,5 @@ class Form(NamedTuple):
     eps: float
 
     def share(self, dim: int) -> float:
-        """Of each entry's square in n^2, the square of the norm that a row is divided by."""
+        """Return each entry's share in n^2, the square of the norm that a row is divided by."""
         return {"l2": 1.0, "rms": 1.0 / dim}[self.norm]

@@ -54,7 +54,7 @@ def jtok(
     row_grads: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """h + delta * (1 + scale * Norm_eps(table[ids])), arXiv 2602.00800 Eq. 7 to 9, [T, D].
+    """Return h + delta * (1 + scale * Norm_eps(table[ids])), arXiv 2602.00800 Eq. 7 to 9, [T, D].
 
     Args:
         h: stream after attention, [T, D], bfloat16 or float32; the result has its dtype.
@@ -101,7 +101,7 @@ def jtok_m(
     row_grads: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """h + delta + depth_scale * scale * Norm_eps(sum_k weights_k tables[choice_k, ids]), [T, D].
+    """Return h + delta + depth_scale * scale * Norm_eps(sum_k w_k tables[choice_k, ids]).
 
     arXiv 2602.00800 Eq. 11 to 13. Arguments as in `jtok`, and:
 
@@ -138,7 +138,7 @@ def mix_rows(
     row_grads: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """sum_k weights_k tables[choice_k, ids], Eq. 11, float32 [T, D]; without `choice` the rows.
+    """Return sum_k weights_k tables[choice_k, ids], Eq. 11, float32 [T, D].
 
     The part of `jtok` and `jtok_m` that a device can do for a slice of the columns of sharded
     tables; `norm_add` does the rest where whole rows are. Arguments as there; without `choice`
@@ -172,7 +172,7 @@ def norm_add(
     eps: float,
     norm: str = "l2",
 ) -> jax.Array:
-    """What follows `mix_rows`, [T, D]: `jtok`'s gate with depth_scale None, else `jtok_m`'s sum.
+    """Return what `jtok`, with depth_scale None, or `jtok_m` makes of mixed rows, [T, D].
 
     Args:
         e: rows or mixtures of rows, float32 [T, D].
@@ -256,7 +256,7 @@ _mix_rows.defvjp(_mix_rows_fwd, _mix_rows_bwd)
 
 
 def _nan_on_overflow(plan: RowPlan, *grads):
-    """The gradients, each with its first entry NaN if the plan has no room for all ids.
+    """Return the gradients, each with its first entry NaN if the plan has no room for all ids.
 
     One entry says it at no cost: a norm over any of them is not finite.
     """
@@ -267,7 +267,7 @@ def _nan_on_overflow(plan: RowPlan, *grads):
 
 
 def _table_or_rows(static: _Static, table, at, plan: RowPlan, rows):
-    """The cotangents of (table, row_grads)."""
+    """Return the cotangents of (table, row_grads)."""
     if not static.dense:
         return None, rows
     if table.dtype == jnp.uint32:  # words have no gradient

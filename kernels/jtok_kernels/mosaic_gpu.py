@@ -277,7 +277,7 @@ class MosaicGpu(Blocks):
 
 
 def _stacked(table, at):
-    """(stack, layer as int32 [1]): a single table is a stack of one."""
+    """Return (stack, layer as int32 [1]): a single table is a stack of one."""
     if at:
         return table, at[0].reshape(1)
     return table.reshape(1, *table.shape), jnp.zeros(1, jnp.int32)
@@ -301,14 +301,14 @@ def _each_piece(count: int, blocks: int, piece, d_scale, zeros) -> None:
 
 
 def _total(load, partial, split_slot, r):
-    """Sum of the slots of split run r, in order."""
+    """Return the sum of the slots of split run r, in order."""
     zeros = jnp.zeros(partial.shape[1], jnp.float32)
     add = lambda slot, total: total + load(partial.at[slot])
     return lax.fori_loop(split_slot[r], split_slot[r + 1], add, zeros)
 
 
 def _filled(unique, u, num_rows: int):
-    """Entry u of `unique_U`; where it holds no id the first one, a row that this batch uses."""
+    """Return entry u of `unique_U`; where it holds no id, the first entry."""
     return jnp.where(unique[u] < num_rows, unique[u], unique[0])
 
 
@@ -317,20 +317,20 @@ def _sum(x: jax.Array) -> jax.Array:
 
 
 def _inverse_norm(square, form: Form, dim: int):
-    """(1 / (n + eps), 1 / n) from the sum of squares; n > 0 also for a row of zeros."""
+    """Return (1 / (n + eps), 1 / n) from the sum of squares; n > 0 also for a row of zeros."""
     square = jnp.maximum(square * form.share(dim), TINY)
     inverse_n = lax.rsqrt(square)
     return 1.0 / (square * inverse_n + form.eps), inverse_n
 
 
 def _pull(a, e, inverse, inverse_n, form: Form, dim: int):
-    """J^T a of e -> e / (n + eps): a / (n + eps) - e (e . a) share / (n (n + eps)^2)."""
+    """Return J^T a of e -> e / (n + eps): a / (n + eps) - e (e . a) share / (n (n + eps)^2)."""
     along = _sum(e * a) * form.share(dim)
     return a * inverse - e * (along * inverse_n * inverse * inverse)
 
 
 def _mixture(load, tables, row, choice, weights, t):
-    """(mixture sum_k w_k e_k of token t, [(table, w_k, e_k)]): each read once, ahead of stores."""
+    """Return (sum_k w_k e_k of token t, [(table, w_k, e_k)]), each read once, ahead of stores."""
     numbers = range(choice.shape[1])
     chosen = [(choice[t, k], weights[t, k]) for k in numbers]
     each = [(table, share, load(tables.at[table, row])) for table, share in chosen]

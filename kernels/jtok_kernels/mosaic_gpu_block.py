@@ -24,7 +24,7 @@ REGISTERS = 65536  # of a processor
 
 
 def resident(dim: int, *, top_k: int = 0, num_tables: int = 0) -> int:
-    """How many blocks of a backward pass a processor holds at once, at least 1.
+    """Return how many blocks of a backward pass a processor holds at once, at least 1.
 
     Registers of a thread are a fit to what ptxas says of these kernels (benchmarks/compiled.py).
 
@@ -63,7 +63,7 @@ class Blocks(NamedTuple):
     tuning: Tuning = Tuning()
 
     def kernel(self, body, out, *, grid, axis, scratch=(), barriers: bool = False):
-        """The function that runs `body` once for each place of the grid.
+        """Return the function that runs `body` once for each place of the grid.
 
         barriers: after each access of memory, for bodies whose threads read what others write.
             Those of this file need none: no thread reads an entry that another has written, but
@@ -81,14 +81,14 @@ class Blocks(NamedTuple):
         )  # fmt: skip
 
     def blocks(self, order: Order, dim: int, *, top_k: int = 0, num_tables: int = 0) -> int:
-        """Blocks of a backward pass: as many as a GPU holds at once, so that they end together."""
+        """Return the blocks of a backward pass: as many as a GPU holds at once."""
         blocks = self.tuning.blocks or PROCESSORS * resident(
             dim, top_k=top_k, num_tables=num_tables
         )
         return min(blocks, order.piece_run.size)
 
     def shared(self, count: int, dim: int):
-        """Scratch for `keeper`: room for so many vectors of a block."""
+        """Return scratch for `keeper`: room for so many vectors of a block."""
         return [plgpu.SMEM((dim,), jnp.float32)] * (count * self.tuning.shared_rows)
 
     def keeper(self, load, shared):
@@ -108,14 +108,14 @@ class Blocks(NamedTuple):
         return keep
 
     def room(self, dim: int, *dtypes):
-        """Scratch for `fetch`: shared memory for rows of `dtypes`, and what tells their arrival."""
+        """Return scratch for `fetch`: room for rows of `dtypes`, and what tells their arrival."""
         if not self.tuning.bulk_forward:
             return ()
         rows = (plgpu.SMEM((dim // THREADS, THREADS), dtype) for dtype in dtypes)
         return *rows, plgpu.Barrier(num_arrivals=len(dtypes))
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """`x` [..., D] as `fetch` takes it: a bulk copy takes at most 256 entries along an axis."""
+        """Return `x` [..., D] in parts of at most 256 entries, as bulk copies take it."""
         if not self.tuning.bulk_forward:
             return x
         return x.reshape(*x.shape[:-1], x.shape[-1] // THREADS, THREADS)
@@ -159,12 +159,12 @@ class Blocks(NamedTuple):
         return load
 
     def zeros(self, *arrays: jax.Array):
-        """float32 [D], spread as by `loader`: shared memory takes no other of some widths."""
+        """Return float32 zeros [D], spread as by `loader`."""
         zeros = jnp.zeros(arrays[0].shape[-1], jnp.float32)
         return zeros if self.interpret else plgpu.layout_cast(zeros, _layout(*arrays))
 
     def iota(self, *arrays: jax.Array):
-        """uint32 [0, 1, ..., D - 1], spread as by `loader` of the same arrays."""
+        """Return uint32 [0, 1, ..., D - 1], spread as by `loader` of the same arrays."""
         dim = arrays[0].shape[-1]
         if self.interpret:
             return jnp.arange(dim, dtype=jnp.uint32)

@@ -27,7 +27,7 @@ def updater(*, interpret: bool):
 
 
 def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, scalars: Scalars, seed):
-    """(table, arrays) after the step; see update.update_rows."""
+    """Return (table, arrays) after the step; see update.update_rows."""
     num_rows, dim = table.shape[-2:]
     num_unique, names = of.unique_U.size, list(arrays)
     count = of.grads.size // dim

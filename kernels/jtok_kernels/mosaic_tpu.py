@@ -291,7 +291,7 @@ def _modulate(form: Form, _, rows, weights, *refs) -> None:
 def _pull_back(
     form: Form, count: int, place: _Place, rows, weights, g, scale, d_weights, d_e, d_scale
 ) -> None:
-    """Of jtok_m: gradients of the mixtures and of the weights, and the sum of the scale's."""
+    """Return gradients of mixtures and weights of jtok_m, and the sum of the scale's."""
     dim = g.shape[1]
     cotangent = lambda columns: form.depth_scale * g[:, columns].astype(jnp.float32)
     pulled = lambda columns: scale[:, columns] * cotangent(columns)
@@ -318,20 +318,20 @@ def _mix(_, rows, weights, out) -> None:
 
 
 def _dots(_, rows, __, d_e, d_weights) -> None:
-    """d_weights[t, k] = d_e[t] . e_k[t]."""
+    """Return d_weights[t, k] = d_e[t] . e_k[t]."""
     for k in range(rows.shape[0]):
         d_weights[:, k : k + 1] = _sum(d_e[:, columns] * e for columns, e in _entries(rows, k))
 
 
 def _mixtures(rows, weights):
-    """(columns, sum_k w_k e_k of them, float32 [chunk, LANES]), a part of the width at a time."""
+    """Return (columns, sum_k w_k e_k of them, float32 [chunk, LANES]), part by part."""
     for parts in zip(*(_entries(rows, k) for k in range(rows.shape[0])), strict=True):
         each = (weights[:, k : k + 1] * e for k, (_, e) in enumerate(parts))
         yield parts[0][0], sum(each)
 
 
 def _entries(rows, k: int):
-    """(columns, entries of row k of every token, float32 [chunk, LANES])."""
+    """Return (columns, entries of row k of every token, float32 [chunk, LANES])."""
     words = rows.shape[-1]
     for start in range(0, words, LANES):
         part = rows[k, :, pl.ds(start, LANES)]
@@ -341,12 +341,12 @@ def _entries(rows, k: int):
 
 
 def _sum(parts) -> jax.Array:
-    """Sum over the width, [chunk, 1]."""
+    """Return the sum over the width, [chunk, 1]."""
     return sum(jnp.sum(part, axis=-1, keepdims=True) for part in parts)
 
 
 def _inverse_norm(square, form: Form, dim: int):
-    """(1 / (n + eps), 1 / n) from the sum of squares; n > 0 also for a row of zeros."""
+    """Return (1 / (n + eps), 1 / n) from the sum of squares; n > 0 also for a row of zeros."""
     square = jnp.maximum(square * form.share(dim), TINY)
     n = jnp.sqrt(square)
     return 1.0 / (n + form.eps), 1.0 / n

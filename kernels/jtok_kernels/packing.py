@@ -14,7 +14,7 @@ HIGH = 0xFFFF0000
 
 
 def pack_rows(table: jax.Array) -> jax.Array:
-    """uint32 [..., V, D / 2] of a bfloat16 table [..., V, D], D even; bit for bit.
+    """Return uint32 [..., V, D / 2] of a bfloat16 table [..., V, D], D even; bit for bit.
 
     Raises:
         ValueError: another dtype, or an odd D.
@@ -26,23 +26,23 @@ def pack_rows(table: jax.Array) -> jax.Array:
 
 
 def unpack_rows(packed: jax.Array) -> jax.Array:
-    """The bfloat16 table [..., V, D] of `pack_rows`."""
+    """Return the bfloat16 table [..., V, D] of `pack_rows`."""
     return as_float(packed).astype(jnp.bfloat16)
 
 
 def as_float(rows: jax.Array) -> jax.Array:
-    """Rows of a table of any kind as float32 [..., D]."""
+    """Return rows of a table of any kind as float32 [..., D]."""
     if rows.dtype != jnp.uint32:
         return rows.astype(jnp.float32)
     return jnp.concatenate(halves(rows), axis=-1)
 
 
 def halves(words: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(entries 0 to D / 2, entries D / 2 to D) of packed rows, as float32."""
+    """Return (entries 0 to D / 2, entries D / 2 to D) of packed rows, as float32."""
     as_f32 = lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32)
     return as_f32(words << 16), as_f32(words & jnp.uint32(HIGH))
 
 
 def width(table: jax.Array) -> int:
-    """D of a table of any kind."""
+    """Return D of a table of any kind."""
     return table.shape[-1] * (2 if table.dtype == jnp.uint32 else 1)

@@ -47,12 +47,12 @@ class RowPlan(NamedTuple):
 
 
 def num_pieces(num_tokens: int, num_unique: int) -> int:
-    """S: the static bound on the pieces of a microbatch; none is ever dropped."""
+    """Return S: the static bound on the pieces of a microbatch; none is ever dropped."""
     return num_unique + num_tokens // PIECE
 
 
 def num_split(num_tokens: int) -> tuple[int, int]:
-    """(R, slots): static bounds on the split runs of a microbatch and their pieces."""
+    """Return (R, slots): static bounds on the split runs of a microbatch and their pieces."""
     return max(1, num_tokens // (PIECE + 1)), max(1, 2 * num_tokens // PIECE)
 
 
@@ -64,7 +64,7 @@ def row_plan(
     rank: jax.Array | None = None,
     also: jax.Array | None = None,
 ) -> RowPlan:
-    """The plan of `ids`, int32 [T], or [N, T] for N microbatches with one set of unique ids.
+    """Return the plan of `ids`, int32 [T], or [N, T] for N microbatches with one set of unique ids.
 
     Every id must be in [0, num_rows); ids are checked on the host, not here. One outside counts as
     the nearest inside.
@@ -116,7 +116,7 @@ def row_plan(
 
 
 def _sorted_tokens(keys_T: jax.Array, rank_T: jax.Array | None) -> jax.Array:
-    """The tokens by key, then by rank, then as they stand; int32."""
+    """Return the tokens by key, then by rank, then as they stand; int32."""
     keys = (keys_T,) if rank_T is None else (rank_T, keys_T)
     return jnp.lexsort(keys).astype(jnp.int32)
 
@@ -153,5 +153,5 @@ def _order(place_T: jax.Array, token: jax.Array, rank: jax.Array | None, bound: 
 
 
 def _starts(counts: jax.Array) -> jax.Array:
-    """[0, c0, c0 + c1, ...], int32."""
+    """Return [0, c0, c0 + c1, ...], int32."""
     return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])

@@ -15,7 +15,7 @@ Seed = jax.Array  # uint32 [2], of a step
 
 @jax.custom_jvp
 def rounded(products: jax.Array) -> jax.Array:
-    """The float32 products themselves, which no compiler can fuse with the sum that follows.
+    """Return the float32 products themselves, which no compiler can fuse with the sum that follows.
 
     Whether it would (multiply-add rounds once) depends on the shape of a loop, and so on how tables
     are split: rounded products summed in order have the same bits in every layout. As words their
@@ -31,13 +31,13 @@ def _rounded_jvp(products, tangents):
 
 
 def row_seeds(seed: Seed, number, ids):
-    """uint32 of every row, from the number of its table and its id (int32, any shapes)."""
+    """Return uint32 of every row, from the number of its table and its id (int32, any shapes)."""
     word = lambda x: jnp.asarray(x).astype(jnp.uint32)
     return mixed(mixed(mixed(seed[0] + word(number)) ^ seed[1]) + word(ids))
 
 
 def round_at_random(x: jax.Array, row_seed, entries: jax.Array) -> jax.Array:
-    """float32 to bfloat16: away from zero with the probability of what is cut off, else towards it.
+    """Return bfloat16, away from zero with the probability of what is cut off, else towards it.
 
     Args:
         row_seed: uint32, broadcast to `entries`.
@@ -50,7 +50,7 @@ def round_at_random(x: jax.Array, row_seed, entries: jax.Array) -> jax.Array:
 
 
 def mixed(x):
-    """The finalizer of MurmurHash3 (Appleby 2011) of uint32: every bit in changes every bit out."""
+    """Return the finalizer of MurmurHash3 of uint32: every bit in changes every bit out."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

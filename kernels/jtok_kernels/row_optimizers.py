@@ -191,7 +191,7 @@ def _decay(table, weight_decay: float) -> State:
 
 
 def _decayed(rows, state, scalars: Scalars):
-    """Rows after all decay so far, and the state that says so."""
+    """Return the rows after all decay so far, and the state that says so."""
     if "decayed" not in state:
         return rows, {}
     factor = jnp.exp(scalars.log_decay - state["decayed"])
@@ -205,6 +205,6 @@ def _kept_since_touch(state, scalars: Scalars, b1: float, b2: float):
 
 
 def _mean(average, weight, value, b: float, keep):
-    """An exponential average of `value` and the sum of its weights, after `keep` of decay."""
+    """Return an exponential average of `value` and the sum of its weights."""
     of_average = keep if average.ndim == keep.ndim else _along(keep)
     return of_average * average + (1 - b) * value, keep * weight + (1 - b)

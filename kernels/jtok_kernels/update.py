@@ -44,7 +44,7 @@ def update_rows(
     shard: Shard | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, State]:
-    """`table` and `state` after one step; in place where both are donated.
+    """Return `table` and `state` after one step; in place where both are donated.
 
     Args:
         table: [V, D], [E, V, D] or [L, E, V, D]; bfloat16, float32 or packed by `pack_rows`.
@@ -109,7 +109,7 @@ def _check(optimizer: RowOptimizer, table, state: State, unique_U, row_grads) ->
 
 
 def dense_gradient(row_grads: jax.Array, unique_U: jax.Array, *, num_rows: int) -> jax.Array:
-    """Gradient [..., V, D] of the tables, float32, zero but for the rows of `unique_U`."""
+    """Return gradient [..., V, D] of the tables, float32, zero but for the rows of `unique_U`."""
     shape = (*row_grads.shape[:-2], num_rows, row_grads.shape[-1])
     # Written along the row axis: through one flat row index XLA takes 8 tables more (LOG.md).
     return jnp.zeros(shape, jnp.float32).at[..., unique_U, :].set(row_grads, mode="drop")

@@ -23,7 +23,7 @@ def jtok_forward(h_TD, delta_TD, table, at: Index, ids_T, scale_D, form: Form) -
 
 
 def jtok_backward(g_TD, delta_TD, table, at: Index, ids_T, scale_D, plan: RowPlan, form: Form):
-    """(d_delta [T, D], row gradients [U, D], d_scale [D]); dh is `g` itself."""
+    """Return (d_delta [T, D], row gradients [U, D], d_scale [D]); dh is `g` itself."""
     e_TD = as_float(table[(*at, ids_T)])
     p_TD = reference.gate(e_TD, scale_D, norm=form.norm, eps=form.eps)
     d_delta = (g_TD.astype(jnp.float32) * p_TD).astype(delta_TD.dtype)
@@ -31,7 +31,7 @@ def jtok_backward(g_TD, delta_TD, table, at: Index, ids_T, scale_D, plan: RowPla
 
 
 def jtok_row_gradients(g_TD, delta_TD, table, at: Index, scale_D, plan: RowPlan, form: Form):
-    """(row gradients [U, D], d_scale [D]) of jtok.
+    """Return (row gradients [U, D], d_scale [D]) of jtok.
 
     Only the sum of dm * g over the tokens of a row needs tokens; the derivative of the norm is
     taken once per unique row.
@@ -74,7 +74,7 @@ def mix_rows_forward(tables, at: Index, ids_T, choice_TK, weights_TK) -> jax.Arr
 
 
 def mix_rows_backward(d_e_TD, tables, at: Index, ids_T, choice_TK, weights_TK, plan: RowPlan):
-    """(d_weights [T, K] or None, row gradients [E, U, D] or [U, D])."""
+    """Return (d_weights [T, K] or None, row gradients [E, U, D] or [U, D])."""
     if choice_TK is None:
         return None, sum_by_row(d_e_TD, plan.order, plan.unique_U.size)
     d_weights_TK = jnp.sum(d_e_TD[:, None] * _rows(tables, at, ids_T, choice_TK), axis=-1)
@@ -86,14 +86,14 @@ def norm_add(h_TD, delta_TD, e_TD, scale_D, form: Form) -> jax.Array:
 
 
 def as_choice(table, ids_T) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(tables, choice, weights): reading one table is choosing the one of one."""
+    """Return (tables, choice, weights): reading one table is choosing the one of one."""
     ones = jnp.ones((ids_T.size, 1), jnp.float32)
     tables = table.reshape(*table.shape[:-2], 1, *table.shape[-2:])
     return tables, jnp.zeros(ones.shape, jnp.int32), ones
 
 
 def sum_by_row(values_TD: jax.Array, order: Order, num_unique: int) -> jax.Array:
-    """Sum of float32 values by unique id, [U, D]; the same bits in every run.
+    """Return sum of float32 values by unique id, [U, D]; the same bits in every run.
 
     CPUs and TPUs add in a fixed order. GPUs would add with atomics, in any order: there the tokens
     are sorted and summed as a segmented scan, a tree that depends on positions alone.
@@ -132,7 +132,7 @@ def _rows(tables, at: Index, ids_T, choice_TK) -> jax.Array:
 
 
 def mixed_row_gradients(d_e_TD, choice_TK, weights_TK, plan: RowPlan, num_tables: int) -> jax.Array:
-    """Row gradients [E, U, D] from those of the mixtures, float32 [T, D]."""
+    """Return row gradients [E, U, D] from those of the mixtures, float32 [T, D]."""
     num_unique, dim = plan.unique_U.size, d_e_TD.shape[-1]
 
     def add(d_e_TD):
