@@ -221,8 +221,7 @@ class Transformer(nnx.Module):
         stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
         layers = params, stacks, row_grads, cache
-        over_layers = jax.lax.scan if cache is None else _one_by_one
-        h_BTD, (cached, aux) = over_layers(_remat(body, config.remat), h_BTD, layers)
+        h_BTD, (cached, aux) = _over_layers(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
         return Output(hidden_BTD, cached, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
@@ -235,12 +234,14 @@ class Transformer(nnx.Module):
         return h_BTD
 
 
-def _one_by_one(body: Callable, h_BTD: jax.Array, layers: tuple):
-    """Return what a scan over layers would; of the last of `layers`, the cache, nothing is sliced.
+def _over_layers(body: Callable, h_BTD: jax.Array, layers: tuple):
+    """Return a scan over `layers`, or, where the last of them is a cache, the same one by one.
 
     Caches of layers are arrays apart, so that each is read and written where it lies.
     """
     (*stacks, cache), cached, auxs = layers, [], []
+    if cache is None:
+        return jax.lax.scan(body, h_BTD, layers)
     for index, of_layer in enumerate(cache):
         mine = jax.tree.map(lambda stack, index=index: stack[index], stacks)
         h_BTD, (new, aux) = body(h_BTD, (*mine, of_layer))
