@@ -4,6 +4,7 @@
 
 Milliseconds a token of one sequence: prefill by the prompt's length, decode by the step. A ratio is
 the median over rounds of the ratio to dense within a round (10th to 90th percentile).
+With --texts the dense model beside transformers instead, see texts.py.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import texts
 from timing import record
 
 from jtok_jax.config_dict import from_config_dict
@@ -50,7 +52,9 @@ class Arm:
         self._prefill = jax.jit(
             lambda params, *args: prefill(bind(config, params), *args, capacity=capacity)
         )
-        self._decode = jax.jit(lambda params, *args: decode(bind(config, params), *args))
+        self._decode = jax.jit(
+            lambda params, *args: decode(bind(config, params), *args), donate_argnums=2
+        )
         self.cache = self.prefill().cache
         self.decode()
 
@@ -58,7 +62,8 @@ class Arm:
         return jax.block_until_ready(self._prefill(self.params, self.ids, self.lengths))
 
     def decode(self):
-        return jax.block_until_ready(self._decode(self.params, self.ids[:, 0], self.cache))
+        step = jax.block_until_ready(self._decode(self.params, self.ids[:, 0], self.cache))
+        self.cache = step.cache
 
 
 def seconds(function) -> float:
@@ -75,10 +80,17 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of every prompt")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--dtype", help="of compute and tables; default float32 on a CPU")
+    parser.add_argument("--texts", action="store_true", help="compare with transformers")
+    parser.add_argument("--tokens", type=int, default=64, help="of a text, with --texts")
+    parser.add_argument("--clock", default="wall", choices=texts.CLOCKS, help="with --texts")
+    parser.add_argument("--before", help="with --texts: folder with an earlier commit")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     print("command ", shlex.join(["python", *sys.argv]))
     print("device  ", device.device_kind, f"({device.platform}), jax {jax.__version__}")
+    if arguments.texts:
+        texts.main(model_config(arguments, "none"), arguments)
+        return
     configs = {name: model_config(arguments, kind) for name, kind in KINDS.items()}
     params = {}
     for name, config in configs.items():

@@ -5,6 +5,8 @@
 import argparse
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jtok_jax.generate import run
 from jtok_jax.inference import generator
 from jtok_jax.inference.cache import decode, prefill
 from jtok_jax.inference.generator import generate
-from jtok_jax.inference.sampling import Sampling, sample
+from jtok_jax.inference.sampling import Sampling, _most_likely, sample
 from jtok_jax.model.params import bind
 
 LENGTHS = [5, 1, 8, 3]
@@ -119,7 +121,8 @@ def test_bad_prompts_are_refused():
 
 def _frequencies(logits, options, count=4000):
     keys = jax.random.split(jax.random.key(0), count)
-    drawn = jax.vmap(lambda key: sample(jnp.array([logits]), key, options)[0])(keys)
+    many = jnp.broadcast_to(jnp.float32(logits), (count, len(logits)))
+    drawn = jax.jit(sample)(many, keys, options.without_neutral(len(logits)))
     return np.bincount(drawn, minlength=len(logits)) / count
 
 
@@ -131,9 +134,73 @@ def test_sampling_frequencies():
     top_2 = [0.625, 0, 0.375, 0]
     np.testing.assert_allclose(_frequencies(logits, Sampling(top_k=2)), top_2, atol=0.03)
     np.testing.assert_allclose(_frequencies(logits, Sampling(top_p=0.7)), top_2, atol=0.03)
+    both = Sampling(top_k=2, top_p=0.55)  # of all probabilities, not of those of the two
+    np.testing.assert_allclose(_frequencies(logits, both), top_2, atol=0.03)
     only = [1, 0, 0, 0]
     np.testing.assert_array_equal(_frequencies(logits, Sampling(top_p=0.01)), only)
     np.testing.assert_array_equal(_frequencies(logits, Sampling(temperature=0.0)), only)
+
+
+def test_top_p_keeps_the_smallest_set_and_what_is_as_likely_as_its_last():
+    """Against sorting in float64, over blocks of ids and with many equal logits."""
+    rng = np.random.default_rng(0)
+    logits = np.round(2 * rng.standard_normal((6, 300)), 1).astype(np.float32)
+    for top_p in (1e-6, 0.3, 0.9, 0.999):
+        weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
+        kept = np.asarray(_most_likely(weights, np.float32(top_p) * weights.sum(axis=1))) > 0
+        for row, one in zip(np.float64(weights), kept, strict=True):
+            heavier = np.array([row[row > x].sum() for x in row])
+            np.testing.assert_array_equal(one, heavier < top_p * row.sum())
+    ids = sample(jnp.asarray(logits), jax.random.split(jax.random.key(0), 6), Sampling(1.0, 0, 0.3))
+    weights = np.float64(np.exp(logits))
+    drawn = weights[np.arange(6), ids]
+    heavier = np.where(weights > drawn[:, None], weights, 0).sum(axis=1)
+    assert np.all(heavier < 0.3 * weights.sum(axis=1))
+
+
+def test_neutral_options_change_nothing_and_a_text_depends_on_its_prompt_alone():
+    """Other places and other prompts in the batch; padded lengths stay the same."""
+    config = KINDS["dense-jtok_m"]
+    prompts = [[3, 4, 5], [6], [7, 8, 9, 10, 11], [6]]
+    write = functools.partial(generate, config, random_params(config), tokens=12, seed=3)
+    whole = write(prompts, sampling=Sampling(1.5))
+    for same in (Sampling(1.5, 29), Sampling(1.5, 1000, None), Sampling(1.5, 0, 1.0)):
+        np.testing.assert_array_equal(write(prompts, sampling=same), whole)
+    greedy = write(prompts, sampling=Sampling(0.0))
+    np.testing.assert_array_equal(write(prompts, sampling=Sampling(0.0, 3, 0.5)), greedy)
+    np.testing.assert_array_equal(write(prompts, sampling=Sampling(2.0, 1)), greedy)
+    assert np.any(whole[1] != whole[3])  # equal prompts have texts of their own
+    for limits in ((0, 1.0), (7, 1.0), (0, 0.9), (20, 0.9)):
+        sampling = Sampling(1.5, *limits)
+        whole = write(prompts, sampling=sampling)
+        order = [2, 1, 0, 3]
+        turned = write([prompts[i] for i in order], sampling=sampling)
+        np.testing.assert_array_equal(turned, whole[order])
+        for row in (0, 1, 2):
+            np.testing.assert_array_equal(write([prompts[row]], sampling=sampling)[0], whole[row])
+
+
+@pytest.mark.parametrize("name", ["dense-jtok_m", "moe-jtok_m", "mixed"])
+def test_a_step_copies_no_cache(name):
+    """Every layer's keys and values are updated where they lie, if donated."""
+    config, batch, places = MODELS[name], 3, 448  # a size that nothing else has
+    params = random_params(config)
+    ids, lengths = random_ids(config, batch, 8), jnp.full(batch, 8, jnp.int32)
+    read = functools.partial(prefill, capacity=places)
+    cache = jax.eval_shape(lambda params: read(bind(config, params), ids, lengths).cache, params)
+    keys = jax.random.split(jax.random.key(0), batch)
+    arguments = params, ids[:, 0], cache, keys, Sampling(1.0, 5, 0.9), None
+    program = generator._decode.lower(config, *arguments).compile()
+    size = (batch, config.num_kv_heads, places, config.head_size)
+    assert {x.shape for pair in cache.layers for x in pair} == {size}
+    kept = 2 * config.num_layers * 4 * math.prod(size)
+    sizes = program.memory_analysis()
+    assert sizes.alias_size_in_bytes >= kept
+    assert sizes.temp_size_in_bytes < kept / 2
+    shape = ",".join(map(str, size))
+    made = re.findall(rf"= f32\[{shape}\]\S* ([\w-]+)\(", program.as_text())
+    assert made
+    assert not {*made} & {"copy", "concatenate", "transpose", "scatter", "dynamic-slice"}
 
 
 def test_padding_of_the_vocabulary_has_no_logits():

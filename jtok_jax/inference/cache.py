@@ -2,8 +2,8 @@
 # Copyright 2026 The jtok_jax authors
 """Keys and values of the tokens so far; prompts of different lengths share a batch.
 
-Prompts are padded on the right. A sequence's position p is written at place p of the cache, so a
-generated token overwrites the padding, and places from the sequence's length on are never read.
+Prompts are padded on the right to T places, and every sequence's next token goes to the next place,
+from T on. So a step writes one slice of the cache, where it lies; places of padding are never read.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,15 @@ from jtok_jax.model.transformer import Transformer
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, how many places are filled, and the ids that n-grams need."""
+    """Keys and values of every layer, which places are filled, and the ids that n-grams need.
 
-    key_LBXKH: jax.Array
-    value_LBXKH: jax.Array
-    lengths_B: jax.Array  # int32
+    Arrays of layers are apart, so that attention reads each where it lies.
+    """
+
+    layers: list[tuple[jax.Array, jax.Array]]  # keys and values [B, K, X, H]
+    filled_BX: jax.Array  # bool
+    place: jax.Array  # int32, of the next token
+    lengths_B: jax.Array  # int32, tokens of each sequence
     before_BC: jax.Array  # int32, the last ids of each sequence, see tables.stream_ids
 
 
@@ -44,44 +48,55 @@ def prefill(model: Transformer, ids_BT: jax.Array, lengths_B: jax.Array, *, capa
     kind = "auto" if model.config.attention == "splash" else model.config.attention
     attend = lambda q, k, v, _: AttentionResult(causal(q, k, v, kind=kind), (k, v))
     output = model(ids_BT, attend=attend)
-    room = ((0, 0), (0, 0), (0, capacity - ids_BT.shape[1]), (0, 0), (0, 0))
-    key, value = [jnp.pad(new, room) for new in output.cached]
+    length = ids_BT.shape[1]
+    room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
+    with_room = lambda new_BTKH: jnp.pad(new_BTKH.swapaxes(1, 2), room)
     last_BD = jnp.take_along_axis(output.hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-    before_BC = following(ids_BT, lengths_B, model.config.context)
-    return Step(_logits(model, last_BD), Cache(key, value, lengths_B, before_BC))
+    cache = Cache(
+        layers=[(with_room(k), with_room(v)) for k, v in zip(*output.cached, strict=True)],
+        filled_BX=jnp.arange(capacity) < lengths_B[:, None],
+        place=jnp.int32(length),
+        lengths_B=lengths_B,
+        before_BC=following(ids_BT, lengths_B, model.config.context),
+    )
+    return Step(_logits(model, last_BD), cache)
 
 
 def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
-    """Read one more token of every sequence."""
-    places = jnp.arange(cache.key_LBXKH.shape[2])
-    positions_B1 = cache.lengths_B[:, None]
-    # Cached places before the token, then the token itself.
-    mask_BX = jnp.pad(places < positions_B1, ((0, 0), (0, 1)), constant_values=True)
+    """Read one more token of every sequence; donated, the cache is written where it lies."""
+    filled_BX = _written(cache.filled_BX, jnp.ones_like(cache.filled_BX[:, :1]), cache.place, 1)
 
-    def attend(query, key, value, cached):
-        keys = jnp.concatenate([cached[0], key], axis=1)
-        values = jnp.concatenate([cached[1], value], axis=1)
-        mixed = jax.nn.dot_product_attention(
-            query, keys, values, mask=mask_BX[:, None, None], implementation="xla"
-        )
-        return AttentionResult(mixed, (key, value))
+    def attend(query_B1NH, key_B1KH, value_B1KH, layer):
+        new = key_B1KH.swapaxes(1, 2), value_B1KH.swapaxes(1, 2)
+        layer = [_written(old, x, cache.place, 2) for old, x in zip(layer, new, strict=True)]
+        return AttentionResult(_attend(query_B1NH, *layer, filled_BX), tuple(layer))
 
     ids_B1 = ids_B[:, None]
     output = model(
         ids_B1,
-        positions_BT=positions_B1,
+        positions_BT=cache.lengths_B[:, None],
         attend=attend,
-        cache=(cache.key_LBXKH, cache.value_LBXKH),
+        cache=cache.layers,
         before_BC=cache.before_BC,
     )
-    rows = jnp.arange(ids_B.shape[0])
-    key, value = [
-        old.at[:, rows, cache.lengths_B].set(new[:, :, 0])
-        for old, new in zip(cache[:2], output.cached, strict=True)
-    ]
     before_BC = jnp.concatenate([cache.before_BC, ids_B1 + 1], axis=1)[:, 1:]
-    cache = Cache(key, value, cache.lengths_B + 1, before_BC)
+    cache = Cache(output.cached, filled_BX, cache.place + 1, cache.lengths_B + 1, before_BC)
     return Step(_logits(model, output.hidden_BTD[:, 0]), cache)
+
+
+def _written(old: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), place, axis)
+
+
+def _attend(query_B1NH, key_BKXH, value_BKXH, filled_BX) -> jax.Array:
+    """Return mixed values [B, 1, N, H] of one query a sequence; scores and softmax are float32."""
+    batch, heads, _, size = key_BKXH.shape
+    query_BKGH = query_B1NH.reshape(batch, heads, -1, size)
+    score = {"preferred_element_type": jnp.float32}
+    scores_BKGX = jnp.einsum("BKGH,BKXH->BKGX", query_BKGH, key_BKXH, **score) / size**0.5
+    scores_BKGX = jnp.where(filled_BX[:, None, None], scores_BKGX, -jnp.inf)
+    weights_BKGX = jax.nn.softmax(scores_BKGX, axis=-1).astype(value_BKXH.dtype)
+    return jnp.einsum("BKGX,BKXH->BKGH", weights_BKGX, value_BKXH).reshape(query_B1NH.shape)
 
 
 def _logits(model: Transformer, hidden_BD: jax.Array) -> jax.Array:

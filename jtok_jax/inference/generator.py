@@ -2,13 +2,18 @@
 # Copyright 2026 The jtok_jax authors
 """Generation of a batch of prompts with one compiled prefill and one compiled decode step.
 
+Random numbers of a text come from the seed, its prompt and the position: neither its place in the
+batch nor other prompts change them. Equal prompts are told apart by their order.
+
 On several devices every one has the whole batch and a part of every parameter (`mesh.over_all`).
 Products with matrices split along D are partial sums, so that activations of a few tokens are sent
 and no matrix, and rows are read where they lie: the compiler sees to both, given plain XLA.
 """
 
+import collections
 import dataclasses
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -75,14 +80,14 @@ def generate(
     capacity = -(-(padded + tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     mesh, config = _mesh_of(params), for_mesh(config, params)
     logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh)
-    root = jax.random.key(seed)
-    drawn = [_sample(logits, jax.random.fold_in(root, 0), sampling)]
+    sampling = sampling.without_neutral(config.vocab_size)
+    keys = _keys_of(prompts, seed)
+    drawn = [_sample(logits, keys, lengths_B, sampling)]
     for index in range(1, tokens):
         look = end_id >= 0 and index % ENDED_EVERY == 0
         if look and np.any(np.stack(drawn) == end_id, axis=0).all():
             break
-        key = jax.random.fold_in(root, index)
-        next_ids, cache = _decode(config, params, drawn[-1], cache, key, sampling, mesh)
+        next_ids, cache = _decode(config, params, drawn[-1], cache, keys, sampling, mesh)
         drawn.append(next_ids)
     return np.stack([np.asarray(ids_B) for ids_B in drawn], axis=1)
 
@@ -104,7 +109,23 @@ def _mesh_of(params: Params) -> Mesh | None:
     return found.mesh if len(found.device_set) > 1 else None
 
 
-_sample = jax.jit(sample)
+def _keys_of(prompts: list[list[int]], seed: int) -> jax.Array:
+    """Return one random key a prompt, made of its ids and how often they stood before it."""
+    before, numbers = collections.Counter(), []
+    for prompt in map(tuple, prompts):
+        numbers.append(zlib.crc32(np.array([before[prompt], *prompt], "<i4").tobytes()))
+        before[prompt] += 1
+    return _folded(jax.random.key(seed), np.array(numbers, np.uint32))
+
+
+@jax.jit
+def _folded(key, numbers_B):
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers_B)
+
+
+@jax.jit
+def _sample(logits_BV, keys_B, lengths_B, sampling):
+    return sample(logits_BV, jax.vmap(jax.random.fold_in)(keys_B, lengths_B), sampling)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -114,9 +135,10 @@ def _prefill(config, params, ids_BT, lengths_B, capacity, mesh):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
-def _decode(config, params, ids_B, cache, key, sampling, mesh):
+def _decode(config, params, ids_B, cache, keys_B, sampling, mesh):
     logits_BV, cache = decode(bind(config, params), ids_B, cache)
-    return _whole(mesh, (sample(_whole(mesh, logits_BV), key, sampling), cache))
+    next_B = _sample(_whole(mesh, logits_BV), keys_B, cache.lengths_B, sampling)
+    return _whole(mesh, (next_B, cache))
 
 
 def _whole(mesh: Mesh | None, tree):

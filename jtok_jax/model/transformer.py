@@ -10,7 +10,7 @@ h ------------+--> norm -> attention --+--> h~ --+--> norm -> feed-forward -> dm
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,7 +45,8 @@ class BlockAux(NamedTuple):
 class Output(NamedTuple):
     """Result of the blocks.
 
-    `cached` is what `attend` returned for a cache, by layer; balance terms are summed over layers.
+    `cached` is what `attend` returned for a cache: stacked by layer, or, where `cache` was given, a
+    list by layer. Balance terms are summed over layers.
     """
 
     hidden_BTD: jax.Array
@@ -172,7 +173,7 @@ class Transformer(nnx.Module):
         before_BC: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         attend: Callable[..., AttentionResult] | None = None,
-        cache: object = None,
+        cache: Sequence | None = None,
         parallel: Parallel | None = None,
         with_health: bool = False,
     ) -> Output:
@@ -184,7 +185,7 @@ class Transformer(nnx.Module):
             before_BC: ids before the first, for tables by n-gram; see `tables.stream_ids`.
             positions_BT: int32; default 0, 1, ... in every sequence.
             attend: (query, key, value, cache of the layer) -> AttentionResult; default causal.
-            cache: pytree with a leading layer axis, handed to `attend` layer by layer.
+            cache: of every layer what `attend` is handed, layers being traced one by one.
             parallel: several devices; `training` is that of its exchanges.
             with_health: also measure the stream, the router and the rows of every layer.
         """
@@ -220,7 +221,7 @@ class Transformer(nnx.Module):
         stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
         layers = params, stacks, row_grads, cache
-        h_BTD, (cached, aux) = jax.lax.scan(_remat(body, config.remat), h_BTD, layers)
+        h_BTD, (cached, aux) = _over_layers(_remat(body, config.remat), h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
         return Output(hidden_BTD, cached, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
@@ -231,6 +232,22 @@ class Transformer(nnx.Module):
         for name in sorted(reader.tables.keys() - reader.in_layers.keys()):
             h_BTD = h_BTD + reader.at_input(name).rows().astype(h_BTD.dtype)
         return h_BTD
+
+
+def _over_layers(body: Callable, h_BTD: jax.Array, layers: tuple):
+    """Return a scan over `layers`, or, where the last of them is a cache, the same one by one.
+
+    Caches of layers are arrays apart, so that each is read and written where it lies.
+    """
+    (*stacks, cache), cached, auxs = layers, [], []
+    if cache is None:
+        return jax.lax.scan(body, h_BTD, layers)
+    for index, of_layer in enumerate(cache):
+        mine = jax.tree.map(lambda stack, index=index: stack[index], stacks)
+        h_BTD, (new, aux) = body(h_BTD, (*mine, of_layer))
+        cached.append(new)
+        auxs.append(aux)
+    return h_BTD, (cached, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *auxs))
 
 
 def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
