@@ -8,6 +8,7 @@ Those of the model are in `model_config.py`. A file in configs/ changes fields o
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import ml_collections
@@ -15,6 +16,13 @@ import ml_collections
 from jtok_jax.checks import at_least, check_betas, one_of, parse_options
 from jtok_jax.errors import ConfigError
 from jtok_jax.model_config import ModelConfig
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +58,21 @@ class TableOptimizerConfig:
 
     def _overrides(self) -> Iterator[tuple[str, str, object]]:
         fields = {field.name: field.type for field in dataclasses.fields(self)}
-        read = {float: float, str: str, bool: {"true": True, "false": False}.__getitem__}
+        read = {float: _finite, str: str, bool: {"true": True, "false": False}.__getitem__}
+        seen = set()
         for part in filter(None, (part.strip() for part in self.overrides.split(","))):
             target, _, text = part.partition("=")
             owner, _, field = target.strip().rpartition(".")
             try:
-                if not owner or field == "overrides":
+                if not owner or field == "overrides" or (owner, field) in seen:
                     raise KeyError(field)
+                seen.add((owner, field))
                 yield owner, field, read[fields[field]](text.strip())
             except (KeyError, ValueError):
                 raise ConfigError(
-                    f"optimizer.tables.overrides has {part!r}; expected LAYER.FIELD=VALUE with a "
-                    "field of optimizer.tables, such as ngram.learning_rate_multiplier=1."
+                    f"optimizer.tables.overrides has {part!r}; expected LAYER.FIELD=VALUE, each "
+                    "once, with a field of optimizer.tables, such as ngram.weight_decay=0.1 or "
+                    "jtok.stochastic_rounding=false."
                 ) from None
 
 

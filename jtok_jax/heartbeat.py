@@ -21,6 +21,7 @@ from jtok_jax.launch import Launch
 from jtok_jax.lock import locked
 
 GRACE_SECONDS = 10  # a process silent for longer is not there
+_GAVE_UP = "gave up\n"  # last line of who waited in vain: others name it as here all the same
 _BEAT_SECONDS = 1.0
 
 
@@ -54,7 +55,7 @@ def heartbeat(launch: Launch, folder: pathlib.Path, seconds: float) -> Iterator[
         # Python sees no signal while JAX connects: Ctrl-C has to end the process by itself.
         previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
-            while launch.process_id and "0" not in _present(own):
+            while launch.process_id and not _beats(folder / "0", _time(own), 0.0):
                 time.sleep(_BEAT_SECONDS / 4)
             yield
         finally:
@@ -66,19 +67,36 @@ def heartbeat(launch: Launch, folder: pathlib.Path, seconds: float) -> Iterator[
                 folder.rmdir()
 
 
-def _present(own: pathlib.Path) -> dict[str, str]:
-    """Return what the files of all processes that beat say, by rank."""
-    found, now = {}, own.stat().st_mtime
+def _time(own: pathlib.Path) -> float:
+    """Return the time of the file system that beats are compared with."""
+    with contextlib.suppress(OSError):  # somebody has cleared the folder
+        return own.stat().st_mtime
+    return time.time()
+
+
+def _beats(path: pathlib.Path, now: float, gave_up_seconds: float) -> bool:
+    """Return whether a process beats, or gave up no longer ago than `gave_up_seconds`."""
+    with contextlib.suppress(OSError):  # it has connected meanwhile, or has not started
+        limit = gave_up_seconds if path.read_text().endswith(_GAVE_UP) else GRACE_SECONDS
+        return now - path.stat().st_mtime < limit
+    return False
+
+
+def _present(own: pathlib.Path, seconds: float) -> dict[str, str]:
+    """Return what the files of all processes say that beat or gave up, by rank."""
+    found, now = {}, _time(own)
     for path in sorted(own.parent.iterdir()):
-        with contextlib.suppress(OSError):  # it has connected meanwhile
-            if now - path.stat().st_mtime < GRACE_SECONDS:
+        if _beats(path, now, seconds):
+            with contextlib.suppress(OSError):
                 found[path.name] = ", ".join(path.read_text().splitlines())
     return found
 
 
 def _exit_with_missing(launch: Launch, own: pathlib.Path, seconds: float) -> None:
     """Say who is missing, and exit; the file stays, for others who are about to do the same."""
-    present = _present(own)
+    with contextlib.suppress(OSError), own.open("a") as file:
+        file.write(_GAVE_UP)
+    present = _present(own, seconds)
     missing = [str(x) for x in range(launch.num_processes or 0) if str(x) not in present]
     lines = "".join(f"\n  {rank}: {text}" for rank, text in present.items())
     text = (

@@ -93,29 +93,39 @@ class Hosts:
         """
         if not self._client:
             return
-        text = json.dumps(facts | {"--num_processes": self.count}, default=str)
-        try:
-            self._put(f"{what}/{self.process}", text)
-            self._wait_for_all(what)
-            lead, own = json.loads(self._get(f"{what}/0")), json.loads(text)
-            processes = f"on {self.name(0)}", f"on {self.name(self.process)}"
-            lines = differences(lead, own, *processes)
-            self._put(f"differences in {what}/{self.process}", "\n  ".join(lines))
-            self._wait_for_all(f"differences in {what}")
-        except jax.errors.JaxRuntimeError as late:
-            present = self._of_processes(what)
-            missing = [self.name(x) for x in range(self.count) if x not in present]
-            raise self._failure() or HostError(
-                f"{', '.join(missing) or 'A process'} did not come within {self._seconds:g} s "
-                f"(train.start_seconds) to compare {what}. Look at what it printed, then start "
-                "all processes again."
-            ) from late
-        texts = filter(None, self._of_processes(f"differences in {what}").values())
-        text = "\n  ".join(texts)
+        own = json.dumps(facts | {"--num_processes": self.count}, default=str)
+        lead, own = json.loads(self._gather(what, own)[0]), json.loads(own)
+        processes = f"on {self.name(0)}", f"on {self.name(self.process)}"
+        lines = differences(lead, own, *processes)
+        different = self._gather(f"differences in {what}", "\n  ".join(lines))
+        text = "\n  ".join(filter(None, different.values()))
         if text:
             raise error(f"The processes of this run differ in {what}:\n  {text}\nStart all alike.")
         self._names = self._of_processes("name")  # kept: the store ends with process 0
         self.stage(f"agreed with all on {what}")
+
+    def _gather(self, what: str, text: str) -> dict[int, str]:
+        """Return the texts of all processes, by their number; signals get through meanwhile.
+
+        Raises:
+            HostError: a process has failed, or did not come in time; the message names it.
+        """
+        self._put(f"{what}/{self.process}", text)
+        until, wait = time.monotonic() + self._seconds, _POLL_SECONDS / 32
+        while len(found := self._of_processes(what)) < self.count:
+            failure = self._failure()
+            if failure:
+                raise failure
+            if time.monotonic() > until:
+                missing = [self.name(x) for x in range(self.count) if x not in found]
+                raise HostError(
+                    f"{', '.join(missing)} did not come within {self._seconds:g} s "
+                    f"(train.start_seconds) to compare {what}. Look at what it printed, then start "
+                    "all processes again."
+                )
+            time.sleep(wait)
+            wait = min(2 * wait, _POLL_SECONDS)
+        return found
 
     def check_shared(self, path: pathlib.Path) -> None:
         """Raise HostError unless all processes read at `path` what the lead reads there."""
@@ -123,8 +133,8 @@ class Hosts:
             return
         if self.lead:
             self._put("shared", path.read_text())
-        limit, until = int(1000 * self._seconds), time.monotonic() + self._seconds / 2
-        text = self._client.blocking_key_value_get("jtok/shared", limit)
+        self.agree("path of the workdir", {}, HostError)  # the lead has put its text before
+        text, until = self._get("shared"), time.monotonic() + self._seconds / 2
         while not (path.exists() and path.read_text() == text):  # network file systems are late
             if time.monotonic() > until:
                 raise HostError(

@@ -16,7 +16,7 @@ if PLATFORMS == "cpu" and "optimization_level" not in FLAGS:  # others as users 
 
 import jax
 import pytest
-from drawn import SEED
+from drawn import SEED, left_out
 from small import prepare_small_corpus
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,6 +24,15 @@ CACHE = ROOT / ".pytest_cache" / "xla"
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Draw cases, unless some tests were asked for by name."""
+    if config.option.keyword or any("::" in one for one in config.args):
+        return
+    others = set(left_out(items))
+    config.hook.pytest_deselected(items=list(others))
+    items[:] = [item for item in items if item not in others]
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -311,6 +311,11 @@ def test_mosaic_gpu_is_obeyed_or_refused(monkeypatch):
         ),
         ({"optimizer.tables.overrides": "jtok.rate=1"}, "overrides has 'jtok.rate=1'; expected"),
         ({"optimizer.tables.overrides": "b1=0.5"}, "overrides has 'b1=0.5'; expected LAYER"),
+        ({"optimizer.tables.overrides": "jtok.b1=inf"}, "overrides has 'jtok.b1=inf'; expected"),
+        (
+            {"optimizer.tables.overrides": "jtok.b1=0.5,jtok.b1=0.6"},
+            "overrides has 'jtok.b1=0.6'; expected LAYER.FIELD=VALUE, each once",
+        ),
         ({"optimizer.tables.overrides": "jtok.b1=x"}, "overrides has 'jtok.b1=x'; expected"),
         ({"optimizer.tables.overrides": "jtok.b1=7"}, "optimizer.tables.b1 is 7.0; expected"),
         (

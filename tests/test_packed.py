@@ -53,7 +53,7 @@ def test_packed_and_plain_runs_are_one_run(tmp_path, monkeypatch, capsys):
         patch.setattr(jtok_kernels, "choose", choose_for_a_tpu)
         train_module.train(run_of(1), packed)
         said = capsys.readouterr().out
-        assert "mosaic_tpu:interpret on tables: simulated; tables held as words" in said
+        assert "mosaic_tpu:interpret on tables of jtok: simulated; tables held as words" in said
         train_module.train(run_of(2), packed)
         words = load_params(packed).params["tables"]
         assert words.dtype == jnp.uint32

@@ -137,7 +137,9 @@ class _Shapes:
 
 def _what_state_depends_on(config: Config) -> Config:
     """Equal for configurations that differ in steps alone: `_state` is counted once for them."""
-    model = dataclasses.replace(config.model, remat="none", attention="xla", loss_chunk=0)
+    jtok = dataclasses.replace(config.model.jtok, implementation="auto")
+    model = dataclasses.replace(config.model, jtok=jtok, remat="none", attention="xla")
+    model = dataclasses.replace(model, loss_chunk=0)
     return Config(model=model, optimizer=config.optimizer, mesh=config.mesh)
 
 
@@ -174,7 +176,8 @@ def _residuals(shapes: _Shapes, remat: str | None = None) -> int:
     On several devices tables and experts split tokens over the tensor axis. Without them it splits
     heads and widths, and vectors of D entries are whole.
     """
-    model, jtok = shapes.model, dataclasses.replace(shapes.model.jtok, table_dtype="float32")
+    model, jtok = shapes.model, shapes.model.jtok
+    jtok = dataclasses.replace(jtok, table_dtype="float32", implementation="auto")
     attention = "splash" if model.attention == "splash" else "xla"
     fields = {"remat": remat or model.remat, "attention": attention, "loss_chunk": 0, "jtok": jtok}
     data, expert = 1 + (shapes.mesh.size > 1), shapes.mesh.shape["expert"]

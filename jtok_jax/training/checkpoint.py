@@ -129,10 +129,11 @@ class Checkpoints:
         self._checkpointer.close()
         if jax.process_index() == 0:
             path = self._folder / str(step) / "metrics" / "metrics"
-            path.parent.mkdir(exist_ok=True)
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({_RANKED_BY: val_loss}))
-            partial.replace(path)
+            with self._failure(step):
+                path.parent.mkdir(exist_ok=True)
+                partial.write_text(json.dumps({_RANKED_BY: val_loss}))
+                partial.replace(path)
         self._checkpointer = self._open()  # which waits for process 0
 
     def check(self, seconds: float = 0.0) -> None:
