@@ -16,7 +16,7 @@ if PLATFORMS == "cpu" and "optimization_level" not in FLAGS:  # others as users 
 
 import jax
 import pytest
-from drawn import SEED, left_out
+from drawn import FIRST, SEED, left_out
 from small import prepare_small_corpus
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,7 +27,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Draw cases, unless some tests were asked for by name."""
+    """Begin with the long ones; draw cases, unless some tests were asked for by name."""
+    items.sort(key=lambda item: item.path.stem not in FIRST)
     if config.option.keyword or any("::" in one for one in config.args):
         return
     others = set(left_out(items))
