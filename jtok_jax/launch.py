@@ -96,7 +96,8 @@ def _of_environment(environment: Mapping[str, str]) -> Launch | None:
     if number("PMI_SIZE") > 1:
         return _with_mpi("MPI", number("PMI_SIZE"), number("PMI_RANK"), "mpi4py")
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if workers:  # of a slice, in GKE
+    # Of a slice, in GKE. libtpu writes a warning there for its children where it finds none.
+    if workers and not workers.startswith("WARNING"):
         here, slices = workers.count(",") + 1, number("MEGASCALE_NUM_SLICES") or 1
         rank = number("TPU_WORKER_ID") + here * number("MEGASCALE_SLICE_ID")
         return Launch("TPU pod", None, here * slices, rank) if here * slices > 1 else None

@@ -21,7 +21,7 @@ ONE_IN = {
 }  # fmt: skip
 
 # Files of tests of a minute or more: first, so that no worker is left with one at the end.
-FIRST = ("test_hosts", "test_layouts", "test_aot_mesh", "test_hosts_fail", "test_resume")
+FIRST = ("test_hosts", "test_layouts", "test_hosts_fail", "test_resume")
 
 
 def left_out(items: list) -> list:

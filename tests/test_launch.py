@@ -63,3 +63,9 @@ def test_flags_that_cannot_work_are_refused(flags, message):
 def test_mpi_that_does_not_say_where_the_first_process_is_needs_mpi4py():
     with pytest.raises(ConfigError, match="install mpi4py, or pass --coordinator_address"):
         recognise(CPU | OPEN_MPI)
+
+
+def test_what_libtpu_writes_where_it_finds_no_pod_is_no_pod():
+    """A process that has loaded it hands these to its children."""
+    said = "WARNING: could not determine this, please set it manually, otherwise it may not work."
+    assert recognise({"TPU_WORKER_HOSTNAMES": said, "TPU_WORKER_ID": said}) is None
