@@ -189,7 +189,7 @@ def _describe(result: manifest.Manifest, output: pathlib.Path) -> str:
         lines.append(
             f"  {name}: {split.documents:,} documents, "
             f"{f'{split.text_bytes:,} bytes, ' if split.text_bytes else ''}"
-            f"{split.targets:,} tokens in {split.windows:,} windows ({len(split.shards)} shards)"
+            f"{split.targets:,} tokens in {split.windows:,} windows (shards: {len(split.shards)})"
         )
     return "\n".join(lines)
 

@@ -5,9 +5,11 @@
 import dataclasses
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 from pythons import oldest
 from small import (
@@ -35,8 +37,9 @@ from jtok_jax.config import Config, OptimizerConfig, TableOptimizerConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.arms import LAYERS
 from jtok_jax.model.attention import AttentionResult, causal
-from jtok_jax.model.params import bind, declared, declared_tables, init_params
+from jtok_jax.model.params import bind, declared, declared_tables, init_params, init_rows
 from jtok_jax.model.tables import stream_ids
+from jtok_jax.model.variables import _normal_rows
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.streams import IdStream, parse_streams
 from jtok_jax.training.optimizer import make_optimizer
@@ -263,33 +266,61 @@ def test_bfloat16_tables_learn():
         assert not np.array_equal(state.params[name], after.params[name]), name
 
 
-def test_tables_have_the_options_of_tables():
-    """Rate 0 keeps them as they are, and them alone."""
+def still_after_two_steps(**options) -> tuple[set[str], dict[str, object]]:
+    """Return the parameters that did not move, and the optimizer's state, for options of tables."""
     config = run_with(EVERYTHING)
-    tables = dataclasses.replace(config.optimizer.tables, learning_rate_multiplier=0.0)
+    tables = dataclasses.replace(config.optimizer.tables, **options)
     optimizer = dataclasses.replace(config.optimizer, tables=tables)
     state, step, _ = training(dataclasses.replace(config, optimizer=optimizer))
     ids, after = random_ids(DENSE, 4, 16), state
     for _ in range(2):
         after, _ = step(after, ids, ids)
-    same = {n for n, value in state.params.items() if np.array_equal(value, after.params[n])}
-    assert same == set(declared_tables(config.model))
+    still = {n for n, value in state.params.items() if np.array_equal(value, after.params[n])}
+    return still, state.opt_state
+
+
+def test_tables_have_the_options_of_tables():
+    """Rate 0 keeps them as they are, and them alone."""
+    still, _ = still_after_two_steps(learning_rate_multiplier=0.0)
+    assert still == set(declared_tables(EVERYTHING))
 
 
 def test_the_tables_of_a_layer_may_have_options_of_their_own():
     """Another optimizer, and rate 0: they stay as they are, and they alone."""
-    config = run_with(EVERYTHING)
     own = "value_embedding.learning_rate_multiplier=0, jtok.kind=adamw"
-    tables = dataclasses.replace(config.optimizer.tables, overrides=own)
-    optimizer = dataclasses.replace(config.optimizer, tables=tables)
-    state, step, _ = training(dataclasses.replace(config, optimizer=optimizer))
-    ids, after = random_ids(DENSE, 4, 16), state
-    for _ in range(2):
-        after, _ = step(after, ids, ids)
-    same = {n for n, value in state.params.items() if np.array_equal(value, after.params[n])}
-    assert same == {"arms/value_embedding/table"}
-    lazy = {name for name in declared_tables(config.model) if "m_weight" in state.opt_state[name]}
-    assert lazy == set(declared_tables(config.model)) - {"tables"}
+    still, states = still_after_two_steps(overrides=own)
+    assert still == {"arms/value_embedding/table"}
+    lazy = {name for name in declared_tables(EVERYTHING) if "m_weight" in states[name]}
+    assert lazy == set(declared_tables(EVERYTHING)) - {"tables"}
+
+
+def test_rows_of_tables_are_drawn_apart_as_in_the_whole():
+    """Bit for bit, in both dtypes, rows of padding among them."""
+    arms = dataclasses.replace(EVERYTHING.arms, table_dtype="bfloat16")
+    model = dataclasses.replace(EVERYTHING, arms=arms, vocab_multiple=8)
+    key = jax.random.key(3)
+    whole = jax.jit(init_params, static_argnums=0)(model, key)
+    streams, rng = model.id_streams, np.random.default_rng(0)
+    ids = {name: jnp.asarray(rng.permutation(s.num_rows)[:9]) for name, s in streams.items()}
+    ids["token"] = jnp.append(ids["token"], model.padded_vocab - 1)
+    assert model.padded_vocab > model.vocab_size
+    apart = init_rows(model, key, ids)
+    assert apart.keys() == declared_tables(model).keys()
+    for name, table in declared_tables(model).items():
+        assert apart[name].dtype == table.dtype
+        expected = np.asarray(whole[name])[..., np.asarray(ids[table.stream]), :]
+        np.testing.assert_array_equal(np.asarray(apart[name]), expected, name)
+
+
+def test_rows_of_a_table_of_more_than_32_bits_are_drawn_by_their_place():
+    key, rows, shape = jax.random.key(5), [0, 7, 2**30 - 1], (3, 2**30, 100)
+    found = _normal_rows(key, shape, jnp.asarray(rows))
+    stack, row, column = np.meshgrid(range(3), rows, range(100), indexing="ij")
+    places = (stack * 2**30 + row) * 100 + column  # int64
+    words = np.stack([places >> 32, places & 0xFFFFFFFF]).astype(np.uint32)
+    high, low = jax.extend.random.threefry_2x32(jax.random.key_data(key), jnp.asarray(words))
+    unit = (np.asarray(high ^ low) >> 9) / 2**23 * 2 - 1
+    np.testing.assert_allclose(found, np.sqrt(2) * scipy.special.erfinv(unit), rtol=1e-3)
 
 
 def test_jtok_keyed_by_bigrams_is_jtok_of_their_ids():

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 from conftest import CACHE, ROOT
-from pythons import newest, oldest
+from pythons import newest
 from test_resume import OVERRIDES, final_state, records, wait_for_step
 
 STEPS, HEARTBEAT = 60, 20
@@ -110,7 +110,7 @@ train.app.run(train.main, flags_parser=train.parse_flags)
 """
 
 
-@oldest
+@newest
 def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
     alone, corpus, tmp_path
 ):
@@ -164,7 +164,7 @@ def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
         np.testing.assert_array_equal(left[name], right[name], err_msg=name)
 
 
-@oldest
+@newest
 def test_another_number_of_processes_sees_the_same_batches_and_losses(alone, corpus, tmp_path):
     process = start(["train.py", *settings(tmp_path, corpus, {})], devices=4)
     [(code, _, err)] = ends([process])

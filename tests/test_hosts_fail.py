@@ -6,12 +6,45 @@ import re
 import resource
 import signal
 import time
+import types
 
+import jax
 import pytest
 from pythons import newest, oldest
 from small import prepare_small_corpus
 from test_hosts import HEARTBEAT, ends, free_address, settings, start, start_two
 from test_resume import wait_for_step
+
+from jtok_jax.errors import ConfigError, HostError
+from jtok_jax.hosts import Hosts
+
+
+class Store:
+    """Of the runtime's key-value store what a comparison needs."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        self.values[key] = value
+
+    def key_value_try_get(self, key):
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError("NOT_FOUND")
+        return self.values[key]
+
+    def key_value_dir_get(self, folder):
+        return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
+
+
+def test_who_connected_but_does_not_come_to_compare_is_named():
+    state = types.SimpleNamespace(client=Store(), process_id=0, num_processes=2)
+    state.client.values["jtok/name/1"] = "elsewhere, pid 7"
+    hosts = Hosts(state, start_seconds=0.1)
+    message = r"process 1 of 2 \(elsewhere, pid 7\) did not come within 0.1 s .* compare versions"
+    with pytest.raises(HostError, match=message):
+        hosts.agree("versions", {"jax": "1"}, ConfigError)
+    hosts._ended.set()  # the thread that watches
 
 
 @newest

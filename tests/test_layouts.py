@@ -34,9 +34,12 @@ def test_bits():
     on_eight_devices("same_bits", optimize=True)
 
 
-@oldest
 @pytest.mark.parametrize(
-    "which", ["trains_as_one_device", "not (trains_as_one_device or same_bits)"]
+    "which",
+    [
+        pytest.param("trains_as_one_device", marks=oldest),
+        pytest.param("not (trains_as_one_device or same_bits)", marks=newest),
+    ],
 )
 def test_all_else(which):
     """Nearly all of the time goes into compiling what then runs for milliseconds."""

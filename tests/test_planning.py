@@ -18,7 +18,7 @@ from test_configs import load
 
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import abstract_mesh
-from jtok_jax.planning import compiled, traffic
+from jtok_jax.planning import advice, compiled, traffic
 from jtok_jax.planning.advice import changed
 from jtok_jax.planning.memory import memory
 from jtok_jax.planning.report import as_text, draw, make_plan
@@ -150,6 +150,17 @@ def test_nothing_fits_where_nothing_can():
     text = as_text(plan)
     assert "of model.attention, train.grad_accumulation, model.remat, optimizer.tables" in text
     assert "Else take more or larger chips" in text
+
+
+def test_changes_are_those_of_the_tables_there_are():
+    """Of any layer's, not of JTok's alone."""
+    config = changed(load("dense_s"), {"model.jtok.kind": "none", "optimizer.tables.kind": "adamw"})
+    found = advice.tried(config, devices=2)
+    assert not {"optimizer.tables.kind", "model.arms.table_dtype", "mesh.table_rows"} & {*found}
+    bigram = {"model.streams": "bigram=2:64", "model.arms.names": "ngram"}
+    found = advice.tried(changed(config, bigram), devices=2)
+    assert {"optimizer.tables.kind", "model.arms.table_dtype", "mesh.table_rows"} < {*found}
+    assert "model.jtok.table_dtype" not in found
 
 
 def test_a_step_that_the_compiler_refuses_does_not_fit(monkeypatch):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import ROOT
+from orbax.checkpoint import v1 as ocp
 from pythons import oldest
 from small import KINDS
 from test_config import changed
@@ -93,6 +94,18 @@ def test_the_best_checkpoint_survives_though_it_is_early(config, tmp_path, monke
     assert found == [7, 2, 2]
     with pytest.raises(CheckpointError, match=r"No checkpoint '6' in .*there are 2, 7, with a"):
         load_params(tmp_path, step="6")
+
+
+def test_a_device_without_memory_is_no_damaged_checkpoint(config, tmp_path, monkeypatch):
+    """Nobody is told to move a checkpoint away that is sound."""
+    train(changed(config, {"train.steps": 2, "schedule.steps": 8}), tmp_path)
+
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        load_params(tmp_path)
 
 
 def test_checkpoints_that_are_never_ranked_are_refused(config):

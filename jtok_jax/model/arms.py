@@ -6,6 +6,8 @@ A table of an arm lies at the top of the model, a stack for all layers, see `arm
 arrive as [B, T, D], float32 on one device. Parameters here are those of one layer.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -134,7 +136,7 @@ def arms_of_layer(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
     return Arms({name: LAYERS[name](config, rngs=rngs) for name in config.arms.chosen()})
 
 
-def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
+def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs, rows: Mapping[str, jax.Array]) -> Arms:
     """Return the tables of the arms that are on: one a stream at the input, or one a layer."""
     dim, options = config.model_dim, config.arms
     in_layers = {  # columns, standard deviation
@@ -149,8 +151,8 @@ def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
         pad = config.padded_vocab - config.vocab_size if stream == "token" else 0
         shape = max(len(layers), 1), config.id_streams[stream].num_rows - pad, columns
         metadata = {"axes": "GRC", "kind": Table, "stream": stream, "layers": layers}
-        metadata["owner"] = arm
-        return normal(rngs, *shape, std=std, dtype=options.table_dtype, pad=(pad, 0), **metadata)
+        metadata |= {"owner": arm, "rows": rows.get(stream), "dtype": options.table_dtype}
+        return normal(rngs, *shape, std=std, pad=(pad, 0), **metadata)
 
     found = {}
     for arm, streams in options.table_streams.items():

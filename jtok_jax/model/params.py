@@ -74,6 +74,20 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return {"/".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def init_rows(config: ModelConfig, key: jax.Array, ids: dict[str, jax.Array]) -> Params:
+    """Return rows of every table as `init_params` draws them; no array of a table's size is made.
+
+    Args:
+        ids: int32 [U] by stream, of every stream that a table reads.
+
+    Returns:
+        [G, U, D] or [G, M, U, D] by table.
+    """
+    tables = Transformer(config, rngs=nnx.Rngs(params=key), rows=ids).named_tables
+    return {name: table[...] for name, table in tables.items()}
+
+
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of `init_params`."""
     found = declared(config).items()

@@ -138,7 +138,11 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """All parameters of a model; blocks are stacked along a leading layer axis."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, rows: Mapping[str, jax.Array] | None = None
+    ):
+        """Draw the initial values; `rows`: of tables only these, int32 [U] by stream."""
+        rows = rows or {}
         dim, vocab, dtype = config.model_dim, config.vocab_size, config.param_dtype
         pad = config.padded_vocab - vocab
         std = config.embed_init_std or config.init_std
@@ -150,9 +154,9 @@ class Transformer(nnx.Module):
             std = config.init_std
             self.head = normal(rngs, dim, vocab, axes="DV", std=std, dtype=dtype, pad=(0, pad))
         if config.tables_shape:
-            self.tables = _jtok_tables(config, rngs)
+            self.tables = _jtok_tables(config, rngs, rows)
         if config.arms.table_streams:
-            self.arms = arm_tables(config, rngs=rngs)
+            self.arms = arm_tables(config, rngs=rngs, rows=rows)
         self.config = config
 
     @property
@@ -259,15 +263,16 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
     return build(rngs)
 
 
-def _jtok_tables(config: ModelConfig, rngs: nnx.Rngs) -> Table:
-    jtok, rows = config.jtok, config.id_streams[config.jtok.stream].num_rows
+def _jtok_tables(config: ModelConfig, rngs: nnx.Rngs, rows: Mapping[str, jax.Array]) -> Table:
+    jtok, count = config.jtok, config.id_streams[config.jtok.stream].num_rows
     pad = config.padded_vocab - config.vocab_size if jtok.stream == "token" else 0
     *stack, _, dim = config.tables_shape
     return normal(
-        rngs, *stack, rows - pad, dim, axes="GXRC" if len(stack) == 2 else "GRC", pad=(pad, 0),
+        rngs, *stack, count - pad, dim, axes="GXRC" if len(stack) == 2 else "GRC", pad=(pad, 0),
         std=jtok.table_init_std, dtype=jtok.table_dtype, kind=Table, stream=jtok.stream,
         layers=jtok.table_of_layer(config.num_layers), owner="jtok",
         implementation=jtok.implementation, top_k=jtok.top_k if len(stack) == 2 else 0,
+        rows=rows.get(jtok.stream),
     )  # fmt: skip
 
 

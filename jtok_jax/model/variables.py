@@ -6,7 +6,10 @@ Shardings, optimizer groups, counts, inference dtypes and the plan are read off 
 `jtok_jax.model.params.declared`. Nothing is known by the name of a parameter.
 """
 
+import math
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 from flax import nnx
 
@@ -67,16 +70,45 @@ def normal(
     dtype: str = "float32",
     pad: tuple[int, int] = (0, 0),
     kind: type[Parameter] = Weight,
+    rows: jax.Array | None = None,
     **metadata,
 ) -> Parameter:
-    """Return a parameter drawn from normal(0, std), with `pad` zeros after the last two axes."""
+    """Return a parameter drawn from normal(0, std), with `pad` zeros after the last two axes.
+
+    Args:
+        rows: int32 [U], to draw these along the last axis but one and no others; None: all.
+    """
     key = rngs.params()
-    value = std * jax.random.normal(key, shape) if std else jnp.zeros(shape)
+    if rows is not None:
+        value = std * _normal_rows(key, shape, rows)
+    else:
+        value = std * jax.random.normal(key, shape) if std else jnp.zeros(shape)
     value = value.astype(dtype)
-    if any(pad):
+    if any(pad) and rows is None:
         widths = [(0, 0)] * (len(shape) - 2) + [(0, extra) for extra in pad]
         value = jnp.pad(value, widths)
     return kind(value, axes, **metadata)
+
+
+def _normal_rows(key: jax.Array, shape: tuple[int, ...], rows: jax.Array) -> jax.Array:
+    """Return the bits of `jax.random.normal(key, shape)[..., rows, :]`; 0 for rows beyond those.
+
+    JAX draws every entry from its place alone (jax_threefry_partitionable, the default).
+    """
+    *stack, length, width = shape
+    row = jnp.arange(math.prod(stack), dtype=jnp.uint32)[:, None] * length + rows.astype(jnp.uint32)
+    # row * width + column in two words: a table may have more than 2^32 entries.
+    low = row * jnp.uint32(width)
+    high = ((row >> 16) * width + ((row & 0xFFFF) * width >> 16)) >> 16
+    place = low[..., None] + jnp.arange(width, dtype=jnp.uint32)
+    high = jnp.broadcast_to(high[..., None], place.shape) + (place < low[..., None])
+    words = jnp.stack([high, place]).astype(jnp.uint32)
+    bits = jnp.bitwise_xor(*jax.extend.random.threefry_2x32(jax.random.key_data(key), words))
+    unit = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1
+    least = jnp.nextafter(jnp.float32(-1), jnp.float32(0))
+    uniform = jnp.maximum(least, unit * (1 - least) + least)
+    drawn = jnp.float32(math.sqrt(2)) * jax.lax.erf_inv(uniform)
+    return jnp.where(rows[:, None] < length, drawn, 0).reshape(*stack, rows.size, width)
 
 
 def ones(size: int, axes: str) -> Vector:

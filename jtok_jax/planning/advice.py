@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from jtok_jax.config import Config
 from jtok_jax.config_dict import from_config_dict, to_dict
 from jtok_jax.errors import ConfigError
+from jtok_jax.model.params import declared_tables
 
 Change = dict[str, object]  # field -> value, as --config.FIELD=VALUE
 # Fields that change what is trained, not only how.
-OTHER_RUN = ("model.jtok.table_dtype", "optimizer.tables.kind")
+OTHER_RUN = ("model.jtok.table_dtype", "model.arms.table_dtype", "optimizer.tables.kind")
 
 
 def changed(config: Config, change: Change) -> Config:
@@ -80,9 +81,13 @@ def _candidates(config: Config, devices: int) -> Iterator[Change]:
         yield {"train.grad_accumulation": passes}
     for remat in {"none": ("dots", "full"), "dots": ("full",), "full": ()}[model.remat]:
         yield {"model.remat": remat}
-    if model.jtok.kind != "none":
-        if model.jtok.table_dtype == "float32":
-            yield {"model.jtok.table_dtype": "bfloat16"}
+    in_float32 = {
+        "jtok": model.jtok.kind != "none" and model.jtok.table_dtype == "float32",
+        "arms": model.arms.table_streams and model.arms.table_dtype == "float32",
+    }
+    for group in filter(in_float32.get, in_float32):
+        yield {f"model.{group}.table_dtype": "bfloat16"}
+    if declared_tables(model):
         kinds = ("adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad")
         for kind in kinds[kinds.index(tables.kind) + 1 :]:
             yield {"optimizer.tables.kind": kind}
@@ -98,7 +103,7 @@ def _meshes(config: Config, devices: int) -> Iterator[Change]:
         if grown:
             yield grown
         sizes = {"data": devices // (fsdp * fixed), "fsdp": fsdp, "expert": config.mesh.expert}
-        if config.model.jtok.kind != "none" and not config.mesh.table_rows:
+        if declared_tables(config.model) and not config.mesh.table_rows:
             for name, size in sizes.items():
                 if size > 1:
                     yield grown | {"mesh.table_rows": name}

@@ -98,7 +98,7 @@ def measure(saved: Saved, source: Source) -> dict:
     layers = list(jtok.table_layers(model.num_layers))
     stack = list(map(str, layers)) if jtok.sharing == "per_layer" else ["shared"]
     size_LD = np.abs(saved.params["blocks/jtok/scale"])[layers]
-    decays = config.optimizer.tables.weight_decay > 0
+    decays = config.optimizer.tables.of("jtok").weight_decay > 0
     return {
         "step": saved.step,
         "seed": config.train.seed,

@@ -342,6 +342,8 @@ def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
         yield
+    except jax.errors.JaxRuntimeError:  # of a device, such as its memory, or of another process
+        raise
     except Exception as error:
         older = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) < step]
         before = f"step {max(older)}" if older else "step 0: there is no checkpoint before it"
