@@ -272,5 +272,5 @@ class Config:
 
 
 def base_config() -> ml_collections.ConfigDict:
-    """Every field at its default, for a file in configs/ to change a few of."""
+    """Return every field at its default, for a file in configs/ to change a few of."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))

@@ -59,7 +59,7 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:
-    """--config.mesh.fsdp=8 and its like for a tool, as train.py has them."""
+    """Add --config.mesh.fsdp=8 and its like to a tool, as train.py has them."""
     group = parser.add_argument_group(
         "mesh", "how the model lies on several devices; default: as in the run, or split over all"
     )

@@ -20,5 +20,5 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """What `stream` still holds, and what is yet to be printed to it, goes nowhere."""
+    """Send what `stream` still holds, and what is yet to be printed to it, nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

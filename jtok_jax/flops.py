@@ -39,9 +39,9 @@ class Counts:
     """Exact integers of one model.
 
     `active` leaves out routed experts a token does not choose and all tables. FLOPs are per token
-    of a sequence of `seq_len`: 2 per multiply-add of every matmul, attention over the causal half,
-    table mixing and gating as multiply-adds; norms, softmax, activations and the optimizer are
-    left out; so are additions and gates of arms. Training is forward plus twice forward;
+    of a sequence of `seq_len`: 2 per multiply-add of every matmul, of attention over the causal
+    half, and of mixing and gating with tables. Left out are norms, softmax, activations, the
+    optimizer, and additions and gates of arms. Training is forward plus twice forward;
     recomputation is not counted.
     """
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What started this process as one of several: flags, SLURM, MPI, a TPU pod or Kubernetes.
+"""Finds what started this process as one of several: flags, SLURM, MPI, a TPU pod or Kubernetes.
 
 Only the launcher is detected here. jax.distributed.initialize finds addresses and ranks that are
 not given.

@@ -2,9 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """Id streams: what tables are looked up by. "token" always exists, n-grams are declared.
 
-`model.streams` declares hashed n-grams as "NAME=ORDER:ROWS[:HEADS]", with commas between them:
+`model.streams` declares hashed n-grams as "NAME=ORDER:ROWS[:HEADS]", with commas between them.
 "bigram=2:65536, trigram=3:4V:2" has pairs of ids in 65,536 rows, and triples under two hash
-functions with 4 rows for each row of the vocabulary per function.
+functions. Each of those has 4 rows for each row of the vocabulary.
 """
 
 import re

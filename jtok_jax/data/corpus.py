@@ -37,7 +37,7 @@ STDLIB = "stdlib"  # the embedded corpus: the source code of Python's own standa
 
 @dataclasses.dataclass
 class Skipped:
-    """What was left out and why; printed, and counted in the manifest."""
+    """Counts what was left out and why; printed, and kept in the manifest."""
 
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, str] = dataclasses.field(default_factory=dict)

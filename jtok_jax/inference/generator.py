@@ -6,8 +6,8 @@ Random numbers of a text come from the seed, its prompt and the position: neithe
 batch nor other prompts change them. Equal prompts are told apart by their order.
 
 On several devices every one has the whole batch and a part of every parameter (`mesh.over_all`).
-Products with matrices split along D are partial sums, so that activations of a few tokens are sent
-and no matrix, and rows are read where they lie: the compiler sees to both, given plain XLA.
+Products with matrices split along D are partial sums: activations of a few tokens are sent, and no
+matrix. Rows are read where they lie. The compiler sees to both, given plain XLA.
 """
 
 import collections
@@ -57,7 +57,7 @@ def generate(
     seed: int,
     end_id: int = -1,
 ) -> np.ndarray:
-    """Ids [len(prompts), up to `tokens`] that follow each prompt.
+    """Return the ids [len(prompts), up to `tokens`] that follow each prompt.
 
     Args:
         params: on one device, or split over a mesh of several.
@@ -104,7 +104,7 @@ def for_mesh(config: ModelConfig, params: Params) -> ModelConfig:
 
 
 def _mesh_of(params: Params) -> Mesh | None:
-    """Several devices that `params` are split over; None for one."""
+    """Return the several devices that `params` are split over; None for one."""
     found = params["embed"].sharding
     return found.mesh if len(found.device_set) > 1 else None
 
@@ -142,5 +142,5 @@ def _decode(config, params, ids_B, cache, keys_B, sampling, mesh):
 
 
 def _whole(mesh: Mesh | None, tree):
-    """Arrays `tree` whole on every device of `mesh`."""
+    """Return `tree` with its arrays whole on every device of `mesh`."""
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))

@@ -10,8 +10,8 @@ rows (`TableLayout`). Per layer the devices of a group
   exchange  columns for tokens by one all-to-all; parts of a sum, where tables or rows are split,
             by a reduce-scatter before
 
-so that one mixed vector a token crosses the wire, in the compute dtype, and one back for its
-gradient. Shapes are static, whatever the ids are, and nothing is dropped. Row gradients and their
+So one mixed vector a token crosses the wire, in the compute dtype, and one back for its gradient.
+Shapes are static, whatever the ids are, and nothing is dropped. Row gradients and their
 update stay where the rows are. Between groups, which hold copies, row gradients are summed.
 """
 
@@ -50,7 +50,7 @@ class Exchange(NamedTuple):
     def plan(self, ids_NBT: jax.Array, *, max_unique: int | None) -> RowPlan:
         """Return `row_plan` of N microbatches, for the rows that each device holds.
 
-        Unique ids, [row shards x U], are those of all groups, as are those found, [row shards]; the
+        Unique ids, [row shards x U], and those found, [row shards], are those of all groups. The
         order, [N, copies x row shards, ...], is that of a group.
         """
         num_rows = self._rows_here

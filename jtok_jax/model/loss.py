@@ -3,9 +3,9 @@
 """Cross-entropy over a large vocabulary, a chunk of tokens at a time.
 
 Gradients are computed with the loss, chunk by chunk: of logits and their gradient one chunk exists.
-On several devices each has the chunks of its own sequences, for its part of V where that is split;
-the head is gathered along D once a microbatch, and its gradient, a float32 sum over the chunks, is
-rounded to the compute dtype and summed over devices once.
+On several devices each has the chunks of its own sequences, for its part of V where that is split.
+Once a microbatch the head is gathered along D. Its gradient is a float32 sum over the chunks, which
+is rounded to the compute dtype and summed over devices once.
 """
 
 import functools
@@ -36,7 +36,7 @@ class _Fixed(NamedTuple):
 
 
 class _Grads(NamedTuple):
-    """Of the loss."""
+    """Gradients of the loss."""
 
     hidden_BTD: jax.Array
     head_DV: jax.Array

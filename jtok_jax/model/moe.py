@@ -81,7 +81,7 @@ def sharded_experts(mesh: Mesh, x_BTD, choice_BTk, weights_BTk, *matrices: jax.A
     """Return `experts` of tokens on several devices, [B, T, D]; no token is dropped.
 
     Along the mesh axis "expert" every device holds some experts. It gathers the tokens of its
-    group, computes what they chose of its own, and the parts of a token's sum are added where the
+    group and computes what they chose of its own. The parts of a token's sum are added where the
     token is: 2 D entries a token there and back for every further device of a group.
     """
 

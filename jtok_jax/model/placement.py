@@ -30,8 +30,8 @@ from jtok_jax.model_config import ModelConfig
 def over_all(model: ModelConfig) -> MeshConfig:
     """Return a mesh of as many devices here as D allows, all of which split every parameter.
 
-    Tables are split by columns where that leaves multiples of `COLUMNS`, else by rows if it can,
-    else by columns; each table as it can if they differ.
+    Tables are split by columns where that leaves multiples of `COLUMNS`. Else they are split by
+    rows if they can be, else by columns; each table as it can if they differ.
     """
     count = math.gcd(model.model_dim, jax.device_count())
     shapes = [table.shape for table in declared_tables(model).values()]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Changes of a configuration that would make it fit, each one checked by the same count."""
+"""Finds changes of a configuration that would make it fit, each checked by the same count."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ OTHER_RUN = ("model.jtok.table_dtype", "model.arms.table_dtype", "optimizer.tabl
 
 
 def changed(config: Config, change: Change) -> Config:
-    """`config` with some fields set. Raises ConfigError where they do not go together."""
+    """Return `config` with some fields set; raise ConfigError where they do not go together."""
     values = to_dict(config)
     for name, value in change.items():
         *path, last = name.split(".")
@@ -30,7 +30,7 @@ def changed(config: Config, change: Change) -> Config:
 def that_fit(
     config: Config, fits: Callable[[Config], bool], *, devices: int, wanted: int = 3
 ) -> list[Change]:
-    """Up to `wanted` ways to make it fit, by different fields and as few as possible.
+    """Return up to `wanted` ways to make it fit, by different fields and as few as possible.
 
     Args:
         fits: may raise ConfigError for a configuration that cannot be.
@@ -54,7 +54,7 @@ def that_fit(
 
 
 def tried(config: Config, *, devices: int) -> list[str]:
-    """The fields that `that_fit` changes, each once."""
+    """Return the fields that `that_fit` changes, each once."""
     return list(dict.fromkeys(name for one in _candidates(config, devices) for name in one))
 
 
@@ -70,7 +70,7 @@ def _fits(config: Config, change: Change, fits: Callable[[Config], bool]) -> boo
 
 
 def _candidates(config: Config, devices: int) -> Iterator[Change]:
-    """Those that cost least first."""
+    """Yield changes, those that cost least first."""
     model, train, tables = config.model, config.train, config.optimizer.tables
     if model.attention == "xla":
         yield {"model.attention": "chunked"}
@@ -96,7 +96,7 @@ def _candidates(config: Config, devices: int) -> Iterator[Change]:
 
 
 def _meshes(config: Config, devices: int) -> Iterator[Change]:
-    """More fsdp, and rows of the tables over an axis that has devices."""
+    """Yield meshes with more fsdp, or with rows of the tables over an axis that has devices."""
     fsdp, fixed = config.mesh.fsdp, config.mesh.expert * config.mesh.tensor
     while fsdp * fixed <= devices:
         grown = {} if fsdp == config.mesh.fsdp else {"mesh.fsdp": fsdp, "mesh.data": -1}

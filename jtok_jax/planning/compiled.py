@@ -50,7 +50,7 @@ class RefusedError(JtokError):
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a step on one device.
+    """Holds what the compiler says of a step on one device.
 
     `total` is the most that lives at one time, arguments included: what an out-of-memory error of
     a TPU compares with the memory there is. (Sizes of temporaries also count what holes take.)
@@ -63,12 +63,12 @@ class Compiled(NamedTuple):
 
     @property
     def collectives(self) -> dict[str, int]:
-        """Places in the text by kind; those in a loop run once a turn."""
+        """Return places in the text by kind; those in a loop run once a turn."""
         return dict(collections.Counter(match[2] for match in COLLECTIVE.finditer(self.text)))
 
 
 def lacks(platform: str) -> str | None:
-    """Why nothing can be compiled here for "tpu" or "gpu", or None."""
+    """Return why nothing can be compiled here for "tpu" or "gpu", or None."""
     package = {"tpu": "libtpu", "gpu": "jax_cuda13_plugin"}[platform]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; pip install -e '.[aot]' on Python 3.12 or newer"
@@ -79,7 +79,7 @@ def lacks(platform: str) -> str | None:
 
 @functools.cache
 def absent_devices(name: str, count: int, hosts: int = 1) -> np.ndarray:
-    """Devices of "h100" on as many hosts, or of a TPU topology such as "v5e:2x2"."""
+    """Return devices of "h100" on as many hosts, or of a TPU topology such as "v5e:2x2"."""
     if name != "h100":
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one a process
@@ -97,7 +97,7 @@ def absent_devices(name: str, count: int, hosts: int = 1) -> np.ndarray:
 
 
 def stand_in(config: Config, platform: str) -> Config:
-    """`config` with attention that compiles without a GPU: cuDNN asks for the library."""
+    """Return `config` with attention that compiles without a GPU: cuDNN asks for the library."""
     if platform != "gpu" or config.model.attention == "xla":
         return config
     model = dataclasses.replace(config.model, attention="chunked")
@@ -105,7 +105,7 @@ def stand_in(config: Config, platform: str) -> Config:
 
 
 def compile_step(config: Config, topology: Topology) -> Compiled:
-    """The step of train.py, compiled for `topology`.
+    """Return the step of train.py, compiled for `topology`.
 
     Raises:
         ConfigError: a compiler is missing.
@@ -141,7 +141,7 @@ def compile_for_topology(config: Config, topology: Topology) -> jax.stages.Compi
 
 @contextlib.contextmanager
 def not_cached():
-    """Programs for absent devices can be written to the compilation cache but never read."""
+    """Turn off the compilation cache, from which programs for absent devices are never read."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, name)
     jax.config.update(name, 1e9)
@@ -152,6 +152,6 @@ def not_cached():
 
 
 def _reason(message: str) -> str:
-    """The line of a compiler's error that says how much memory was missing, or the first one."""
+    """Return the line of an error that says how much memory was missing, or the first one."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return next((line for line in lines if re.search(r"exceed|Ran out of memory", line)), lines[0])

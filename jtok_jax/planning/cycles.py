@@ -92,7 +92,7 @@ def _kind(module: Module, run: Run, num_layers: int, attention: re.Pattern) -> s
 
 
 def _multiplies(module: Module, one: Instruction) -> bool:
-    """Does it hold a matrix product? TPUs have it as a convolution."""
+    """Return whether it holds a matrix product, which TPUs have as a convolution."""
     if one.opcode in ("convolution", "dot"):
         return True
     inner = [

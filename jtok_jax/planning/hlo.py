@@ -34,7 +34,7 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """The computations of a call, a fusion or a reduction."""
+        """Return the computations of a call, a fusion or a reduction."""
         return _CALLED.findall(self.attributes)
 
     @property
@@ -44,7 +44,7 @@ class Instruction(NamedTuple):
         return found[1] if found else ""
 
     def attribute(self, name: str) -> str:
-        """The value of `name=value`, "" where there is none."""
+        """Return the value of `name=value`, "" where there is none."""
         found = re.search(rf"\b{name}=%?([^,\s]+)", self.attributes)
         return found[1] if found else ""
 
@@ -72,7 +72,7 @@ class Run(NamedTuple):
 
     @property
     def times(self) -> int:
-        """How often one step runs it."""
+        """Return how often one step runs it."""
         return math.prod(1 if loop.turns is None else loop.turns for loop in self.loops)
 
 
@@ -107,7 +107,7 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place of the parenthesis that closes the one at `start`."""
+    """Return the place of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -172,13 +172,13 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
 
 
 def _counters(condition: Computation) -> list[int]:
-    """Indices of the loop's state that the condition reads."""
+    """Return the indices of the loop's state that the condition reads."""
     reads = condition.instructions.values()
     return [int(one.attribute("index")) for one in reads if one.opcode == "get-tuple-element"]
 
 
 def _passes(body: Computation, name: str, index: int) -> bool:
-    """Is this result of a loop's body what came in at `index`?"""
+    """Return whether this result of a loop's body is what came in at `index`."""
     one = body.instructions[name]
     while one.opcode in _SAME:
         one = body.instructions[one.operands[0]]

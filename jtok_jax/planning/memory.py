@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Bytes of a training step on one device, part by part, from shapes alone.
+"""Counts the bytes of a training step on one device, part by part, from shapes alone.
 
 What lives between steps is exact: the shapes and shardings of the state. What the backward pass
 needs of the forward pass is counted in a trace. Which arrays live together at its widest point is
-a model, whose whole numbers were chosen by figures of XLA's compilers for TPUs and H100s (LOG.md).
+a model: its whole numbers were chosen by figures of XLA's compilers for TPUs and H100s (LOG.md).
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ PRIME = 8191  # tokens of a traced sequence: only what is kept for every token h
 
 
 class Part(NamedTuple):
-    """Bytes of one thing on one device.
+    """Bytes that one thing takes on one device.
 
     `when`: "state" lives between steps, "gradients" from the backward pass to the update,
     "residuals" from the forward to the backward pass. Of "backward" and "update" only the largest
@@ -62,7 +62,7 @@ class Memory:
 
     @property
     def step(self) -> int:
-        """What a step needs beside the state: the compiler's temporaries."""
+        """Return what a step needs beside the state: the compiler's temporaries."""
         passes = sum(self.sizes("residuals")) + max(self.sizes("backward"))
         return sum(self.sizes("gradients")) + max([passes, *self.sizes("update")])
 
@@ -72,7 +72,7 @@ class Memory:
 
 
 def memory(config: Config, mesh: AbstractMesh) -> Memory:
-    """Memory of `config` on one device of `mesh`.
+    """Return the memory that `config` takes on one device of `mesh`.
 
     Raises:
         ConfigError: the mesh does not divide what it splits.
@@ -94,7 +94,7 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
 
 
 def update_bytes(config: Config, mesh: AbstractMesh) -> int:
-    """Read and written by the update on one device: value, gradient and two moments, float32."""
+    """Return bytes the update moves on one device: value, gradient, two moments, in float32."""
     shapes = _Shapes(config, mesh)
     dense = [name for name in shapes.tables if shapes.is_dense(name)]
     rows = sum(shapes.row_grads(name) for name in shapes.tables if name not in dense)
@@ -117,7 +117,7 @@ class _Shapes:
         self.sums = 2 if config.train.grad_accumulation > 1 else 1  # of a microbatch, and of all
 
     def entries(self, name: str, *, whole: str = "") -> int:
-        """Entries of a parameter here, if the axes `whole` are not split."""
+        """Return the entries of a parameter here, if the axes `whole` are not split."""
         return entries_here(self.config, self.mesh, name, whole=whole)
 
     def is_dense(self, table: str) -> bool:
@@ -130,13 +130,13 @@ class _Shapes:
 
     @property
     def matrices(self) -> list[str]:
-        """Of the layers, those that matmuls read."""
+        """Return the parameters of layers that matmuls read."""
         read = lambda one: issubclass(one.kind, Weight) and not one.full_precision
         return [name for name, one in self.declared.items() if one.axes[0] == "L" and read(one)]
 
 
 def _what_state_depends_on(config: Config) -> Config:
-    """Equal for configurations that differ in steps alone: `_state` is counted once for them."""
+    """Return what is equal where only steps differ: `_state` is counted once for them."""
     jtok = dataclasses.replace(config.model.jtok, implementation="auto")
     model = dataclasses.replace(config.model, jtok=jtok, remat="none", attention="xla")
     model = dataclasses.replace(model, loss_chunk=0)
@@ -145,7 +145,7 @@ def _what_state_depends_on(config: Config) -> Config:
 
 @functools.cache
 def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
-    """Exact, but for what a TPU pads of narrow arrays."""
+    """Return the parts of the state; exact, but for what a TPU pads of narrow arrays."""
     state = abstract_state(config, make_optimizer(config), mesh)
     kinds = (("backbone", "AdamW moments"), ("tables", "row optimizer"))
     sizes, tables = dict.fromkeys(sum(kinds, ()), 0), declared_tables(config.model)
@@ -158,20 +158,20 @@ def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
 
 
 def _plan(shapes: _Shapes) -> int:
-    """Ids of all devices, sorted with their places: 4 arrays of int32."""
+    """Return bytes of the ids of all devices, sorted with their places: 4 arrays of int32."""
     train, streams = shapes.config.train, {table.stream for table in shapes.tables.values()}
     ids = sum(shapes.model.id_streams[name].heads for name in streams)
     return 16 * train.batch_size * train.seq_len * ids
 
 
 def _cast_weights(shapes: _Shapes) -> int:
-    """XLA casts all layers at once, before the loop over them."""
+    """Return bytes of cast weights: XLA casts all layers at once, before the loop over them."""
     cast = shapes.compute != flops.BYTES[shapes.model.param_dtype]
     return sum(map(shapes.entries, shapes.matrices)) * shapes.compute * cast
 
 
 def _residuals(shapes: _Shapes, remat: str | None = None) -> int:
-    """Bytes that one layer keeps for its backward pass, as `model.remat` or `remat` says.
+    """Return bytes that one layer keeps for its backward pass, as `remat` or the model says.
 
     On several devices tables and experts split tokens over the tensor axis. Without them it splits
     heads and widths, and vectors of D entries are whole.
@@ -188,7 +188,7 @@ def _residuals(shapes: _Shapes, remat: str | None = None) -> int:
 
 @functools.cache
 def _trace(model: ModelConfig, data: int, expert: int) -> tuple[float, float]:
-    """Bytes a token of what autodiff keeps of a layer: vectors of D entries, and all else."""
+    """Return bytes a token that autodiff keeps of a layer: vectors of D entries, and others."""
     mesh = AbstractMesh((data, 1, expert, 1), AXES, axis_types=AUTO)
     config, tables = Config(model=model), declared_tables(model)
     params, sequences = abstract_params(model), mesh.size * (model.num_layers + 1)
@@ -217,7 +217,7 @@ def _trace(model: ModelConfig, data: int, expert: int) -> tuple[float, float]:
 
 
 def _layer(shapes: _Shapes) -> int:
-    """Matrices of a layer as gathered, their gradients, and the widest the backward pass gets."""
+    """Return bytes of a layer's gathered matrices, their gradients, and the backward pass."""
     entries = sum(shapes.entries(name, whole="D") for name in shapes.matrices)
     weights = entries // shapes.model.num_layers * shapes.compute
     made = _residuals(shapes, "none")
@@ -225,7 +225,7 @@ def _layer(shapes: _Shapes) -> int:
 
 
 def _scores(shapes: _Shapes) -> float:
-    """Bytes of a layer's attention probabilities and their gradients, float32."""
+    """Return bytes of a layer's attention probabilities and their gradients, float32."""
     model = shapes.model
     queries = {"cudnn": 0, "splash": 0, "chunked": QUERIES}.get(model.attention, shapes.length)
     heads = model.num_heads / shapes.tensor
@@ -233,7 +233,7 @@ def _scores(shapes: _Shapes) -> float:
 
 
 def _mixtures(shapes: _Shapes) -> float:
-    """Rows of a layer that a device reads for its group, sums of them, and gradients of both."""
+    """Return bytes of rows that a device reads for its group, their sums, and gradients."""
     made, layouts = 0.0, table_layouts(shapes.config, shapes.mesh)
     for name, table in shapes.tables.items():
         parts = num_shards(shapes.mesh, layouts[name].experts + layouts[name].rows)
@@ -244,7 +244,7 @@ def _mixtures(shapes: _Shapes) -> float:
 
 
 def _head(shapes: _Shapes) -> int:
-    """Logits of a chunk, and the head as gathered with its float32 gradient."""
+    """Return bytes of logits of a chunk, and of the gathered head with its gradient."""
     model = shapes.model
     vocab = model.padded_vocab / shapes.tensor
     logits = min(model.loss_chunk or math.inf, shapes.tokens) * vocab * 4
@@ -252,7 +252,7 @@ def _head(shapes: _Shapes) -> int:
 
 
 def _row_update(shapes: _Shapes) -> int:
-    """Rows of one layer with two moments, before and after, float32; of the largest table.
+    """Return bytes of one layer's rows with two moments, before and after; largest table.
 
     Of a table with dense updates its gradient.
     """

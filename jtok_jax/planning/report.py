@@ -23,7 +23,7 @@ ROOM = 0.95  # of a device's memory; the rest is the runtime's
 
 
 def resolved(config: Config, topology: Topology) -> Config:
-    """`config` with the attention that "auto" comes to on the chips of `topology`."""
+    """Return `config` with the attention that "auto" comes to on the chips of `topology`."""
     if config.model.attention != "auto":
         return config
     model, length = config.model, config.train.seq_len
@@ -36,7 +36,7 @@ def resolved(config: Config, topology: Topology) -> Config:
 
 
 def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) -> dict:
-    """Everything the plan says, in bytes, seconds and FLOPs.
+    """Return everything the plan says, in bytes, seconds and FLOPs.
 
     Raises:
         ConfigError: the configuration cannot be cut for the topology; the message has the numbers.
@@ -127,7 +127,7 @@ def _compiled(config: Config, topology: Topology) -> dict:
 
 
 def as_text(plan: dict) -> str:
-    """The plan as a table for people."""
+    """Return the plan as a table for people."""
     found, hosts = plan["memory"], plan["devices"] // plan["hosts"]
     of, unit = (GIB, "GiB") if found["total"] >= GIB else (GIB / 1024, "MiB")
     lines = [
@@ -247,7 +247,7 @@ def _time(seconds: float) -> str:
 
 
 def draw(plan: dict, path: pathlib.Path) -> None:
-    """Bars of what a device holds; needs matplotlib."""
+    """Draw bars of what a device holds; needs matplotlib."""
     try:
         from matplotlib import pyplot
     except ImportError as error:

@@ -32,7 +32,7 @@ class Chip(NamedTuple):
 
     @property
     def peak_flops(self) -> float:
-        """Dense bfloat16 FLOP/s."""
+        """Return dense bfloat16 FLOP/s."""
         return peak_flops(self.kind)
 
 
@@ -70,7 +70,7 @@ class Topology(NamedTuple):
 
 
 def _of_slice(text: str) -> str:
-    """The usual grid of a slice's name, such as v5p-64 (of cores) or v5litepod-16 (of chips)."""
+    """Return the grid of a slice's name, such as v5p-64 (of cores) or v5litepod-16 (of chips)."""
     match = re.fullmatch(r"(v5p|v5e|v5litepod|v6e)-(\d+)", text)
     power = int(match[2]).bit_length() - 1 if match else 0
     if not match or power < (match[1] == "v5p") or int(match[2]) != 1 << power:
@@ -83,7 +83,7 @@ def _of_slice(text: str) -> str:
 
 
 def parse_topology(text: str) -> Topology:
-    """Topology of "v5p:4x4x4" (a TPU's grid of chips) or "h100:4x8" (hosts x GPUs of a host).
+    """Return the topology of "v5p:4x4x4" (grid of chips) or "h100:4x8" (hosts x GPUs of a host).
 
     Raises:
         ConfigError: the chip is unknown, or the grid is not one of that chip.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What a step sends and how long it takes at stated rates: an estimate, never a measurement."""
+"""Estimates what a step sends and how long it takes at stated rates; it measures nothing."""
 
 import math
 from typing import NamedTuple
@@ -39,17 +39,17 @@ class Time(NamedTuple):
 
     @property
     def least(self) -> float:
-        """Every collective runs behind computation."""
+        """Return seconds if every collective runs behind computation."""
         return max(self.matmuls + self.memory, self.collectives)
 
     @property
     def most(self) -> float:
-        """None does."""
+        """Return seconds if none does."""
         return self.matmuls + self.memory + self.collectives
 
 
 def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
-    """Of one step, those that send most first."""
+    """Return the collectives of one step, those that send most first."""
     model, shape = config.model, mesh.shape
     wire, dim, layers = flops.BYTES[model.compute_dtype], model.model_dim, model.num_layers
     tokens = config.train.batch_size * config.train.seq_len // num_shards(mesh, BATCH)
@@ -110,7 +110,7 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
 
 
 def step_time(config: Config, mesh: AbstractMesh, topology: Topology) -> Time:
-    """At stated rates; collectives one after another, at the rate of the slowest link they use."""
+    """Return seconds at stated rates, collectives in turn, each at its slowest link."""
     chip, model = topology.chip, config.model
     counts = flops.count(model, seq_len=config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len / mesh.size
@@ -128,14 +128,14 @@ def step_time(config: Config, mesh: AbstractMesh, topology: Topology) -> Time:
 
 
 def mfu(config: Config, topology: Topology, seconds: float) -> float:
-    """Useful FLOPs of a step over what the chips could do in `seconds`."""
+    """Return the useful FLOPs of a step over what the chips could do in `seconds`."""
     counts = flops.count(config.model, seq_len=config.train.seq_len)
     tokens = config.train.batch_size * config.train.seq_len
     return tokens * counts.train_flops / (seconds * topology.devices * topology.chip.peak_flops)
 
 
 def _row_bytes(config: Config, tokens: float) -> float:
-    """Read and written by the row operations: rows, increments, outputs, there and back."""
+    """Return bytes that row operations move: rows, increments, outputs, there and back."""
     model, moved = config.model, 0.0
     wide = flops.BYTES[model.compute_dtype]
     for table in declared_tables(model).values():
@@ -148,8 +148,10 @@ def _row_bytes(config: Config, tokens: float) -> float:
 
 
 def _loss_bytes(config: Config, mesh: AbstractMesh) -> float:
-    """Read and written by the loss: each chunk reads the head twice and adds to its gradient;
-    logits are written and read twice in float32, their gradient once written and twice read.
+    """Return the bytes that the loss reads and writes.
+
+    Each chunk reads the head twice and adds to its gradient. Logits are written and read twice in
+    float32; their gradient is written once and read twice.
     """
     model, passes = config.model, config.train.grad_accumulation
     tokens = config.train.batch_size * config.train.seq_len / num_shards(mesh, BATCH)
@@ -159,7 +161,7 @@ def _loss_bytes(config: Config, mesh: AbstractMesh) -> float:
 
 
 def _rate(one: Collective, mesh: AbstractMesh, topology: Topology) -> float:
-    """Bytes a second out of a device: those that leave a host of GPUs share its adapters.
+    """Return bytes a second out of a device; those that leave a host of GPUs share adapters.
 
     Devices along the last mesh axes lie next to each other. In a ring only one device of a host
     sends to the next host, by all adapters of the group's devices there.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What the token tables of a finished run look like: as JSON, as Markdown, as a picture.
+"""Shows what the token tables of a finished run look like: as JSON, as Markdown, as a picture.
 
 Tables are [G, M, V, D] here, with M = 1 for JTok, without the rows of padding. A row counts as
-moved if its id was read and training took it further than `MOVED` from its initial value; other
+moved if its id was read and training took it further than `MOVED` from its initial value. Other
 rows still hold noise, which would pass for rank, and for directions that differ.
 """
 

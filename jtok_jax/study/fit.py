@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What size of dense model each arm is worth: N_eff, gamma, its law; the paper's scaling lines.
+"""Computes what size of dense model each arm is worth: N_eff, gamma, its law, the paper's lines.
 
-All runs of a study see the same tokens, so the baseline's losses over its sizes are one curve; the
+All runs of a study see the same tokens, so the baseline's losses over its sizes are one curve. The
 size at which it meets an arm's loss is N_eff = N_c (1 + eta gamma), Eq. 14 of arXiv 2602.00800.
-At a fixed number of tokens Eq. 5 bends over log parameters: between sizes the curve is a monotone
-cubic through them (PCHIP), beyond them the line through the outer two. N_c is all of the backbone:
-the paper does not say whether embedding and head count. Intervals are of 95%: of a gain over seeds,
-each read off its own baselines; of the law over candidates, whose common baselines are not drawn.
+At a fixed number of tokens Eq. 5 bends over log parameters. So between sizes the curve is a
+monotone cubic through them (PCHIP), beyond them the line through the outer two. N_c is all of the
+backbone: the paper does not say whether embedding and head count. Intervals are of 95%: of a gain
+over seeds, each read off its own baselines; of the law over candidates, baselines not drawn.
 """
 
 import math
@@ -24,8 +24,8 @@ from jtok_jax.study.trainer import Paths
 
 SIZES = 3  # of the baseline, at least
 RESAMPLES = 1000
-# The two lines as printed, log2 L = slope * log10 C + intercept with C in training FLOPs; the
-# budgets; and what the paper claims, the gap in log2 L.
+# The two lines as printed: log2 L = slope * log10 C + intercept, C in training FLOPs. Then the
+# budgets, and what the paper claims: the gap in log2 L.
 BASE, JTOK_M = (-0.2016, 5.1334), (-0.2009, 5.0881)
 BUDGETS = np.array([3e18, 1e19, 3e19, 1e20, 3e20])
 REDUCTION, GAP, SAVED = 0.022, 0.038, 0.352
@@ -171,8 +171,8 @@ def fit_gamma(eta: np.ndarray, rho: np.ndarray, gain: np.ndarray) -> np.ndarray:
 
     gain: N_eff / N_c = 1 + eta * gamma (Eq. 14), eta: N_n / N_c, rho: K / n_e.
 
-    Differs from the paper, which writes gamma(rho) and gives no functional form; with one gamma for
-    all eta, its figures at one size contradict its Eq. 16. A power of each is our choice.
+    The paper writes gamma(rho) and gives no functional form. With one gamma for all eta, its
+    figures at one size contradict its Eq. 16. A power of each is our choice.
     ValueError: fewer than 3 points, a gain of 1 or less, or eta and rho constant or tied.
     """
     if not np.all((gain > 1) & np.isfinite(gain)):

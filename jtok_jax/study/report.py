@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What a study found: means with intervals over seeds, differences seed by seed, plots."""
+"""Reports what a study found: means with intervals over seeds, differences seed by seed, plots."""
 
 import itertools
 

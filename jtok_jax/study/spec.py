@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What a study trains: arms, stages and seeds, and the configuration of each of its runs."""
+"""Says what a study trains: arms, stages and seeds, and the configuration of each of its runs."""
 
 import dataclasses
 import hashlib

@@ -41,7 +41,7 @@ def evaluate(
     waiting_for: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
     stop: Callable[[], object] = lambda: None,
 ) -> Validation | None:
-    """Validation of `params`; `eval_step` is the jitted step of `make_eval_step`.
+    """Return the validation of `params`; `eval_step` is that of `make_eval_step`, jitted.
 
     Args:
         waiting_for: context in which a batch is read and computed: `StallWatch.waiting_for`.

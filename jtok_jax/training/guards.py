@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What protects a run: an orderly stop, an end to stalls and bad steps."""
+"""Protects a run: an orderly stop, an end to stalls and bad steps."""
 
 import contextlib
 import faulthandler
@@ -67,7 +67,7 @@ class StopSignal:
         return self
 
     def reached(self) -> str | None:
-        """What asks to stop, from one call on: the same call on all processes.
+        """Return what asks to stop, from one call on: the same call on all processes.
 
         All ask alike, after every step and every batch of a validation. JAX agrees on a number of
         calls, and but once; a signal that comes before the first makes it agree on 1.

@@ -134,7 +134,7 @@ class Timer:
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
-        """Context whose time belongs to no step, such as a validation."""
+        """Leave out the time of what runs meanwhile, such as a validation."""
         began = time.perf_counter()
         yield
         self._last += time.perf_counter() - began

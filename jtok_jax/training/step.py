@@ -156,7 +156,7 @@ def _update(
 
 
 def _stored(params: Params, like: Params, key: jax.Array) -> Params:
-    """float32 parameters in the dtypes of `like`; to bfloat16 at random, right on average.
+    """Return float32 parameters in the dtypes of `like`; to bfloat16 at random, right on average.
 
     To the nearest would undo most steps: they are smaller than half a unit of the last place.
     """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What the public operations refuse: shapes, dtypes and options that do not fit; ValueError."""
+"""Refuses shapes, dtypes and options that the public operations cannot take: ValueError."""
 
 import jax
 import jax.numpy as jnp

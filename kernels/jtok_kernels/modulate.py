@@ -312,12 +312,12 @@ def _at(layer, table) -> tuple[jax.Array, ...]:
 
 
 def _clipped(index: jax.Array, size: int) -> jax.Array:
-    """A kernel that read outside an array would halt the chip, or read what is not ours."""
+    """Return ids within the table: reading outside would halt a chip, or read what is not ours."""
     return jnp.clip(index, 0, size - 1)
 
 
 def _varying_alike(*arguments):
-    """In shard_map: all arguments vary over the mesh axes over which any of them does.
+    """Return arguments that vary, in shard_map, over the mesh axes over which any of them does.
 
     A derivative of our own must have the type of its input; that of the cast sums over devices.
     """

@@ -3,7 +3,7 @@
 """The operations as Mosaic kernels for NVIDIA GPUs of compute capability 9.0 and newer.
 
 One block (one warpgroup, 128 threads) holds one row at a time in registers, D / 128 entries a
-thread, and reads and writes rows in pieces of up to 16 bytes a thread. Blocks are independent: no
+thread. It reads and writes rows in pieces of up to 16 bytes a thread. Blocks are independent: no
 atomics, no order between them. Sums over tokens go by the pieces of the plan:
 
   backward  block n takes pieces n, n + N, ...: the sum of a piece over its tokens in order. The
@@ -11,9 +11,12 @@ atomics, no order between them. Sums over tokens go by the pieces of the plan:
             run goes to its slot.
   merge     adds the slots of every split run in order; XLA writes these few rows over the others.
 
-Bytes at bfloat16, a token and layer: JTok forward 8 D (row, dm, h, out), backward 6 D (dm, g,
-d_delta) and 6 D a unique row; JTok-M with K of E tables forward (6 + 2 K) D, backward 2 D (g) and
-2 K D (rows, mostly from the cache), and 4 E D a unique row.
+Bytes at bfloat16, a token and layer, and those a unique row:
+
+  JTok                     forward  8 D (row, dm, h, out)
+                           backward 6 D (dm, g, d_delta), and 6 D a unique row
+  JTok-M with K of E       forward  (6 + 2 K) D
+                           backward 2 D (g) and 2 K D (rows, mostly from the cache), and 4 E D
 """
 
 import functools

@@ -3,9 +3,8 @@
 """`update_rows` as one Mosaic kernel for all rows of all tables of a stack, in place.
 
 A block takes `ROWS` gradients in turn. Where one is not zero it reads the row and its state into
-registers, calls the optimizer's own `update` on them and writes them back; else it goes on. So the
-places of a plan that hold no id cost nothing, and a table that no token of an id chose costs the
-reading of a zero gradient.
+registers, calls the optimizer's own `update` and writes them back. So the places of a plan that
+hold no id cost nothing. A table that no token of an id chose costs the reading of a zero gradient.
 """
 
 import functools

@@ -166,9 +166,9 @@ class MosaicTpu(NamedTuple):
     ):
         """Run `body` on every chunk of tokens.
 
-        It is called with a `_Place`, the chunk's rows [K, chunk, words] and the references of the
-        weights [chunk, K], the `streams` [chunk, D], scale [1, D] if given, and the `outs`: of
-        tokens, or "d_scale" [D], of which every core has a sum of its own.
+        It is called with a `_Place` and the chunk's rows [K, chunk, words]. References follow: of
+        the weights [chunk, K], the `streams` [chunk, D], scale [1, D] if given, and the `outs`.
+        These are of tokens, or "d_scale" [D], of which every core has a sum of its own.
         """
         stack = tables if at else tables[None]
         layer = at[0].reshape(1) if at else jnp.zeros(1, jnp.int32)

@@ -3,8 +3,8 @@
 """bfloat16 tables as 32-bit words, for chips that cannot copy a single row of 16-bit entries.
 
 On a TPU a [V, D] array of bfloat16 is stored in tiles of several rows. Of 32-bit words single rows
-can be copied; a word holds entry c of a row in its low half and entry c + D / 2 in its high half,
-so that unpacking moves nothing between lanes. Everything else sees logical tables.
+can be copied. A word holds entry c of a row in its low half and entry c + D / 2 in its high half:
+unpacking moves nothing between lanes. Everything else sees logical tables.
 """
 
 import jax

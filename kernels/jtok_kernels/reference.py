@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What the operations compute: each equation of arXiv 2602.00800 one function, in float32.
+"""Says what the operations compute: each equation of arXiv 2602.00800 one function, in float32.
 
 Symbols of the paper: h the stream after attention, dm (`delta`) the increment of the feed-forward,
 e a row or a mixture of rows, s the learned scale, w mixing weights, N_l layers of the backbone.

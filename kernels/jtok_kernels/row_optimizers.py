@@ -39,7 +39,7 @@ class RowGrads(NamedTuple):
 
 
 def mean_of_row(values: jax.Array) -> jax.Array:
-    """Over the entries of each row; another function where a row lies on several devices."""
+    """Return the mean of each row; another function where a row lies on several devices."""
     return jnp.mean(values, axis=-1)
 
 
@@ -55,7 +55,7 @@ class RowOptimizer(NamedTuple):
 
 
 def adamw(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOptimizer:
-    """AdamW (arXiv 1711.05101) over all rows, 8 bytes of state an entry: the dense reference.
+    """Return AdamW (arXiv 1711.05101) over all rows, 8 bytes of state an entry: the reference.
 
     A row goes on moving by its momentum, and decays, in steps that do not use it.
     """
@@ -76,69 +76,39 @@ def adamw(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOptimi
 
 
 def lazy_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOptimizer:
-    """Adam on the rows a step touches, 8 bytes of state an entry and 12 a row (16 with decay).
+    """Return Adam on the rows a step touches: 8 bytes of state an entry, 12 a row (16 with decay).
 
-    m and v decay by b^(t - t0), as AdamW's would have done with g = 0 meanwhile, and are divided
-    by the weight they have gathered on the row's own clock; weight decay is caught up by the
-    product over the steps between, from a float32 sum of its logarithms. Equal to `adamw` for a row
-    touched in every step. For others:
-      - AdamW divides by 1 - b^t of the whole run: a row that is rarely used moves by less in the
-        step that uses it (0.45 learning rates at b1 0.9, b2 0.95), and then on by momentum; here
-        it moves by one learning rate, once
-      - between uses a row in the table has not decayed yet
+    m and v decay by b^(t - t0), as AdamW's would have done with g = 0 meanwhile. They are divided
+    by the weight they have gathered on the row's own clock. Weight decay of the steps between is
+    caught up, from a float32 sum of its logarithms. Equal to `adamw` for a row touched in every
+    step. For a row that is rarely used:
+      - here it moves by one learning rate, once. AdamW divides by 1 - b^t of the whole run: it
+        moves it by less (0.45 learning rates at b1 0.9, b2 0.95), and then on by momentum
+      - between uses the row in the table has not decayed yet
     """
-    _check(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
-    def init(table):
-        state = {"m": _per_entry(table), "v": _per_entry(table)}
-        return state | _clock(table) | _decay(table, weight_decay)
+    def direction(m, v, m_weight, v_weight):
+        return (m / _along(m_weight)) / (jnp.sqrt(v / _along(v_weight)) + eps)
 
-    def update(rows, state, grads, scalars, mean=mean_of_row):
-        keep = _kept_since_touch(state, scalars, b1, b2)
-        m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
-        v, v_weight = _mean(state["v"], state["v_weight"], jnp.square(grads), b2, keep[1])
-        direction = (m / _along(m_weight)) / (jnp.sqrt(v / _along(v_weight)) + eps)
-        rows, decay = _decayed(rows, state, scalars)
-        clock = {
-            "m_weight": m_weight,
-            "v_weight": v_weight,
-            "touched": _step_like(m_weight, scalars),
-        }
-        return rows - scalars.learning_rate * direction, {"m": m, "v": v} | clock | decay
-
-    return RowOptimizer(init, update, weight_decay, dense=False)
+    square = lambda grads, mean: jnp.square(grads)
+    return _on_own_clocks(_per_entry, square, direction, b1, b2, eps, weight_decay)
 
 
 def rowwise_adam(*, b1: float, b2: float, eps: float, weight_decay: float) -> RowOptimizer:
-    """`lazy_adam` with one second moment a row, the mean of g^2: 4 bytes an entry, 16 (20) a row.
+    """Return `lazy_adam` with one second moment a row, the mean of g^2: 4 bytes an entry.
 
-    Differs from it in that all entries of a row share one step size.
+    16 bytes a row are added, 20 with decay. All entries of a row share one step size.
     """
-    _check(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
 
-    def init(table):
-        state = {"m": _per_entry(table), "v": _per_row(table)}
-        return state | _clock(table) | _decay(table, weight_decay)
+    def direction(m, v, m_weight, v_weight):
+        return m / _along(m_weight * (jnp.sqrt(v / v_weight) + eps))
 
-    def update(rows, state, grads, scalars, mean=mean_of_row):
-        keep = _kept_since_touch(state, scalars, b1, b2)
-        m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
-        square = mean(jnp.square(grads))
-        v, v_weight = _mean(state["v"], state["v_weight"], square, b2, keep[1])
-        direction = m / _along(m_weight * (jnp.sqrt(v / v_weight) + eps))
-        rows, decay = _decayed(rows, state, scalars)
-        clock = {
-            "m_weight": m_weight,
-            "v_weight": v_weight,
-            "touched": _step_like(m_weight, scalars),
-        }
-        return rows - scalars.learning_rate * direction, {"m": m, "v": v} | clock | decay
-
-    return RowOptimizer(init, update, weight_decay, dense=False)
+    square = lambda grads, mean: mean(jnp.square(grads))
+    return _on_own_clocks(_per_row, square, direction, b1, b2, eps, weight_decay)
 
 
 def rowwise_adagrad(*, eps: float, weight_decay: float) -> RowOptimizer:
-    """Adagrad with one accumulator a row, the sum of the means of g^2: 4 bytes a row (8).
+    """Return Adagrad with one accumulator a row, the sum of the means of g^2: 4 bytes a row (8).
 
     Differs from `adamw`: no momentum, and steps shrink with every use of the row.
     """
@@ -156,6 +126,36 @@ def rowwise_adagrad(*, eps: float, weight_decay: float) -> RowOptimizer:
     return RowOptimizer(init, update, weight_decay, dense=False)
 
 
+def _on_own_clocks(
+    second: Callable, square: Callable, direction: Callable,
+    b1: float, b2: float, eps: float, weight_decay: float,
+) -> RowOptimizer:  # fmt: skip
+    """Return an Adam of the rows a step touches, each with a clock of its own.
+
+    Args:
+        second: table -> zeros of the second moment.
+        square: (grads, mean) -> what the second moment is an average of.
+        direction: (both moments, the weights they have gathered) -> step at learning rate 1.
+    """
+    _check(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+
+    def init(table):
+        state = {"m": _per_entry(table), "v": second(table)}
+        return state | _clock(table) | _decay(table, weight_decay)
+
+    def update(rows, state, grads, scalars, mean=mean_of_row):
+        keep = _kept_since_touch(state, scalars, b1, b2)
+        m, m_weight = _mean(state["m"], state["m_weight"], grads, b1, keep[0])
+        v, v_weight = _mean(state["v"], state["v_weight"], square(grads, mean), b2, keep[1])
+        step = direction(m, v, m_weight, v_weight)
+        rows, decay = _decayed(rows, state, scalars)
+        touched = jnp.broadcast_to(scalars.step, m_weight.shape)
+        clock = {"m_weight": m_weight, "v_weight": v_weight, "touched": touched}
+        return rows - scalars.learning_rate * step, {"m": m, "v": v} | clock | decay
+
+    return RowOptimizer(init, update, weight_decay, dense=False)
+
+
 def _check(*, eps: float, weight_decay: float, **betas: float) -> None:
     for name, value in betas.items():
         if not 0 <= value < 1:
@@ -165,7 +165,7 @@ def _check(*, eps: float, weight_decay: float, **betas: float) -> None:
 
 
 def _along(per_row):
-    """One number a row, spread along it; in a kernel there is one row, and the number a scalar."""
+    """Return one number a row, spread along it; in a kernel there is one row, and a scalar."""
     return per_row[..., None] if per_row.ndim else per_row
 
 
@@ -180,10 +180,6 @@ def _per_row(table):
 def _clock(table):
     touched = jnp.zeros(table.shape[:-1], jnp.int32)
     return {"m_weight": _per_row(table), "v_weight": _per_row(table), "touched": touched}
-
-
-def _step_like(like, scalars: Scalars):
-    return jnp.broadcast_to(scalars.step, like.shape)
 
 
 def _decay(table, weight_decay: float) -> State:

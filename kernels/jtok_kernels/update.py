@@ -2,9 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """Applying a `RowOptimizer` to the rows of a step, in place; rounding of bfloat16 tables.
 
-Bytes at best, for a row that is touched, with `lazy_adam` on a bfloat16 table: 4 D read of the
-gradient, 2 D of the row and 8 D of the moments read and written, 24 D in all; of a row that is not
-touched its gradient alone, 4 D.
+Bytes at best, with `lazy_adam` on a bfloat16 table: 24 D for a row that is touched. That is 4 D
+read of the gradient, and 2 D of the row and 8 D of the moments read and written. Of a row that is
+not touched its gradient alone is read, 4 D.
 """
 
 import math
@@ -137,7 +137,7 @@ def _update_touched(
     rounding: Rounding,
     columns: tuple[str, ...],
 ):
-    """In plain XLA; layers of a stack in turn: temporaries are those of one layer's rows."""
+    """Update in plain XLA, layers of a stack in turn: temporaries are those of one layer's rows."""
     mean, anywhere = mean_of_row, lambda used: used
     if columns:
         mean = lambda values: jax.lax.pmean(mean_of_row(values), columns)
@@ -184,7 +184,7 @@ def _set(array, lead, target_U, used, old, new):
 
 
 def _rounding(table, seed: Seed | None, shard: Shard) -> Rounding:
-    """float32 rows as the table holds them; at random alike however the tables are split."""
+    """Return float32 rows as the table holds them; at random alike however tables are split."""
     if table.dtype == jnp.float32:
         return lambda rows, number, ids: rows
     stored = pack_rows if table.dtype == jnp.uint32 else lambda rows: rows

@@ -55,7 +55,7 @@ def jtok_m_forward(
 def jtok_m_backward(
     g_TD, tables, at: Index, ids_T, choice_TK, weights_TK, scale_D, plan: RowPlan, form: Form
 ):
-    """(d_weights [T, K], row gradients [E, U, D], d_scale [D]); dh and d_delta are `g` itself."""
+    """Return d_weights [T, K], row gradients [E, U, D], d_scale [D]; dh and d_delta are `g`."""
     rows_TKD = _rows(tables, at, ids_T, choice_TK)
     e_TD = reference.mix(rows_TKD, weights_TK)
     normed_TD, pull = jax.vjp(lambda e: reference.norm_eps(e, norm=form.norm, eps=form.eps), e_TD)
@@ -123,7 +123,7 @@ def _segmented_scan(values_TD, order: Order, zeros_UD) -> jax.Array:
 
 
 def _by_rank(order: Order, *arrays: jax.Array):
-    """Arrays of tokens, sorted where tokens have ranks to be added by."""
+    """Return arrays of tokens, sorted where tokens have ranks to be added by."""
     return arrays if order.rank is None else tuple(array[order.token] for array in arrays)
 
 
