@@ -23,10 +23,10 @@ from jtok_jax.hosts import Hosts, code_and_versions, joined
 from jtok_jax.launch import recognise
 from jtok_jax.mesh import check_batches, make_mesh, replicated
 from jtok_jax.model.placement import describe, fitting
-from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import StallWatch
 from jtok_jax.training.resume import checkpoints_of
+from jtok_jax.training.saved import load_params, require_same_tokenizer
 from jtok_jax.training.step import make_eval_step
 
 

@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     option("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all (0)")
     option("--top_p", type=float, default=0.95, help="only the most likely mass (0.95)")
     option("--seed", type=int, default=0)
-    option("--data", type=pathlib.Path, help="prepared corpus; default: data.path of the run")
+    option(
+        "--data", type=pathlib.Path, help="prepared corpus, for its tokenizer; default: the run's"
+    )
     with exit_on_error():
         run(parser.parse_args(arguments))
 

@@ -21,7 +21,7 @@ from jtok_jax.inference.sampling import Sampling
 from jtok_jax.model.params import Params, bind
 from jtok_jax.model.placement import over_all
 from jtok_jax.model.transformer import Transformer
-from jtok_jax.training.checkpoint import load_params, require_same_tokenizer
+from jtok_jax.training.saved import Saved, load_params, require_same_tokenizer
 
 
 class LoadedRun(NamedTuple):
@@ -94,7 +94,7 @@ def load(
     """Return a checkpoint of a run of train.py with its tokenizer.
 
     Args:
-        data: folder of a prepared corpus, for its tokenizer; None: data.path of the run.
+        data: folder of a prepared corpus, for its tokenizer; None: the run has one of its own.
         step: "newest", "best" or a number, as of `load_params`.
 
     Raises:
@@ -104,8 +104,20 @@ def load(
     """
     choose = lambda config: over_all(config.model)
     saved = load_params(pathlib.Path(workdir), choose, step=step)
+    encoder, end_id = _tokenizer(saved, pathlib.Path(workdir), data)
+    return LoadedRun(saved.config, saved.params, encoder, end_id, saved.step)
+
+
+def _tokenizer(
+    saved: Saved, workdir: pathlib.Path, data: pathlib.Path | str | None
+) -> tuple[tokenizers.Tokenizer, int]:
+    """Return the tokenizer that a run keeps, or that of its data, and its end token."""
+    own = workdir / tokenizer.FILE_NAME
+    if not data and saved.end_id is not None and own.is_file():
+        require_same_tokenizer(saved, manifest.file_sha256(own), workdir)
+        return tokenizer.load_tokenizer(own), saved.end_id
     if not data and not saved.config.data.path:
-        raise ConfigError("The run used synthetic data and has no tokenizer to write text with.")
+        raise ConfigError(f"{workdir} has no tokenizer.json, so no text can be written or read.")
     folder = pathlib.Path(data or saved.config.data.path)
     found = manifest.read_manifest(folder)
     require_same_tokenizer(saved, found.tokenizer_sha256, folder)
@@ -114,8 +126,7 @@ def load(
             f"{folder} was prepared from token ids without a tokenizer, so no text can be read.\n"
             "Prepare it with --tokenizer, the one that made the ids, and train on that."
         )
-    encoder = tokenizer.load_tokenizer(folder / tokenizer.FILE_NAME)
-    return LoadedRun(saved.config, saved.params, encoder, found.end_id, saved.step)
+    return tokenizer.load_tokenizer(folder / tokenizer.FILE_NAME), found.end_id
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,6 +10,7 @@ import dataclasses
 from jtok_jax.arms_config import NORMS, ArmsConfig
 from jtok_jax.checks import at_least, one_of
 from jtok_jax.errors import ConfigError
+from jtok_jax.rope import parse_rope_scaling
 from jtok_jax.streams import IdStream, parse_streams
 
 
@@ -134,7 +135,9 @@ class ModelConfig:
     ffn_dim: int = 344  # width of the dense SwiGLU; not read where there are experts
     head: str = "untied"  # untied | tied to the input embedding
     qk_norm: str = "none"  # none | rms, per head before the rotation
+    attention_bias: str = "none"  # none | qkv (as Qwen2) | qkvo
     rope_base: float = 10000.0
+    rope_scaling: str = ""  # linear:FACTOR | llama3:FACTOR:LOW:HIGH:LENGTH, see jtok_jax/rope.py
     norm_eps: float = 1e-6
     init_std: float = 0.02  # every projection; output projections divide by sqrt(2 num_layers)
     embed_init_std: float = 0.0  # of the embedding; 0: init_std
@@ -158,6 +161,8 @@ class ModelConfig:
         at_least(self, "model", 0, "init_std", "embed_init_std")
         one_of(self.head, "model.head", ("untied", "tied"))
         one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
+        one_of(self.attention_bias, "model.attention_bias", ("none", "qkv", "qkvo"))
+        parse_rope_scaling(self.rope_scaling)
         kinds = ("auto", "xla", "chunked", "cudnn", "splash")
         one_of(self.attention, "model.attention", kinds)
         one_of(self.remat, "model.remat", ("none", "dots", "full"))

@@ -18,7 +18,7 @@ from test_data import run_config
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.study import anatomy as study
-from jtok_jax.training.checkpoint import load_params
+from jtok_jax.training.saved import load_params
 from jtok_jax.training.step import make_eval_step
 from train import train
 

@@ -14,7 +14,7 @@ from small import KINDS
 
 import train as train_module
 from jtok_jax.config import Config, DataConfig, EvaluationConfig, ScheduleConfig, TrainConfig
-from jtok_jax.training.checkpoint import load_params
+from jtok_jax.training.saved import load_params
 
 choose = jtok_kernels.choose
 

@@ -22,8 +22,8 @@ from test_data import run_config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.hosts import Hosts
 from jtok_jax.training import run as run_module
-from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.evaluate import Validation
+from jtok_jax.training.saved import load_params
 from train import train
 
 pytestmark = oldest

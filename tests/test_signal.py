@@ -23,9 +23,9 @@ from test_train_loop import check_same_run, records, times_final_norm
 import train as train_module
 from jtok_jax.errors import CheckpointError, NonFiniteError, Preempted
 from jtok_jax.training import run as run_module
-from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.evaluate import Validation
 from jtok_jax.training.metrics import open_writers
+from jtok_jax.training.saved import load_params
 
 pytestmark = oldest
 train = train_module.train

@@ -25,8 +25,7 @@ from jtok_jax.data import manifest
 from jtok_jax.errors import CheckpointError
 from jtok_jax.evaluate import main as evaluate_main
 from jtok_jax.mesh import abstract_mesh
-from jtok_jax.training import checkpoint
-from jtok_jax.training.checkpoint import load_params
+from jtok_jax.training.saved import anywhere, load_params
 from jtok_jax.training.step import make_eval_step
 from train import train
 
@@ -131,12 +130,12 @@ def test_tools_take_the_implementation_of_the_run_where_it_can_run(workdir):
         ),
     )  # fmt: skip
     saved = load_params(workdir).config
-    of = lambda name: checkpoint._anywhere(asked(name), ONE_DEVICE).model.jtok.implementation
+    of = lambda name: anywhere(asked(name), ONE_DEVICE).model.jtok.implementation
     assert [of("xla"), of("auto"), of("mosaic_gpu")] == ["xla", "auto", "auto"]
     asked = lambda kind: dataclasses.replace(
         saved, model=dataclasses.replace(saved.model, attention=kind)
     )
-    of = lambda kind: checkpoint._anywhere(asked(kind), ONE_DEVICE).model.attention
+    of = lambda kind: anywhere(asked(kind), ONE_DEVICE).model.attention
     assert [of("chunked"), of("splash"), of("cudnn")] == ["chunked", "auto", "auto"]
 
 

@@ -29,8 +29,8 @@ from jtok_jax.errors import (
 )
 from jtok_jax.lock import locked
 from jtok_jax.training import step as step_module
-from jtok_jax.training.checkpoint import load_params
 from jtok_jax.training.metrics import open_writers
+from jtok_jax.training.saved import load_params
 
 train = train_module.train
 

@@ -64,6 +64,7 @@ def check_unique(found: int, config: Config, step: int) -> None:
 class PreparedSource:
     """A corpus written by jtok_jax.prepare.
 
+    tokenizer: its file; None: the ids came without one. end_id: stands between documents.
     fingerprint: changes whenever the same step would give other tokens. valid_bytes: UTF-8 bytes of
     the held-out documents; of a part by its share of tokens; 0: not known, as of token
     ids, or of a tokenizer that loses text.
@@ -77,6 +78,8 @@ class PreparedSource:
             )
         folder = pathlib.Path(config.data.path)
         self.manifest = manifest.read_manifest(folder)
+        self.end_id = self.manifest.end_id
+        self.tokenizer = folder / tokenizer.FILE_NAME if self.manifest.tokenizer_sha256 else None
         self._vocab_size = config.model.vocab_size
         self._check_tokenizer(folder)
         manifest.verify_shards(folder, self.manifest, hashes=config.data.verify == "hash")
@@ -137,6 +140,7 @@ class SyntheticSource:
     """Random ids with a Zipf-like (log-uniform) frequency, for benchmarks; one byte a token."""
 
     VALID_BATCHES = 4
+    tokenizer = end_id = None
 
     def __init__(self, config: Config):
         self._config = config

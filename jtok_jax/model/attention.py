@@ -16,7 +16,7 @@ from jtok_kernels import num_devices
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.layers import Rotation, residual_std, rms_norm, rotate
 from jtok_jax.model.splash import obstacle, splash
-from jtok_jax.model.variables import normal, ones
+from jtok_jax.model.variables import Vector, normal, ones
 from jtok_jax.model_config import ModelConfig
 
 
@@ -188,6 +188,12 @@ class Attention(nnx.Module):
         if config.qk_norm == "rms":
             self.query_norm = ones(size, "H")
             self.key_norm = ones(size, "H")
+        if config.attention_bias != "none":
+            self.query_bias = Vector(jnp.zeros((heads, size), jnp.float32), "NH")
+            self.key_bias = Vector(jnp.zeros((kv_heads, size), jnp.float32), "KH")
+            self.value_bias = Vector(jnp.zeros((kv_heads, size), jnp.float32), "KH")
+        if config.attention_bias == "qkvo":
+            self.out_bias = Vector(jnp.zeros(dim, jnp.float32), "D")
         self.config = config
 
     def __call__(
@@ -203,6 +209,10 @@ class Attention(nnx.Module):
         query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query[...].astype(dtype))
         key = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.key[...].astype(dtype))
         value = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.value[...].astype(dtype))
+        if config.attention_bias != "none":
+            query = query + self.query_bias[...].astype(dtype)
+            key = key + self.key_bias[...].astype(dtype)
+            value = value + self.value_bias[...].astype(dtype)
         if config.qk_norm == "rms":
             query = rms_norm(query, self.query_norm[...], eps=config.norm_eps)
             key = rms_norm(key, self.key_norm[...], eps=config.norm_eps)
@@ -211,4 +221,6 @@ class Attention(nnx.Module):
         key = checkpoint_name(rotate(key, rope), ROTATED)
         mixed, cached = attend(query, key, value)
         out_BTD = jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(dtype))
+        if config.attention_bias == "qkvo":
+            out_BTD = out_BTD + self.out_bias[...].astype(dtype)
         return AttentionResult(out_BTD, cached)

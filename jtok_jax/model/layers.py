@@ -2,10 +2,13 @@
 # Copyright 2026 The jtok_jax authors
 """Norm, rotation and the dense feed-forward; and how every weight starts.
 
-Initial values: norms 1; head and projections normal(init_std), those projections that write to the
-residual stream (attention out, feed-forward down) divided by sqrt(2 num_layers); the embedding
-normal(embed_init_std), where that is 0 as the others; tables, routers and scales as their own
-config fields say.
+Initial values, as normal(standard deviation):
+
+    norms                               1
+    head, projections                   normal(init_std)
+    attention out, feed-forward down    normal(init_std / sqrt(2 num_layers))
+    embedding                           normal(embed_init_std), or of init_std where that is 0
+    tables, routers, scales             as their own fields of the configuration say
 """
 
 from typing import NamedTuple
@@ -16,6 +19,7 @@ from flax import nnx
 
 from jtok_jax.model.variables import normal, ones
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.rope import parse_rope_scaling
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array | None, *, eps: float) -> jax.Array:
@@ -34,10 +38,17 @@ class Rotation(NamedTuple):
     cos: jax.Array
 
 
-def rotation(positions_BT: jax.Array, *, head_dim: int, base: float) -> Rotation:
-    """Return the rotation by position * base^(-2i/H), of int32 positions [B, T] or [1, T]."""
-    half = head_dim // 2
+def rotation(positions_BT: jax.Array, config: ModelConfig) -> Rotation:
+    """Return the rotation by position * rope_base^(-2i/H), of int32 positions [B, T] or [1, T].
+
+    `rope_scaling` stretches the frequencies.
+    """
+    half, base = config.head_size // 2, config.rope_base
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = parse_rope_scaling(config.rope_scaling)
+    if scaling:
+        scaled = [scaling.scaled(base ** (-i / half)) for i in range(half)]
+        frequencies = jnp.asarray(scaled, jnp.float32)
     angles = positions_BT[..., None, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.sin(angles), jnp.cos(angles))
 

@@ -181,7 +181,7 @@ class Transformer(nnx.Module):
         parallel: Parallel | None = None,
         with_health: bool = False,
     ) -> Output:
-        """Final-normed hidden states of `ids`.
+        """Return the final-normed hidden states of `ids`, and what else `Output` holds.
 
         Args:
             ids_BT: int32 in [0, V); not checked here.
@@ -195,7 +195,7 @@ class Transformer(nnx.Module):
         """
         config = self.config
         positions_BT = jnp.arange(ids_BT.shape[1])[None] if positions_BT is None else positions_BT
-        rope = rotation(positions_BT, head_dim=config.head_size, base=config.rope_base)
+        rope = rotation(positions_BT, config)
         exchanges, mesh = parallel or ({}, None)
         attend = attend or _attend_causally(config, mesh)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
@@ -283,9 +283,9 @@ def _attend_causally(config: ModelConfig, mesh: Mesh | None) -> Callable[..., At
 
 
 def _split(x: jax.Array, how: NamedSharding) -> jax.Array:
-    """Left alone the partitioner may gather the batch to split D instead, here or in gradients.
+    """Return `x` split as told: the partitioner may gather the batch to split D instead.
 
-    From columns to sequences and back is one all-to-all.
+    It does so here or in gradients. From columns to sequences and back is one all-to-all.
     """
     return jax.lax.with_sharding_constraint(x, how)
 

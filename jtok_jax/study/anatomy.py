@@ -27,7 +27,7 @@ from jtok_jax.model.params import Params, bind, init_params, to_logical
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.study.estimate import markdown_table
 from jtok_jax.study.plots import new_figure, save
-from jtok_jax.training.checkpoint import Saved, load_params
+from jtok_jax.training.saved import Saved, load_params
 
 COUNTED = 4_000_000  # training tokens whose ids are counted at most, from the first batch on
 ROUTER_BATCHES, REMOVAL_BATCHES = 16, 4  # of evaluation.batch_size sequences, from the first on

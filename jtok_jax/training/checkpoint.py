@@ -1,37 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""The only module that knows Orbax: saves a run asynchronously, restores it after checking.
+"""Saves a run asynchronously, and restores it after checking; with saved.py all that knows Orbax.
 
 A checkpoint is DIR/checkpoints/STEP: the state as a flat dict of arrays by name, and as metadata
 the resolved configuration, the data fingerprint and the versions that wrote it.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import math
 import pathlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import flax
 import jax
+import numpy as np
 import orbax.checkpoint
-from jax.sharding import AbstractMesh, Mesh
 from orbax.checkpoint import v1 as ocp
 
 import jtok_jax
-from jtok_jax.config import Config, MeshConfig
+from jtok_jax.config import Config
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
-from jtok_jax.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from jtok_jax.mesh import abstract_mesh, make_mesh
-from jtok_jax.model.attention import choice_of
-from jtok_jax.model.params import abstract_params, to_logical, to_stored
-from jtok_jax.model.placement import parameter_sharding, table_operations
+from jtok_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from jtok_jax.model.params import to_logical, to_stored
 from jtok_jax.training.resume import (
     CHECKPOINTS,
-    checkpoints_of,
     require_same_config,
     require_same_data,
 )
@@ -42,17 +36,26 @@ from jtok_jax.training.state import TrainState, non_finite
 orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
-_RANKED_BY = "val_loss"  # in the metrics of a checkpoint
-_PARAMS = "params/"  # leaves of a checkpoint that the tools read
+RANKED_BY = "val_loss"  # in the metrics of a checkpoint
+PARAMS = "params/"  # leaves of a checkpoint that the tools read
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
 
 
 class Checkpoints:
     """Saves and restores the checkpoints of one workdir."""
 
-    def __init__(self, workdir: pathlib.Path, config: Config, *, data: dict[str, str]):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: Config,
+        *,
+        data: dict[str, str],
+        end_id: int | None = None,
+    ):
+        """Open the folder; `data` is the fingerprint, `end_id` that of its tokenizer."""
         self._folder = workdir.absolute() / CHECKPOINTS
-        self._config, self._data, self._pending, self._failed = config, data, None, False
+        self._config, self._data, self._end_id = config, data, end_id
+        self._pending, self._failed = None, False
         self._checkpointer = self._open()
         self._log = _FailureLog()
 
@@ -62,7 +65,7 @@ class Checkpoints:
         if options.keep_best:
             preserved.append(
                 policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[_RANKED_BY],
+                    get_metric_fn=lambda metrics: metrics[RANKED_BY],
                     reverse=True,  # the lowest last, where Orbax takes the best from
                     n=options.keep_best,
                     keep_checkpoints_without_metrics=False,
@@ -102,20 +105,33 @@ class Checkpoints:
                 f"Step {step}: parameters are not finite ({', '.join(broken)}). Not saved; last "
                 f"checkpoint: {self.latest_step()}. Lower optimizer.learning_rate."
             )
-        metadata = {
+        finite = val_loss is not None and math.isfinite(val_loss)
+        metrics = {RANKED_BY: val_loss} if finite else None
+        with self._failure(step):
+            response = self._checkpointer.save_async(
+                step, named_leaves(state), metrics=metrics, custom_metadata=self._metadata()
+            )
+        self._pending = step, response
+
+    def save_params(self, params: dict[str, jax.Array | np.ndarray]) -> None:
+        """Write logical parameters without a state, as step 0: a run can start from them.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        leaves = {PARAMS + name: value for name, value in params.items()}
+        with self._failure(0):
+            self._checkpointer.save(0, leaves, custom_metadata=self._metadata())
+
+    def _metadata(self) -> dict[str, object]:
+        return {
             "config": to_dict(self._config),
             "data": self._data,
+            "end_id": self._end_id,
             "jtok_jax": jtok_jax.__version__,
             "jax": jax.__version__,
             "flax": flax.__version__,
         }
-        finite = val_loss is not None and math.isfinite(val_loss)
-        metrics = {_RANKED_BY: val_loss} if finite else None
-        with self._failure(step):
-            response = self._checkpointer.save_async(
-                step, named_leaves(state), metrics=metrics, custom_metadata=metadata
-            )
-        self._pending = step, response
 
     def rank(self, val_loss: float) -> None:
         """Rank the newest checkpoint, whose validation a signal had cut short.
@@ -132,7 +148,7 @@ class Checkpoints:
             partial = path.with_suffix(".partial")
             with self._failure(step):
                 path.parent.mkdir(exist_ok=True)
-                partial.write_text(json.dumps({_RANKED_BY: val_loss}))
+                partial.write_text(json.dumps({RANKED_BY: val_loss}))
                 partial.replace(path)
         self._checkpointer = self._open()  # which waits for process 0
 
@@ -186,12 +202,17 @@ class Checkpoints:
             CheckpointError: names, shapes or dtypes differ, or the files are damaged.
         """
         step = self.latest_step()
-        found = _metadata(self._checkpointer, step)
+        found = read_metadata(self._checkpointer, step)
         require_same_config(found.custom_metadata["config"], self._config, self._folder.parent)
         require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
+        if "step" not in found.metadata:
+            raise CheckpointError(
+                f"{self._folder.parent} holds parameters alone, nothing to go on from. Start a run "
+                f"from them: another --workdir with --config.init_from={self._folder.parent}"
+            )
         logical = _logical(abstract)
         wanted = named_leaves(logical)
-        leaves = _load(self._checkpointer, found, wanted)
+        leaves = load_leaves(self._checkpointer, found, wanted)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
 
@@ -218,108 +239,6 @@ class _FailureLog(logging.Filter):
     def close(self) -> None:
         """Let the log be as it was."""
         logging.getLogger("absl").removeFilter(self)
-
-
-class Saved(NamedTuple):
-    """The part of a checkpoint that the tools read."""
-
-    step: int
-    config: Config
-    data: dict[str, str]  # fingerprint of the data, see jtok_jax.data.manifest
-    params: dict[str, jax.Array]
-
-
-def load_params(
-    workdir: pathlib.Path,
-    choose: Callable[[Config], MeshConfig] | None = None,
-    *,
-    step: str = "newest",
-) -> Saved:
-    """Return the parameters of a checkpoint under `workdir`, without the optimizer.
-
-    Args:
-        choose: a mesh of all devices here to split them over, by the configuration of the run; it
-            becomes the `config.mesh` of what is returned. None: all of them on one device.
-        step: "newest", "best" (of those still there, the lowest validation loss) or a number.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or other code wrote it.
-        ConfigError: the mesh chosen does not fit the devices or the model.
-    """
-    folder = checkpoints_of(workdir)
-    with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
-        number = _choose_step(checkpointer, step, folder)
-        found = _metadata(checkpointer, number)
-        config = _config_of(found)
-        if choose:
-            config = dataclasses.replace(config, mesh=choose(config))
-        place, mesh = _placing(config, alone=choose is None)
-        config = _anywhere(config, mesh)
-        names = abstract_params(config.model)
-        wanted = {_PARAMS + name: place(name, leaf) for name, leaf in names.items()}
-        leaves = _load(checkpointer, found, wanted, below=_PARAMS)
-    params = to_stored(config.model, {name: leaves[_PARAMS + name] for name in names})
-    return Saved(number, config, found.custom_metadata["data"], params)
-
-
-def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:
-    """Return the step of the checkpoint that `load_params` was asked for."""
-    losses = {one.step: (one.metrics or {}).get(_RANKED_BY) for one in checkpointer.checkpoints}
-    if not losses:
-        raise CheckpointError(f"No finished checkpoint in {folder}; train until the first save.")
-    if asked == "newest":
-        return max(losses)
-    ranked = {step: loss for step, loss in losses.items() if loss is not None}
-    if asked == "best" and ranked:
-        return min(ranked, key=ranked.get)
-    if asked.isdecimal() and int(asked) in losses:
-        return int(asked)
-    raise CheckpointError(
-        f"No checkpoint {asked!r} in {folder}; there are {', '.join(map(str, losses))}, with a "
-        f"validation loss {', '.join(map(str, ranked)) or 'none'}. Pass one of them, or newest."
-    )
-
-
-def _placing(config: Config, *, alone: bool) -> tuple[Callable, Mesh | AbstractMesh]:
-    """Return (name, leaf -> where it is restored), and the mesh."""
-    if alone:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        sharding_of, mesh = lambda name, shape: device, abstract_mesh(MeshConfig(), 1)
-    else:
-        mesh = make_mesh(config.mesh)
-        sharding_of = parameter_sharding(config, mesh)
-
-    def place(name: str, leaf) -> jax.ShapeDtypeStruct:
-        sharding = sharding_of(name, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return place, mesh
-
-
-def _anywhere(config: Config, mesh: Mesh | AbstractMesh) -> Config:
-    """Return a run's configuration, with "auto" for kernels it asked for that cannot run here."""
-    model = config.model
-    try:
-        choice_of(model, config.train.seq_len)
-    except ConfigError:
-        model = dataclasses.replace(model, attention="auto")
-    try:
-        table_operations(config, mesh)
-    except ConfigError:
-        jtok = dataclasses.replace(model.jtok, implementation="auto")
-        model = dataclasses.replace(model, jtok=jtok)
-    return dataclasses.replace(config, model=model)
-
-
-def require_same_tokenizer(saved: Saved, tokenizer_sha256: str, where: pathlib.Path) -> None:
-    """Raise DataError if text would be cut into other ids than the run was trained on."""
-    trained = saved.data.get("tokenizer")
-    if trained != tokenizer_sha256:
-        raise DataError(
-            f"The tokenizer of {where} (SHA-256 {tokenizer_sha256[:12]}) is not the one the run "
-            f"was trained with ({str(trained)[:12]}). Prepare the text with "
-            f"--tokenizer={saved.config.data.path or 'FOLDER'}/tokenizer.json, of the run's data."
-        )
 
 
 def named_leaves(state: TrainState) -> dict[str, jax.Array]:
@@ -355,7 +274,8 @@ def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _metadata(checkpointer, step: int):
+def read_metadata(checkpointer, step: int):
+    """Return what Orbax keeps of a checkpoint. Raises CheckpointError: it is damaged."""
     with _reading(checkpointer.directory, step):
         found = checkpointer.metadata(step)
         if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
@@ -363,7 +283,7 @@ def _metadata(checkpointer, step: int):
         return found
 
 
-def _config_of(found) -> Config:
+def config_of(found) -> Config:
     """Return the configuration in a checkpoint's metadata, whichever version wrote it."""
     try:
         return from_config_dict(completed(found.custom_metadata["config"]))
@@ -375,7 +295,7 @@ def _config_of(found) -> Config:
         ) from error
 
 
-def _load(checkpointer, found, wanted: dict, *, below: str = "") -> dict[str, jax.Array]:
+def load_leaves(checkpointer, found, wanted: dict, *, below: str = "") -> dict[str, jax.Array]:
     """Return the leaves of a checkpoint whose name begins with `below`.
 
     Raises:

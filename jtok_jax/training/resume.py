@@ -38,6 +38,18 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
     partial.replace(path)
 
 
+def keep_tokenizer(workdir: pathlib.Path, path: pathlib.Path | None) -> None:
+    """Copy a tokenizer.json into a run, which so needs no data to write or read text."""
+    if path is None or not path.is_file():
+        return
+    own = workdir / path.name
+    content = path.read_bytes()
+    if not own.is_file() or own.read_bytes() != content:
+        partial = own.with_suffix(".partial")
+        partial.write_bytes(content)
+        partial.replace(own)
+
+
 def _saved_config(path: pathlib.Path) -> dict:
     try:
         return json.loads(path.read_text())

@@ -32,7 +32,7 @@ from jtok_jax.training.metrics import (
     step_record,
 )
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.resume import claim_workdir
+from jtok_jax.training.resume import claim_workdir, keep_tokenizer
 from jtok_jax.training.state import TrainState, abstract_state, init_state
 from jtok_jax.training.step import StepMetrics, jit_train_step, make_eval_step, make_health_step
 
@@ -98,13 +98,15 @@ class Run:
         self._source = open_source(config)
         if hosts.lead:
             claim_workdir(workdir, config)
+            keep_tokenizer(workdir, self._source.tokenizer)
         self._print_model()
         self._optimizer = make_optimizer(config)
         self.train_step = jit_train_step(config, self._optimizer, self._mesh)
         everywhere = replicated(self._mesh)
         self.health_step = jax.jit(make_health_step(config, self._mesh), out_shardings=everywhere)
         self._eval_step = jax.jit(make_eval_step(config, self._mesh), out_shardings=everywhere)
-        self.checkpoints = Checkpoints(workdir, config, data=self._source.fingerprint)
+        data = {"data": self._source.fingerprint, "end_id": self._source.end_id}
+        self.checkpoints = Checkpoints(workdir, config, **data)
         saved = self.checkpoints.latest_step() or 0
         self.first_step = saved + 1
         ranked = self.checkpoints.is_ranked()  # else a signal ended the validation

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Reads from a checkpoint what the tools need of it: the parameters, on any devices."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+from orbax.checkpoint import v1 as ocp
+
+from jtok_jax.config import Config, MeshConfig
+from jtok_jax.errors import CheckpointError, ConfigError, DataError
+from jtok_jax.mesh import abstract_mesh, make_mesh
+from jtok_jax.model.attention import choice_of
+from jtok_jax.model.params import abstract_params, to_stored
+from jtok_jax.model.placement import parameter_sharding, table_operations
+from jtok_jax.training.checkpoint import PARAMS, RANKED_BY, config_of, load_leaves, read_metadata
+from jtok_jax.training.resume import checkpoints_of
+
+
+class Saved(NamedTuple):
+    """The part of a checkpoint that the tools read."""
+
+    step: int
+    config: Config
+    data: dict[str, str]  # fingerprint of the data, see jtok_jax.data.manifest
+    params: dict[str, jax.Array]
+    end_id: int | None  # of the tokenizer, between documents; None: not known
+
+
+def load_params(
+    workdir: pathlib.Path,
+    choose: Callable[[Config], MeshConfig] | None = None,
+    *,
+    step: str = "newest",
+) -> Saved:
+    """Return the parameters of a checkpoint under `workdir`, without the optimizer.
+
+    Args:
+        choose: a mesh of all devices here to split them over, by the configuration of the run; it
+            becomes the `config.mesh` of what is returned. None: all of them on one device.
+        step: "newest", "best" (of those still there, the lowest validation loss) or a number.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or other code wrote it.
+        ConfigError: the mesh chosen does not fit the devices or the model.
+    """
+    folder = checkpoints_of(workdir)
+    with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
+        number = _choose_step(checkpointer, step, folder)
+        found = read_metadata(checkpointer, number)
+        config = config_of(found)
+        if choose:
+            config = dataclasses.replace(config, mesh=choose(config))
+        place, mesh = _placing(config, alone=choose is None)
+        config = anywhere(config, mesh)
+        names = abstract_params(config.model)
+        wanted = {PARAMS + name: place(name, leaf) for name, leaf in names.items()}
+        leaves = load_leaves(checkpointer, found, wanted, below=PARAMS)
+    params = to_stored(config.model, {name: leaves[PARAMS + name] for name in names})
+    metadata = found.custom_metadata
+    return Saved(number, config, metadata["data"], params, metadata.get("end_id"))
+
+
+def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:
+    """Return the step of the checkpoint that `load_params` was asked for."""
+    losses = {one.step: (one.metrics or {}).get(RANKED_BY) for one in checkpointer.checkpoints}
+    if not losses:
+        raise CheckpointError(f"No finished checkpoint in {folder}; train until the first save.")
+    if asked == "newest":
+        return max(losses)
+    ranked = {step: loss for step, loss in losses.items() if loss is not None}
+    if asked == "best" and ranked:
+        return min(ranked, key=ranked.get)
+    if asked.isdecimal() and int(asked) in losses:
+        return int(asked)
+    raise CheckpointError(
+        f"No checkpoint {asked!r} in {folder}; there are {', '.join(map(str, losses))}, with a "
+        f"validation loss {', '.join(map(str, ranked)) or 'none'}. Pass one of them, or newest."
+    )
+
+
+def _placing(config: Config, *, alone: bool) -> tuple[Callable, Mesh | AbstractMesh]:
+    """Return (name, leaf -> where it is restored), and the mesh."""
+    if alone:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding_of, mesh = lambda name, shape: device, abstract_mesh(MeshConfig(), 1)
+    else:
+        mesh = make_mesh(config.mesh)
+        sharding_of = parameter_sharding(config, mesh)
+
+    def place(name: str, leaf) -> jax.ShapeDtypeStruct:
+        sharding = sharding_of(name, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return place, mesh
+
+
+def anywhere(config: Config, mesh: Mesh | AbstractMesh) -> Config:
+    """Return a run's configuration, with "auto" for kernels it asked for that cannot run here."""
+    model = config.model
+    try:
+        choice_of(model, config.train.seq_len)
+    except ConfigError:
+        model = dataclasses.replace(model, attention="auto")
+    try:
+        table_operations(config, mesh)
+    except ConfigError:
+        jtok = dataclasses.replace(model.jtok, implementation="auto")
+        model = dataclasses.replace(model, jtok=jtok)
+    return dataclasses.replace(config, model=model)
+
+
+def require_same_tokenizer(saved: Saved, tokenizer_sha256: str, where: pathlib.Path) -> None:
+    """Raise DataError if text would be cut into other ids than the run was trained on."""
+    trained = saved.data.get("tokenizer")
+    if trained != tokenizer_sha256:
+        raise DataError(
+            f"The tokenizer of {where} (SHA-256 {tokenizer_sha256[:12]}) is not the one the run "
+            f"was trained with ({str(trained)[:12]}). Prepare the text with "
+            f"--tokenizer={saved.config.data.path or 'FOLDER'}/tokenizer.json, of the run's data."
+        )
