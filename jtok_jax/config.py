@@ -85,12 +85,14 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    clip_norm: float = 1.0  # global norm over backbone and tables; 0: no clipping
+    clip_norm: float = 1.0  # global norm over all that is trained; 0: no clipping
+    frozen: str = "none"  # none | backbone: tables, and what JTok and arms have beside, train alone
     tables: TableOptimizerConfig = dataclasses.field(default_factory=TableOptimizerConfig)
 
     def __post_init__(self):
         at_least(self, "optimizer", 0, "learning_rate", "weight_decay", "clip_norm")
         check_betas(self, "optimizer")
+        one_of(self.frozen, "optimizer.frozen", ("none", "backbone"))
         if not self.eps > 0:
             raise ConfigError(
                 f"optimizer.eps is {self.eps}; expected more than 0: an entry whose gradient was "
@@ -239,6 +241,8 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    # Parameters to begin with: those of a run, RUN or RUN@STEP, or a folder of Hugging Face.
+    init_from: str = ""
 
     def __post_init__(self):
         unknown = set(self.optimizer.tables.owners) - set(self.model.table_owners)
@@ -247,6 +251,11 @@ class Config:
                 f"optimizer.tables.overrides names {', '.join(sorted(unknown))}, which has no "
                 f"tables here; there are those of {', '.join(self.model.table_owners) or 'none'}. "
                 "model.jtok.kind and model.arms.names turn layers on."
+            )
+        if self.optimizer.frozen == "backbone" and not self.model.owners:
+            raise ConfigError(
+                "optimizer.frozen is backbone, and there is nothing else to train. Set "
+                "model.jtok.kind or model.arms.names."
             )
         save, validate = self.checkpoint.every, self.evaluation.every
         if self.checkpoint.keep_best and save % validate and validate % save:

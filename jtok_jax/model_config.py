@@ -220,6 +220,11 @@ class ModelConfig:
         return jtok | arms
 
     @property
+    def owners(self) -> tuple[str, ...]:
+        """Return the layers beside the backbone: "jtok" and names of arms."""
+        return ("jtok",) * (self.jtok.kind != "none") + tuple(self.arms.chosen())
+
+    @property
     def table_owners(self) -> tuple[str, ...]:
         """Return the layers that have tables: "jtok" and names of arms."""
         return ("jtok",) * (self.jtok.kind != "none") + tuple(self.arms.table_streams)

@@ -27,6 +27,21 @@ class Folder(NamedTuple):
     config: ModelConfig
     files: dict[str, str]  # tensor -> file
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each of our parameters that it holds."""
+        ours = {tensor.ours for tensor in tensors(self.config)}
+        return {name: one.shape for name, one in declared(self.config).items() if name in ours}
+
+    def parameter(self, name: str) -> np.ndarray:
+        """Return one of our parameters, all layers of it, padded where the vocabulary is."""
+        one = declared(self.config)[name]
+        found = np.zeros(one.shape, one.dtype)
+        for tensor in self._of[name]:
+            value = self.read(tensor)
+            part = found if tensor.layer is None else found[tensor.layer]
+            part[tuple(map(slice, value.shape))] = value
+        return found
+
     def read(self, tensor: Tensor) -> np.ndarray:
         """Return a tensor in our shape, float32 or bfloat16.
 

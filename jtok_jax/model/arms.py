@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jtok_kernels import reference
 
-from jtok_jax.model.variables import Table, Vector, Weight, normal
+from jtok_jax.model.variables import Table, Vector, Weight, normal, owned
 from jtok_jax.model_config import ModelConfig
 
 
@@ -133,7 +133,8 @@ class ArmTables(nnx.Module):
 
 def arms_of_layer(config: ModelConfig, *, rngs: nnx.Rngs) -> Arms:
     """Return one layer's part of the arms that are on."""
-    return Arms({name: LAYERS[name](config, rngs=rngs) for name in config.arms.chosen()})
+    chosen = config.arms.chosen()
+    return Arms({name: owned(LAYERS[name](config, rngs=rngs), name) for name in chosen})
 
 
 def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs, rows: Mapping[str, jax.Array]) -> Arms:

@@ -28,10 +28,10 @@ class Declared(NamedTuple):
     axes: str  # with the leading L of blocks
     share: tuple[int, int]
     full_precision: bool
+    owner: str
     # Of tables alone, see `Table`.
     stream: str = ""
     layers: tuple[int, ...] = ()
-    owner: str = ""
     implementation: str = ""
     top_k: int = 0
 

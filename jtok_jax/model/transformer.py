@@ -28,7 +28,7 @@ from jtok_jax.model.layers import FeedForward, Rotation, rms_norm, rotation
 from jtok_jax.model.moe import Moe
 from jtok_jax.model.splash import SAVED
 from jtok_jax.model.tables import Lookup, Reader, Rows, make_reader
-from jtok_jax.model.variables import Embedding, Table, normal, ones
+from jtok_jax.model.variables import Embedding, Table, normal, ones, owned
 from jtok_jax.model_config import ModelConfig
 
 TABLES = "tables"  # where a model holds JTok's, which every other table has its path for
@@ -73,7 +73,7 @@ class Block(nnx.Module):
         else:
             self.ffn = FeedForward(config, rngs=rngs)
         if config.jtok.kind != "none":
-            self.jtok = jtok_layer(config, rngs=rngs)
+            self.jtok = owned(jtok_layer(config, rngs=rngs), "jtok")
         if config.arms.names:
             self.arms = arms_of_layer(config, rngs=rngs)
         self.config = config

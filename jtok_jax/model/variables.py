@@ -23,10 +23,15 @@ class Parameter(nnx.Param):
         axes: letters, such as "DNH"; `jtok_jax.mesh.RULES` says what splits them.
         share: (n, m): a token is multiplied by n / m of the entries.
         full_precision: it stays in float32 for inference.
+        owner: the layer beside the backbone that it belongs to, "jtok" or the name of an arm; its
+            options bear that name. "": it is of the backbone.
     """
 
-    def __init__(self, value, axes: str, *, share=WHOLE, full_precision=False, **metadata):
-        super().__init__(value, axes=axes, share=share, full_precision=full_precision, **metadata)
+    def __init__(
+        self, value, axes: str, *, share=WHOLE, full_precision=False, owner="", **metadata
+    ):  # fmt: skip
+        own = {"axes": axes, "share": share, "full_precision": full_precision, "owner": owner}
+        super().__init__(value, **own, **metadata)
 
 
 class Weight(Parameter):
@@ -49,17 +54,24 @@ class Table(Parameter):
     Metadata:
         stream: name of the id stream.
         layers: for each layer its index in the stack, -1 for none; (): read once, at the input.
-        owner: what reads it, "jtok" or the name of an arm; its options bear that name.
         implementation: of the operations on it, see `jtok_jax.model.operations`.
         top_k: how many tables of a stack [G, M, R, D] a token mixes; 0: there is no choice.
     """
 
     def __init__(
-        self, value, axes: str, *, stream: str, layers: tuple[int, ...], owner: str,
+        self, value, axes: str, *, stream: str, layers: tuple[int, ...],
         implementation: str = "auto", top_k: int = 0, **metadata,
     ):  # fmt: skip
-        own = {"stream": stream, "layers": layers, "owner": owner, "top_k": top_k}
+        own = {"stream": stream, "layers": layers, "top_k": top_k}
         super().__init__(value, axes, implementation=implementation, **own, **metadata)
+
+
+def owned(module: nnx.Module, owner: str) -> nnx.Module:
+    """Return a module whose every parameter says that it belongs to `owner`."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, Parameter):
+            node.set_metadata("owner", owner)
+    return module
 
 
 def normal(

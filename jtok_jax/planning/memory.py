@@ -27,7 +27,7 @@ from jtok_jax.model.splash import SAVED
 from jtok_jax.model.tables import Rows
 from jtok_jax.model.variables import Weight
 from jtok_jax.model_config import ModelConfig
-from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.optimizer import groups, make_optimizer
 from jtok_jax.training.rows import make_plans, parallel_reads, row_gradient_bytes, zero_row_grads
 from jtok_jax.training.state import abstract_state
 
@@ -81,7 +81,7 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     row_grads = shapes.sums * sum(map(shapes.row_grads, shapes.tables))
     parts = [
         *_state(_what_state_depends_on(config), mesh),
-        Part("gradients of the backbone", shapes.sums * shapes.backbone * 4, "gradients"),
+        Part("gradients of the backbone", shapes.sums * shapes.trained * 4, "gradients"),
         Part("gradients of rows", row_grads, "gradients"),
         Part("backbone in the compute dtype", _cast_weights(shapes), "residuals"),
         Part("plan of rows", _plan(shapes), "residuals"),
@@ -98,16 +98,17 @@ def update_bytes(config: Config, mesh: AbstractMesh) -> int:
     shapes = _Shapes(config, mesh)
     dense = [name for name in shapes.tables if shapes.is_dense(name)]
     rows = sum(shapes.row_grads(name) for name in shapes.tables if name not in dense)
-    return 28 * (shapes.backbone + sum(map(shapes.entries, dense))) + 7 * rows
+    return 28 * (shapes.trained + sum(map(shapes.entries, dense))) + 7 * rows
 
 
 class _Shapes:
-    """Sizes of one device's part of everything; `backbone` in entries."""
+    """Sizes of one device's part of everything; `trained` in entries, tables apart."""
 
     def __init__(self, config: Config, mesh: AbstractMesh):
         self.config, self.mesh, self.model = config, mesh, config.model
         self.declared, self.tables = declared(config.model), declared_tables(config.model)
-        self.backbone = sum(map(self.entries, self.declared.keys() - self.tables.keys()))
+        trained = groups(config.model, frozen=config.optimizer.frozen)
+        self.trained = sum(map(self.entries, trained))
         self.compute = flops.BYTES[self.model.compute_dtype]
         batch = config.train.batch_size // config.train.grad_accumulation
         self.sequences = batch / num_shards(mesh, BATCH)

@@ -39,26 +39,31 @@ class Optimizer(NamedTuple):
     """Clipping by the global norm of all gradients comes first and is the step's own business."""
 
     backbone: optax.GradientTransformation
+    trained: frozenset[str]  # parameters that `backbone` updates
     rows: dict[str, RowOptimizer]  # by table
 
     def init(self, params: Params) -> dict[str, object]:
         """Return the state: under "backbone", and under the name of every table."""
-        backbone, tables = self.split(params)
-        of_tables = {name: self.rows[name].init(table) for name, table in tables.items()}
+        backbone, others = self.split(params)
+        of_tables = {name: rows.init(others[name]) for name, rows in self.rows.items()}
         return {"backbone": self.backbone.init(backbone)} | of_tables
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """Return (backbone, tables)."""
-        backbone = {name: value for name, value in params.items() if name not in self.rows}
-        return backbone, {name: params[name] for name in self.rows}
+        """Return (those that `backbone` updates, all others: tables, and what is frozen)."""
+        backbone = {name: params[name] for name in params if name in self.trained}
+        return backbone, {name: params[name] for name in params if name not in self.trained}
 
 
-def groups(model: ModelConfig) -> dict[str, str]:
-    """Return the AdamW group of every parameter of the backbone: decay acts on matrices alone."""
+def groups(model: ModelConfig, *, frozen: str = "none") -> dict[str, str]:
+    """Return the AdamW group of every parameter but tables: decay acts on matrices alone.
+
+    Args:
+        frozen: "backbone" leaves out all but the parameters of JTok and of arms.
+    """
     return {
         name: "vectors" if issubclass(one.kind, Vector) else "matrices"
         for name, one in declared(model).items()
-        if not one.is_table
+        if not one.is_table and (one.owner or frozen == "none")
     }
 
 
@@ -69,12 +74,13 @@ def make_optimizer(config: Config) -> Optimizer:
     adamw["learning_rate"] = schedule(config)
     decays = {"matrices": options.weight_decay, "vectors": 0.0}
     by_group = {name: optax.adamw(**adamw, weight_decay=decay) for name, decay in decays.items()}
-    backbone = optax.partition(by_group, groups(config.model))
+    labels = groups(config.model, frozen=options.frozen)
+    backbone = optax.partition(by_group, labels)
     rows = {
         name: _row_optimizer(options.tables.of(table.owner), options.eps)
         for name, table in declared_tables(config.model).items()
     }
-    return Optimizer(backbone, rows)
+    return Optimizer(backbone, frozenset(labels), rows)
 
 
 def _row_optimizer(options: TableOptimizerConfig, eps: float) -> RowOptimizer:

@@ -35,6 +35,7 @@ from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.resume import claim_workdir, keep_tokenizer
 from jtok_jax.training.state import TrainState, abstract_state, init_state
 from jtok_jax.training.step import StepMetrics, jit_train_step, make_eval_step, make_health_step
+from jtok_jax.training.warm_start import begin_with
 
 
 @contextlib.contextmanager
@@ -128,7 +129,12 @@ class Run:
         facts = {"last step": self.first_step - 1, "validation due": self.validation_due}
         self.hosts.agree("data and checkpoint", self._source.fingerprint | facts, DataError)
         if self.first_step == 1:
-            return init_state(self.config, self._optimizer, self._mesh)
+            state = init_state(self.config, self._optimizer, self._mesh)
+            if self.config.init_from:
+                with self._stall.waiting_for(f"parameters of {self.config.init_from}"):
+                    params = begin_with(self.config, self._mesh, state.params, self.hosts.say)
+                state = state._replace(params=params)
+            return state
         with self._stall.waiting_for(f"restored checkpoint of step {self.first_step - 1}"):
             abstract = abstract_state(self.config, self._optimizer, self._mesh)
             state = self.checkpoints.restore(abstract)

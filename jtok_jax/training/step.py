@@ -135,7 +135,7 @@ def _update(
     parallel: Parallel | None,
 ) -> tuple[Params, dict[str, object]]:
     """Return parameters and optimizer state after one more accepted step, or as they were."""
-    backbone, tables = optimizer.split(state.params)
+    backbone, others = optimizer.split(state.params)
     backbone_grads, row_grads = grads
     backbone_grads = jax.tree.map(lambda leaf: leaf * scale, backbone_grads)
     old = state.opt_state["backbone"]
@@ -145,14 +145,14 @@ def _update(
     new_backbone = _stored(optax.apply_updates(masters, updates), backbone, key)
     params, new = _where(finite, (new_backbone, new), (backbone, old))
     new_tables, states = rows.update_tables(
-        config, optimizer, tables, state.opt_state, row_grads, plans, parallel,
+        config, optimizer, others, state.opt_state, row_grads, plans, parallel,
         rounding_key=key,
         step=accepted + 1,
         learning_rate=schedule(config)(accepted),
         grad_scale=scale,
         apply=finite,
     )  # fmt: skip
-    return params | new_tables, {"backbone": new} | states
+    return others | params | new_tables, {"backbone": new} | states
 
 
 def _stored(params: Params, like: Params, key: jax.Array) -> Params:
@@ -214,7 +214,7 @@ def _split(config: Config, array_BT: jax.Array) -> jax.Array:
 def _gradients(
     config: Config,
     backbone: Params,
-    tables: Params,
+    others: Params,
     ids_NBT: jax.Array,
     targets_NBT: jax.Array,
     plans: dict[str, RowPlan],
@@ -229,7 +229,7 @@ def _gradients(
 
     def microbatch(ids, targets, orders):
         mine = {key: plan._replace(order=orders[key]) for key, plan in plans.items()}
-        arguments = config, tables, ids, targets, mine, parallel
+        arguments = config, others, ids, targets, mine, parallel
         (_, losses), grads = value_and_grad(backbone, zeros_of_rows, *arguments)
         return losses, grads
 
@@ -250,8 +250,8 @@ def _gradients(
     return losses, backbone_grads, stacked
 
 
-def _loss(backbone, row_grads, config: Config, tables, ids_BT, targets_BT, plans, parallel):
-    model = bind(config.model, backbone | tables)
+def _loss(backbone, row_grads, config: Config, others, ids_BT, targets_BT, plans, parallel):
+    model = bind(config.model, backbone | others)
     output = model(ids_BT, training=Rows(plans, row_grads), parallel=parallel)
     ones = jnp.ones(targets_BT.shape, jnp.float32)
     mean, sums = _loss_of(config, output.hidden_BTD, model.head_DV, targets_BT, ones, parallel)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Begins a run with the parameters of another one, or of a Hugging Face model: `init_from`."""
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
+from jtok_jax.huggingface.folder import Folder, is_folder, open_folder
+from jtok_jax.model.params import Params, abstract_params, to_logical, to_stored
+from jtok_jax.model.placement import parameter_sharding
+from jtok_jax.training.saved import load_params
+
+
+def begin_with(config: Config, mesh: Mesh, params: Params, say: Callable[[str], None]) -> Params:
+    """Return initial parameters with those of `config.init_from` in their place, by name.
+
+    What the other model has not, such as tables, stays as configured.
+
+    Args:
+        params: initial values, as a run holds them.
+
+    Raises:
+        ConfigError: the other model has a parameter that this one has not, or of another shape.
+        CheckpointError, DataError: it cannot be read.
+    """
+    path, _, step = config.init_from.partition("@")
+    folder, place = pathlib.Path(path), parameter_sharding(config, mesh)
+    wanted = abstract_params(config.model)
+    if is_folder(folder):
+        opened = open_folder(folder, dtype=config.model.param_dtype)
+        shapes, read, what = opened.shapes(), opened.parameter, f"{folder}"
+    else:
+        saved = load_params(folder, lambda _: config.mesh, step=step or "newest")
+        found = to_logical(saved.params)
+        shapes = {name: value.shape for name, value in found.items()}
+        read, what = found.__getitem__, f"{folder} at step {saved.step}"
+    _compare(shapes, {name: leaf.shape for name, leaf in wanted.items()}, what)
+    taken = {}
+    for name in shapes:
+        value = read(name).astype(wanted[name].dtype)
+        taken[name] = jax.device_put(value, place(name, value.shape))
+    own = sorted(wanted.keys() - taken.keys())
+    say(f"begins with {what}: {len(taken)} parameters; as configured: {', '.join(own) or 'none'}")
+    return params | to_stored(config.model, taken)
+
+
+def _compare(found: dict[str, tuple], wanted: dict[str, tuple], what: str) -> None:
+    problems = [f"{name}: not in this configuration" for name in found.keys() - wanted.keys()]
+    problems += [
+        f"{name}: {list(shape)} there, {list(wanted[name])} here"
+        for name, shape in found.items()
+        if name in wanted and shape != wanted[name]
+    ]
+    if problems:
+        raise ConfigError(
+            f"init_from: the parameters of {what} do not fit:\n  "
+            + "\n  ".join(sorted(problems))
+            + "\nTake its model: --config=configs/pretrained.py:FOLDER"
+        )
