@@ -37,7 +37,7 @@ from jtok_kernels.form import Form
 from jtok_kernels.mosaic_gpu import MosaicGpu
 from jtok_kernels.mosaic_gpu_block import REGISTERS, THREADS, Tuning
 from jtok_kernels.mosaic_gpu_update import update_kernel
-from jtok_kernels.row_optimizers import Now, RowGrads
+from jtok_kernels.row_optimizers import RowGrads, Scalars
 
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.mesh import AUTO, AXES
@@ -88,7 +88,7 @@ def functions(gpu: MosaicGpu, dim: int) -> dict:
         number = shape((), jnp.float32)
         grads = shape((LAYERS, TOKENS, dim), jnp.float32)
         of = RowGrads(shape((TOKENS,), jnp.int32), grads, number, shape((), jnp.bool_))
-        now, seed = Now(shape((), jnp.int32), number, number), shape((2,), jnp.uint32)
+        now, seed = Scalars(shape((), jnp.int32), number, number), shape((2,), jnp.uint32)
         run = lambda *arguments: update_kernel(gpu, optimizer, *arguments)
         return run, (table, state, of, now, seed)
 

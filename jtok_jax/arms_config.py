@@ -8,15 +8,10 @@ or one that `model.streams` declares.
 
 import dataclasses
 
-from jtok_jax.checks import at_least, one_of
+from jtok_jax.checks import at_least, names, one_of
 from jtok_jax.errors import ConfigError
 
 NORMS = ("l2", "rms")
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """Return the names of a list with commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +41,7 @@ class NgramConfig:
 
     @property
     def table_streams(self) -> tuple[str, ...]:
-        return _names(self.streams)
+        return names(self.streams)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +114,7 @@ class ArmsConfig:
     def __post_init__(self):
         one_of(self.table_dtype, "model.arms.table_dtype", ("float32", "bfloat16"))
         known = [field.name for field in dataclasses.fields(self)][2:]
-        chosen = _names(self.names)
+        chosen = names(self.names)
         for name in chosen:
             if name not in known or chosen.count(name) > 1:
                 raise ConfigError(
@@ -129,7 +124,7 @@ class ArmsConfig:
 
     def chosen(self) -> dict[str, object]:
         """Return the options of the arms that are on by name, in order."""
-        return {name: getattr(self, name) for name in _names(self.names)}
+        return {name: getattr(self, name) for name in names(self.names)}
 
     @property
     def table_streams(self) -> dict[str, tuple[str, ...]]:

@@ -43,3 +43,8 @@ def parse_options(text: str, name: str) -> dict[str, object]:
             raise ConfigError(f"{name} has {key} twice; leave one.")
         options[key] = {"true": True, "false": False}.get(value.lower(), value)
     return options
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Return the parts of a list with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

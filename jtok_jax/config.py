@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from jtok_jax.checks import at_least, check_betas, one_of, parse_options
+from jtok_jax.checks import at_least, check_betas, names, one_of, parse_options
 from jtok_jax.errors import ConfigError
 from jtok_jax.model_config import ModelConfig
 
@@ -60,7 +60,7 @@ class TableOptimizerConfig:
         fields = {field.name: field.type for field in dataclasses.fields(self)}
         read = {float: _finite, str: str, bool: {"true": True, "false": False}.__getitem__}
         seen = set()
-        for part in filter(None, (part.strip() for part in self.overrides.split(","))):
+        for part in names(self.overrides):
             target, _, text = part.partition("=")
             owner, _, field = target.strip().rpartition(".")
             try:

@@ -8,7 +8,6 @@ machine, whatever the mesh of the run.
 """
 
 import argparse
-import math
 import pathlib
 
 from jtok_jax.errors import ConfigError, exit_on_error
@@ -38,17 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print every prompt with its continuation up to the end token."""
-    if options.tokens < 1 or options.temperature < 0 or options.top_k < 0:
-        raise ConfigError("--tokens must be at least 1, --temperature and --top_k at least 0.")
-    if not (math.isfinite(options.temperature) and 0 <= options.seed < 2**32):
-        raise ConfigError("--temperature must be finite, --seed between 0 and 2^32 - 1.")
+    if options.tokens < 1 or not 0 <= options.seed < 2**32:
+        raise ConfigError("--tokens must be at least 1, --seed between 0 and 2^32 - 1.")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    sampling.check()
     for prompt in options.prompt:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds such bytes
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
-    if not 0 < options.top_p <= 1:
-        raise ConfigError(f"--top_p is {options.top_p}; expected more than 0 and at most 1.")
     loaded = load(options.workdir, data=options.data, step=options.step)
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
     texts = loaded.generate(
         options.prompt, tokens=options.tokens, sampling=sampling, seed=options.seed
     )

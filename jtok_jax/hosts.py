@@ -58,11 +58,6 @@ class Hosts:
             threading.Thread(target=self._watch, daemon=True).start()
 
     @property
-    def several(self) -> bool:
-        """Return whether processes were connected."""
-        return self._client is not None
-
-    @property
     def lead(self) -> bool:
         """Return whether this is the process that prints, locks the workdir and writes metrics."""
         return self.process == 0
@@ -211,7 +206,7 @@ class Hosts:
         """End the process at once, after at most `wait` seconds for the others to come as far."""
         if wait:
             with contextlib.suppress(Exception):
-                self._wait_for_all("leaving", wait)
+                self._client.wait_at_barrier("jtok/leaving", int(1000 * wait))
         if self.lead:  # its end is the end of the runtime, which aborts who is still there
             time.sleep(2 * _POLL_SECONDS)
         with contextlib.suppress(OSError):
@@ -232,10 +227,6 @@ class Hosts:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is none
             return self._client.key_value_try_get(f"jtok/{key}")
         return None
-
-    def _wait_for_all(self, barrier: str, seconds: float | None = None) -> None:
-        milliseconds = int(1000 * (self._seconds if seconds is None else seconds))
-        self._client.wait_at_barrier(f"jtok/{barrier}", milliseconds)
 
     def _of_processes(self, folder: str) -> dict[int, str]:
         """Return what processes have put under `folder`, by their number."""

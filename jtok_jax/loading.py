@@ -16,6 +16,7 @@ from jtok_jax.config import Config
 from jtok_jax.data import manifest, tokenizer
 from jtok_jax.data.encoding import encode_text
 from jtok_jax.errors import ConfigError
+from jtok_jax.inference.cache import logits
 from jtok_jax.inference.generator import for_inference, for_mesh, generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.model.params import Params, bind
@@ -132,7 +133,4 @@ def _tokenizer(
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, ids_BT):
     model = bind(config, params)
-    head_DV = model.head_DV.astype(config.compute_dtype)
-    hidden_BTD = model(ids_BT).hidden_BTD
-    logits_BTV = jnp.dot(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
-    return logits_BTV[..., : config.vocab_size]
+    return logits(model, model(ids_BT).hidden_BTD)

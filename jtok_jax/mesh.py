@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jtok_jax.checks import names
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import ConfigError
 
@@ -91,13 +92,13 @@ def table_layout(options: MeshConfig, mesh: Mesh, name: str, shape: tuple[int, .
     Raises:
         ConfigError: an axis is unknown, named twice, or does not divide what it splits.
     """
-    experts, rows = _names(options.table_experts), _names(options.table_rows)
+    experts, rows = names(options.table_experts), names(options.table_rows)
     experts = experts if len(shape) == 4 else ()
     if options.table_columns in ("auto", "fit"):
         multiple = COLUMNS if options.table_columns == "auto" else 1
         columns = _columns_that_fit(shape[-1], mesh, taken=experts + rows, multiple=multiple)
     else:
-        columns = _names(options.table_columns)
+        columns = names(options.table_columns)
     layout = TableLayout(columns, experts, rows)
     for axis in layout.axes:
         if axis not in AXES:
@@ -125,17 +126,13 @@ def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> 
 
     Raises:
         ConfigError: an axis does not divide among its devices.
-        ValueError: two axes of the array ask for the same mesh axis.
     """
     axes = [rules.get(letter, ()) for letter in letters]
-    used = [name for names in axes for name in names]
-    if len(used) != len(set(used)):
-        raise ValueError(f"axes {letters} use a mesh axis twice: {axes}")
-    for letter, names, size in zip(letters, axes, shape, strict=True):
-        if size % num_shards(mesh, names):
+    for letter, of_axis, size in zip(letters, axes, shape, strict=True):
+        if size % num_shards(mesh, of_axis):
             raise ConfigError(
-                f"axis {letter} of an array {letters} is {size}, which mesh.{names[0]} = "
-                f"{num_shards(mesh, names)} devices do not divide; choose a divisor"
+                f"axis {letter} of an array {letters} is {size}, which mesh.{of_axis[0]} = "
+                f"{num_shards(mesh, of_axis)} devices do not divide; choose a divisor"
                 f"{_PAD if letter == 'V' else ''}."
             )
     return NamedSharding(mesh, PartitionSpec(*(names or None for names in axes)))
@@ -200,10 +197,6 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, size: int | None = None) -> jax.
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _columns_that_fit(

@@ -10,6 +10,7 @@ functions. Each of those has 4 rows for each row of the vocabulary.
 import re
 from typing import NamedTuple
 
+from jtok_jax.checks import names
 from jtok_jax.errors import ConfigError
 
 _DECLARED = re.compile(r"([a-z][a-z0-9_]*)=(\d+):(\d+)(V?)(?::(\d+))?")
@@ -39,7 +40,7 @@ def parse_streams(text: str, vocab_rows: int) -> dict[str, IdStream]:
         ConfigError: a declaration is no such, a name comes twice, a number is below its minimum.
     """
     streams = {"token": IdStream("token", 1, vocab_rows)}
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in names(text):
         match = _DECLARED.fullmatch(part)
         if not match:
             raise ConfigError(

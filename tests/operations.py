@@ -70,7 +70,6 @@ def run(
     *,
     packed=False,
     max_unique=None,
-    rank=None,
 ):
     """(out, gradients of delta, row gradients [E, U, D], of weights, of scale, unique ids)."""
     cast = lambda array: jnp.asarray(array, dtype)
@@ -81,8 +80,7 @@ def run(
     if packed or (implementation.startswith("mosaic_tpu") and dtype == "bfloat16"):
         stack = pack_rows(stack)
     ids, choice = jnp.int32(x.ids), jnp.int32(x.choice)
-    rank = None if rank is None else jnp.int32(rank)
-    plan = row_plan(ids, num_rows=x.tables.shape[1], max_unique=max_unique, rank=rank)
+    plan = row_plan(ids, num_rows=x.tables.shape[1], max_unique=max_unique)
     size, dim = plan.unique_U.size, h.shape[1]
     options = {"norm": norm, "eps": eps, "layer": 1, "plan": plan}
     options["implementation"] = implementation

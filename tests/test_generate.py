@@ -213,7 +213,9 @@ def test_padding_of_the_vocabulary_has_no_logits():
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"prompt": ["a", "\udcff"]}, r"--prompt='\\udcff' is not UTF-8"),
-    ({"temperature": float("nan")}, "--temperature must be finite"),
+    ({"temperature": float("nan")}, "temperature is nan; expected a finite number"),
+    ({"top_k": -1}, "top_k is -1; expected at least 0"),
+    ({"top_p": 0.0}, "top_p is 0.0; expected more than 0"),
     ({"seed": 2**32}, "--seed between 0 and"),
     ({"tokens": 0}, "--tokens must be at least 1"),
 ])  # fmt: skip

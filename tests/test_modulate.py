@@ -123,24 +123,6 @@ def test_row_gradients_repeat_bit_for_bit(implementation, operation):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @each_implementation
-def test_with_ranks_any_shuffle_gives_the_bits_of_row_gradients(implementation, operation):
-    """Ordinary floats, tokens of equal ids among each other; without ranks their order shows."""
-    x, rng = inputs("primes"), np.random.default_rng(4)
-    ranks = rng.permutation(x.ids.size)
-    among_equals = np.arange(x.ids.size)
-    for token in np.unique(x.ids):
-        places = np.flatnonzero(x.ids == token)
-        among_equals[places] = rng.permutation(places)
-    rows = lambda x, rank: run(operation, x, "float32", "l2", 1e-6, implementation, rank=rank)[2]
-    first = rows(x, ranks)
-    for shuffle in (among_equals, rng.permutation(x.ids.size)):
-        moved = shuffled(x, shuffle)
-        np.testing.assert_array_equal(first, rows(moved, ranks[shuffle]))
-    assert np.any(rows(x, None) != rows(shuffled(x, among_equals), None))
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-@each_implementation
 def test_a_tight_bound_gives_the_same_bits_and_an_overflow_nan(implementation, operation):
     x = inputs("primes")
     used = np.unique(x.ids).size

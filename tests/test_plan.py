@@ -69,20 +69,6 @@ def test_a_plan_needs_int32_ids(ids):
         row_plan(jnp.asarray(ids), num_rows=5)
 
 
-@pytest.mark.parametrize("microbatches", [0, 1, 3])
-def test_a_rank_orders_the_tokens_of_an_id(microbatches):
-    rng = np.random.default_rng(0)
-    shape = (microbatches, 70) if microbatches else (70,)
-    ids, rank = rng.integers(0, 5, shape), rng.permutation(np.prod(shape)).reshape(shape)
-    plan = row_plan(jnp.int32(ids), num_rows=5, rank=jnp.int32(rank))
-    np.testing.assert_array_equal(plan.order.token, np.lexsort((rank, ids)))
-    unranked = row_plan(jnp.int32(ids), num_rows=5)
-    for name in set(plan.order._fields) - {"token", "rank"}:
-        np.testing.assert_array_equal(getattr(plan.order, name), getattr(unranked.order, name))
-    with pytest.raises(ValueError, match="rank is int32"):
-        row_plan(jnp.int32(ids), num_rows=5, rank=jnp.zeros(3, jnp.int32))
-
-
 def test_packing_keeps_every_bit():
     bits = np.random.default_rng(0).integers(0, 1 << 16, (3, 7, 64), np.uint16)
     table = jax.lax.bitcast_convert_type(jnp.asarray(bits), jnp.bfloat16)

@@ -240,7 +240,9 @@ def _decompressed(path: pathlib.Path, raw: io.FileIO) -> Iterator[IO[bytes]]:
     """Yield the contents of `raw`, which stays open: its position counts the bytes read."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        stream = io.BufferedReader(_zstd(raw))
+        own = io.FileIO(raw.fileno(), closefd=False)  # it closes what it reads
+        # It notices an early end, and refuses long windows.
+        stream = io.BufferedReader(pyarrow.input_stream(own, compression="zstd"))
         try:
             stream.peek(1)
         except OSError as error:
@@ -254,12 +256,6 @@ def _decompressed(path: pathlib.Path, raw: io.FileIO) -> Iterator[IO[bytes]]:
     else:
         openers = {".gz": gzip.open, ".xz": lzma.open}
         yield openers.get(suffix, io.BufferedReader)(raw)
-
-
-def _zstd(raw: io.FileIO) -> pyarrow.NativeFile:
-    """Return the contents of a zstd file; it notices an early end, and refuses long windows."""
-    own = io.FileIO(raw.fileno(), closefd=False)  # it closes what it reads
-    return pyarrow.input_stream(own, compression="zstd")
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def _numpy(path: pathlib.Path, dtype: str) -> tuple[np.ndarray, Sequence[int]]:
 
 def _raw(path: pathlib.Path, dtype: str) -> tuple[np.ndarray, Sequence[int]]:
     with path.open("rb") as file:
-        header = np.frombuffer(file.read(4), "<i4")
+        header = int.from_bytes(file.read(4), "little")
     ids = np.memmap(path, f"<{np.dtype(dtype).str[1:]}", "r")
     if header in LLMC_MAGIC:
         ids = ids[4 * LLMC_HEADER // ids.itemsize :]

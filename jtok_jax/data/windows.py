@@ -6,7 +6,6 @@ import contextlib
 import pathlib
 import resource
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import array_record.python.array_record_module as array_record
 import grain
@@ -107,7 +106,8 @@ class Windows:
                 f"The {split} split of {folder} holds no window of {manifest.seq_len} tokens; "
                 "prepare it from more text or with a shorter --seq_len."
             )
-        shards = [_Whole(str(folder / shard.name), shard.windows) for shard in self.split.shards]
+        # With its windows in the name a shard need not be opened to know how many it has.
+        shards = [f"{folder / shard.name}[0:{shard.windows}]" for shard in self.split.shards]
         self._source = grain.sources.ArrayRecordDataSource(shards)
         self._folder = folder
         self.seq_len = seq_len
@@ -138,18 +138,6 @@ class Windows:
                 return f"{shard.name} record {record} from position {part * self.seq_len}"
             record -= shard.windows
         raise IndexError(index)
-
-
-class _Whole(NamedTuple):
-    """A shard as Grain wants it: it need not be opened to know how many windows it has."""
-
-    filename: str
-    examples_in_shard: int
-    skip: int = 0
-
-    @property
-    def take(self) -> int:
-        return self.examples_in_shard
 
 
 def allow_open_files(shards: int) -> None:

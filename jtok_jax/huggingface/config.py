@@ -55,7 +55,9 @@ def model_config(values: dict, *, dtype: str = "") -> ModelConfig:
 
 def _refuse_parts(values: dict, name: str) -> None:
     """Raise ConfigError where the model has a part that ours has not."""
-    windows = values.get("sliding_window") if name == MISTRAL else values.get("use_sliding_window")
+    windows = values.get("use_sliding_window")
+    if name == MISTRAL:  # whose default is a window
+        windows = values.get("sliding_window", 4096)
     layers = set(values.get("layer_types") or ()) - {"full_attention"}
     found = {
         "auto_map": "code of its own" if values.get("auto_map") else "",

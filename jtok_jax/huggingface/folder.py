@@ -11,13 +11,14 @@ import safetensors
 
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.huggingface.config import model_config
-from jtok_jax.huggingface.names import Tensor, tensors
+from jtok_jax.huggingface.names import tensors
+from jtok_jax.model.params import declared
 from jtok_jax.model_config import ModelConfig
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 WHOLE = "model.safetensors"  # of a model in one file
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that older files hold
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = ("F32", "F16", "BF16")
 
 
 class Folder(NamedTuple):
@@ -26,34 +27,41 @@ class Folder(NamedTuple):
     path: pathlib.Path
     config: ModelConfig
     files: dict[str, str]  # tensor -> file
+    positions: int  # the longest sequence it was trained on
+    end_id: int | None  # of the token that ends a text; None: not said
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each of our parameters that it holds."""
         ours = {tensor.ours for tensor in tensors(self.config)}
         return {name: one.shape for name, one in declared(self.config).items() if name in ours}
 
+    def dtype(self, name: str) -> np.dtype:
+        """Return the dtype of one of our parameters."""
+        return np.dtype(declared(self.config)[name].dtype)
+
     def parameter(self, name: str) -> np.ndarray:
-        """Return one of our parameters, all layers of it, padded where the vocabulary is."""
-        one = declared(self.config)[name]
-        found = np.zeros(one.shape, one.dtype)
-        for tensor in self._of[name]:
-            value = self.read(tensor)
-            part = found if tensor.layer is None else found[tensor.layer]
-            part[tuple(map(slice, value.shape))] = value
+        """Return one of our parameters, all layers of it."""
+        found = np.zeros(self.shapes()[name], self.dtype(name))
+        self.read_into(name, found)
         return found
 
-    def read(self, tensor: Tensor) -> np.ndarray:
-        """Return a tensor in our shape, float32 or bfloat16.
+    def read_into(self, name: str, found: np.ndarray) -> None:
+        """Write one of our parameters into zeros; rows of padding stay zero.
 
         Raises:
             DataError: its bytes cannot be read, or it has a NaN or an infinity.
         """
-        file = self.path / self.files[tensor.theirs]
-        with _open(file) as stored:
-            value = stored.get_tensor(tensor.theirs)
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise DataError(f"{file}: {tensor.theirs} is not finite; fetch the file again.")
-        return tensor.to_ours(value).astype(self.config.param_dtype)
+        for tensor in tensors(self.config):
+            if tensor.ours != name:
+                continue
+            file = self.path / self.files[tensor.theirs]
+            with _open(file) as stored:
+                value = stored.get_tensor(tensor.theirs)
+            if not np.isfinite(value.sum(dtype=np.float64)):
+                raise DataError(f"{file}: {tensor.theirs} is not finite; fetch the file again.")
+            value = tensor.to_ours(value)
+            part = found if tensor.layer is None else found[tensor.layer]
+            part[tuple(map(slice, value.shape))] = value
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -83,7 +91,10 @@ def open_folder(path: pathlib.Path, *, dtype: str = "") -> Folder:
                 part = stored.get_slice(name)
                 found[name] = tuple(part.get_shape()), part.get_dtype(), file
     _compare(path, config, found, index)
-    return Folder(path, config, {name: file for name, (_, _, file) in found.items()})
+    end_id = values.get("eos_token_id")
+    end_id = end_id[0] if isinstance(end_id, list) and end_id else end_id
+    files = {name: file for name, (_, _, file) in found.items()}
+    return Folder(path, config, files, values.get("max_position_embeddings") or 1024, end_id)
 
 
 def _compare(path: pathlib.Path, config: ModelConfig, found: dict, index: dict) -> None:
@@ -101,8 +112,8 @@ def _compare(path: pathlib.Path, config: ModelConfig, found: dict, index: dict) 
         shape, dtype, _ = found[name]
         if shape != wanted[name]:
             problems.append(f"{name}: {list(shape)}, {CONFIG} gives {list(wanted[name])}")
-        if dtype not in _DTYPES:
-            problems.append(f"{name}: {dtype}, expected {', '.join(_DTYPES)}")
+        if dtype not in DTYPES:
+            problems.append(f"{name}: {dtype}, expected {', '.join(DTYPES)}")
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         lines = "\n  ".join(sorted(problems)[:20])

@@ -59,7 +59,7 @@ def prefill(model: Transformer, ids_BT: jax.Array, lengths_B: jax.Array, *, capa
         lengths_B=lengths_B,
         before_BC=following(ids_BT, lengths_B, model.config.context),
     )
-    return Step(_logits(model, last_BD), cache)
+    return Step(logits(model, last_BD), cache)
 
 
 def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
@@ -81,7 +81,7 @@ def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
     )
     before_BC = jnp.concatenate([cache.before_BC, ids_B1 + 1], axis=1)[:, 1:]
     cache = Cache(output.cached, filled_BX, cache.place + 1, cache.lengths_B + 1, before_BC)
-    return Step(_logits(model, output.hidden_BTD[:, 0]), cache)
+    return Step(logits(model, output.hidden_BTD[:, 0]), cache)
 
 
 def _written(old: jax.Array, new: jax.Array, place: jax.Array, axis: int) -> jax.Array:
@@ -99,7 +99,8 @@ def _attend(query_B1NH, key_BKXH, value_BKXH, filled_BX) -> jax.Array:
     return jnp.einsum("BKGX,BKXH->BKGH", weights_BKGX, value_BKXH).reshape(query_B1NH.shape)
 
 
-def _logits(model: Transformer, hidden_BD: jax.Array) -> jax.Array:
-    head_DV = model.head_DV.astype(hidden_BD.dtype)
-    logits_BV = jnp.dot(hidden_BD, head_DV, preferred_element_type=jnp.float32)
-    return logits_BV[:, : model.config.vocab_size]
+def logits(model: Transformer, hidden: jax.Array) -> jax.Array:
+    """Return float32 [..., V] of final-normed hidden states [..., D]."""
+    head_DV = model.head_DV.astype(hidden.dtype)
+    found = jnp.dot(hidden, head_DV, preferred_element_type=jnp.float32)
+    return found[..., : model.config.vocab_size]

@@ -65,11 +65,14 @@ def generate(
             where all texts have one, no more are made. -1: there is none.
 
     Raises:
-        ConfigError: an empty prompt.
+        ConfigError: no prompt or an empty one, no token to make, or an impossible `sampling`.
         DataError: an id outside [0, vocab_size).
     """
-    if not all(prompts):
+    if not prompts or not all(prompts):
         raise ConfigError("A prompt is empty; begin with the end token to start a document.")
+    if tokens < 1:
+        raise ConfigError(f"tokens is {tokens}; expected at least 1.")
+    sampling.check()
     longest = max(len(prompt) for prompt in prompts)
     padded = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     ids_BT = np.zeros((len(prompts), padded), np.int32)

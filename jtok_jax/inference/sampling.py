@@ -3,9 +3,12 @@
 """Choosing the next token: temperature, top-k, top-p. Nothing sorts the vocabulary."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+
+from jtok_jax.errors import ConfigError
 
 BLOCK = 128  # ids whose weights are summed before one of them is searched
 
@@ -22,6 +25,17 @@ class Sampling:
     temperature: float | None = 1.0  # 0 or None: always the most likely token
     top_k: int = dataclasses.field(default=0, metadata={"static": True})  # of the most likely; 0: V
     top_p: float | None = 1.0  # only the most likely tokens with this probability; 1 or None: all
+
+    def check(self) -> None:
+        """Raise ConfigError where an option is impossible."""
+        top_p = 1.0 if self.top_p is None else self.top_p
+        for name, is_sound, expected in (
+            ("temperature", 0 <= (self.temperature or 0) < math.inf, "a finite number from 0 on"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < top_p <= 1, "more than 0 and at most 1"),
+        ):
+            if not is_sound:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected {expected}.")
 
     def without_neutral(self, vocab_size: int) -> "Sampling":
         """Return options of the same meaning in which what changes nothing is 0 or None."""

@@ -59,12 +59,12 @@ def choose(kind: str, *, dtype, head_size: int, length: int, placed: bool = True
     if kind in ("xla", "chunked"):
         return Choice(kind, "asked for")
     device = _device_kind()
-    if kind == "auto" and not device.startswith("TPU"):
-        lacks = _cudnn_obstacle(dtype, head_size)
-        return Choice("xla", lacks) if lacks else Choice("cudnn", device)
-    if kind == "cudnn":
-        # JAX refuses to trace cuDNN attention where the library is missing.
+    if kind == "cudnn" or (kind == "auto" and not device.startswith("TPU")):
         lacks = cudnn_lacks(jax.devices()[0])
+        if not (lacks or fits_cudnn(dtype, head_size)):
+            lacks = "cuDNN takes bfloat16 and a head size that is a multiple of 8, at most 128"
+        if kind == "auto":
+            return Choice("xla", lacks) if lacks else Choice("cudnn", device)
     else:
         on_tpu = device.startswith("TPU") or kind == SIMULATED
         lacks = obstacle(dtype, head_size, length) if on_tpu else f"{device} is not a TPU"
@@ -144,21 +144,11 @@ def _chunked(query_BTNH, key_BTKH, value_BTKH, segment_ids_BT) -> jax.Array:
 
 def _device_kind() -> str:
     """Return the kind of the device in use: that of an abstract mesh, else the first there is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    abstract = None if mesh.empty else getattr(mesh, "abstract_device", None)
-    return (abstract or jax.devices()[0]).device_kind
-
-
-def _cudnn_obstacle(dtype, head_size: int) -> str | None:
-    """Return why "auto" is not cudnn on the first device, or None."""
-    if lacks := cudnn_lacks(jax.devices()[0]):
-        return lacks
-    if fits_cudnn(dtype, head_size):
-        return None
-    return "cuDNN takes bfloat16 and a head size that is a multiple of 8, at most 128"
+    return (jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]).device_kind
 
 
 def fits_cudnn(dtype, head_size: int) -> bool:
+    """Return whether cuDNN attention takes such arrays."""
     return jnp.dtype(dtype) == jnp.bfloat16 and head_size in range(8, 129, 8)
 
 

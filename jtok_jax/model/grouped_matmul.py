@@ -158,7 +158,7 @@ def _forward_batched(x_RD, w_EDF, sizes_E):
 
 
 def _backward_batched(x_RD, w_EDF, sizes_E, dy_RF):
-    """Return the gradients, with sums over a group's blocks in an order that XLA is told."""
+    """Return the gradients; the sums over a group's blocks are in no order unless XLA is told."""
 
     def part(gradients, blocks):
         (dx_RD, dw_EDF), (rows_nS, group_n) = gradients, blocks

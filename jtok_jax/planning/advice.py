@@ -27,10 +27,8 @@ def changed(config: Config, change: Change) -> Config:
     return from_config_dict(values)
 
 
-def that_fit(
-    config: Config, fits: Callable[[Config], bool], *, devices: int, wanted: int = 3
-) -> list[Change]:
-    """Return up to `wanted` ways to make it fit, by different fields and as few as possible.
+def that_fit(config: Config, fits: Callable[[Config], bool], *, devices: int) -> list[Change]:
+    """Return up to three ways to make it fit, by different fields and as few as possible.
 
     Args:
         fits: may raise ConfigError for a configuration that cannot be.
@@ -48,7 +46,7 @@ def that_fit(
             ):
                 continue  # known, or one part more than it takes
             found.append(change)
-            if len(found) == wanted:
+            if len(found) == 3:
                 return found
     return found
 

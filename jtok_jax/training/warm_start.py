@@ -6,12 +6,11 @@ import pathlib
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
-from jtok_jax.huggingface.folder import Folder, is_folder, open_folder
+from jtok_jax.huggingface.folder import is_folder, open_folder
 from jtok_jax.model.params import Params, abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.training.saved import load_params

@@ -2,8 +2,6 @@
 # Copyright 2026 The jtok_jax authors
 """Which implementation runs: the one asked for, or an error; None is chosen by platform."""
 
-import functools
-import logging
 from typing import NamedTuple
 
 import jax
@@ -26,13 +24,6 @@ class _Device(NamedTuple):
     platform: str
     kind: str
     count: int
-
-
-class _Tables(NamedTuple):
-    dim: int
-    dtype: jnp.dtype
-    num_tables: int
-    top_k: int
 
 
 def choose(
@@ -58,23 +49,24 @@ def choose(
     Raises:
         ValueError: the implementation asked for does not exist or cannot run there.
     """
-    device, tables = _device(), _Tables(dim, jnp.dtype(dtype), num_tables, top_k)
+    device, tables = _device(), (dim, jnp.dtype(dtype), num_tables, top_k)
     mesh = jax.sharding.get_abstract_mesh()
     if local is None:
         local = not mesh.empty and mesh.are_all_axes_manual
     if implementation is None:
         name = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(device.platform, "xla")
-        obstacle = _obstacle(name, tables) or _place(name, device)
-        obstacle = obstacle or (None if local else _several(device))
         if name == "xla":
-            return _logged(Choice("xla", f"{device.platform} has no kernel of ours"))
-        return _logged(Choice("xla", obstacle) if obstacle else Choice(name, device.kind))
+            return Choice("xla", f"{device.platform} has no kernels of its own")
+        obstacle = _obstacle(name, *tables) or _place(name, device)
+        if not obstacle and not local and device.count > 1:
+            obstacle = f"there are {device.count} devices, and XLA splits only code of its own"
+        return Choice("xla", obstacle) if obstacle else Choice(name, device.kind)
     name = implementation.removesuffix(INTERPRET)
     if name not in IMPLEMENTATIONS or implementation == "xla" + INTERPRET:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"implementation is {implementation!r}; expected one of {known}.")
     simulated = implementation != name
-    obstacle = (None if simulated else _place(name, device)) or _obstacle(name, tables)
+    obstacle = (None if simulated else _place(name, device)) or _obstacle(name, *tables)
     if obstacle:
         raise ValueError(f"implementation {implementation!r} cannot run: {obstacle}; 'xla' can.")
     return Choice(implementation, "asked for")
@@ -86,16 +78,11 @@ def backend(implementation: str):
     if name == "xla":
         return xla
     make = {"mosaic_gpu": mosaic_gpu.MosaicGpu, "mosaic_tpu": mosaic_tpu.MosaicTpu}[name]
-    return make(is_simulated(implementation))
+    return make(implementation.endswith(INTERPRET))
 
 
-def is_simulated(implementation: str) -> bool:
-    return implementation.endswith(INTERPRET)
-
-
-def _obstacle(name: str, tables: _Tables) -> str | None:
+def _obstacle(name: str, dim: int, dtype: jnp.dtype, num_tables: int, top_k: int) -> str | None:
     """Return what about the tables or this JAX keeps `name` from running, or None."""
-    dim, dtype, num_tables, top_k = tables
     if name == "mosaic_gpu":
         if jax.version.__version_info__ < FIRST_JAX:
             wanted = ".".join(map(str, FIRST_JAX))
@@ -130,12 +117,6 @@ def _place(name: str, device: _Device) -> str | None:
     return None
 
 
-def _several(device: _Device) -> str | None:
-    if device.count > 1:
-        return f"there are {device.count} devices, and XLA splits only code of its own"
-    return None
-
-
 def num_devices() -> int:
     """Return the devices of the mesh that is compiled for, else those there are."""
     return _device().count
@@ -143,16 +124,8 @@ def num_devices() -> int:
 
 def _device() -> _Device:
     mesh = jax.sharding.get_abstract_mesh()
-    abstract = None if mesh.empty else getattr(mesh, "abstract_device", None)
-    if abstract is not None:
-        kind = abstract.device_kind
-        platform = getattr(abstract, "platform", None) or ("tpu" if "TPU" in kind else "gpu")
-        return _Device(platform, kind, mesh.size)
+    abstract = mesh.abstract_device
+    if abstract:
+        return _Device(abstract.platform, abstract.device_kind, mesh.size)
     first = jax.devices()[0]
     return _Device(first.platform, first.device_kind, jax.device_count())
-
-
-@functools.cache
-def _logged(choice: Choice) -> Choice:
-    logging.getLogger("jtok_kernels").info("table operations: %s (%s)", *choice)
-    return choice

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtok_kernels import xla
+from jtok_kernels import reference
 from jtok_kernels.checks import (
     check_choice,
     check_norm,
@@ -180,7 +180,7 @@ def norm_add(
     check_stream(h, delta, scale)
     require(e.shape == h.shape and e.dtype == jnp.float32, "e", e, f"float32 {h.shape}")
     check_norm(norm)
-    return xla.norm_add(h, delta, e, scale, Form(depth_scale, norm, eps))
+    return reference.norm_add(h, delta, e, scale, depth_scale=depth_scale, norm=norm, eps=eps)
 
 
 # ------------------------------------------------------------------------------ derivatives

@@ -46,7 +46,7 @@ class MosaicGpu(Blocks):
             t = lax.axis_index("t")
             arrived = self.fetch(rows, h.at[t], delta.at[t], scale)
             e = load(table.at[layer[0], ids[t]])
-            inverse = _inverse_norm(_sum(e * e), form, dim)[0]
+            inverse = _inverse_norm(jnp.sum(e * e), form, dim)[0]
             h, delta, scale = arrived()
             gate = 1.0 + load(scale) * (e * inverse)
             out[t] = load(h, cast=False) + (load(delta) * gate).astype(out.dtype)
@@ -82,7 +82,7 @@ class MosaicGpu(Blocks):
             def piece(p, d_scale):
                 u = jnp.minimum(run[p], num_unique - 1)
                 e = load(table.at[layer[0], _filled(unique, u, table.shape[1])])
-                inverse, inverse_n = _inverse_norm(_sum(e * e), form, dim)
+                inverse, inverse_n = _inverse_norm(jnp.sum(e * e), form, dim)
                 gate = 1.0 + scale_of() * (e * inverse)
                 e_of = keep(e)
                 begin = start[p]
@@ -132,7 +132,7 @@ class MosaicGpu(Blocks):
             total = _total(load, partial, split_slot, r)
             u = jnp.minimum(split_run[r], num_unique - 1)
             e = load(table.at[layer[0], _filled(unique, u, table.shape[1])])
-            inverse, inverse_n = _inverse_norm(_sum(e * e), form, dim)
+            inverse, inverse_n = _inverse_norm(jnp.sum(e * e), form, dim)
             merged[r] = _pull(load(scale) * total, e, inverse, inverse_n, form, dim)
 
         out = jax.ShapeDtypeStruct((order.split_run.size, dim), jnp.float32)
@@ -151,7 +151,7 @@ class MosaicGpu(Blocks):
             t = lax.axis_index("t")
             arrived = self.fetch(rows, h.at[t], delta.at[t], scale)
             e = _mixture(load, tables.at[layer[0]], ids[t], choice, weights, t)[0]
-            inverse = _inverse_norm(_sum(e * e), form, dim)[0]
+            inverse = _inverse_norm(jnp.sum(e * e), form, dim)[0]
             h, delta, scale = arrived()
             added = form.depth_scale * load(scale) * (e * inverse)
             out[t] = load(h, cast=False) + load(delta, cast=False) + added.astype(out.dtype)
@@ -208,11 +208,11 @@ class MosaicGpu(Blocks):
                     q = cotangent = load(g.at[t])
                     if form is not None:
                         cotangent = form.depth_scale * cotangent
-                        inverse, inverse_n = _inverse_norm(_sum(mixed * mixed), form, dim)
+                        inverse, inverse_n = _inverse_norm(jnp.sum(mixed * mixed), form, dim)
                         q = _pull(scale * cotangent, mixed, inverse, inverse_n, form, dim)
                         d_scale = d_scale + cotangent * (mixed * inverse)
                     for k, (table, share, e) in enumerate(each):
-                        d_weights[t, k] = _sum(q * e)
+                        d_weights[t, k] = jnp.sum(q * e)
                         sums[table] = load(sums.at[table]) + share * q
                     return d_scale
 
@@ -315,10 +315,6 @@ def _filled(unique, u, num_rows: int):
     return jnp.where(unique[u] < num_rows, unique[u], unique[0])
 
 
-def _sum(x: jax.Array) -> jax.Array:
-    return jnp.sum(x)
-
-
 def _inverse_norm(square, form: Form, dim: int):
     """Return (1 / (n + eps), 1 / n) from the sum of squares; n > 0 also for a row of zeros."""
     square = jnp.maximum(square * form.share(dim), TINY)
@@ -328,7 +324,7 @@ def _inverse_norm(square, form: Form, dim: int):
 
 def _pull(a, e, inverse, inverse_n, form: Form, dim: int):
     """Return J^T a of e -> e / (n + eps): a / (n + eps) - e (e . a) share / (n (n + eps)^2)."""
-    along = _sum(e * a) * form.share(dim)
+    along = jnp.sum(e * a) * form.share(dim)
     return a * inverse - e * (along * inverse_n * inverse * inverse)
 
 

@@ -7,8 +7,6 @@ registers, calls the optimizer's own `update` and writes them back. So the place
 hold no id cost nothing. A table that no token of an id chose costs the reading of a zero gradient.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,10 +17,6 @@ from jtok_kernels.rounding import round_at_random, row_seeds
 from jtok_kernels.row_optimizers import RowGrads, Scalars
 
 ROWS = 16  # of a block: enough to hide its start, few enough that uneven blocks even out
-
-
-def updater(*, interpret: bool):
-    return functools.partial(update_kernel, MosaicGpu(interpret))
 
 
 def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, scalars: Scalars, seed):

@@ -17,9 +17,9 @@ class Order(NamedTuple):
     """Tokens of one microbatch sorted by id; all int32, with a leading [N] for several.
 
     Tokens of one unique id are a run; a run is cut into pieces of at most `PIECE` tokens, so that
-    one frequent id does not become one long sum. Within a run tokens go by rank, else they keep
-    their order: a sum over its pieces in turn depends on the tokens of its id alone, not on where
-    they stand in the batch.
+    one frequent id does not become one long sum. Within a run tokens keep their order: a sum over
+    its pieces in turn depends on the tokens of its id alone, not on where they stand in the batch.
+
     Every run has a piece, if only an empty one. Runs of several pieces are split: each piece of
     theirs has a slot for its partial sum. Large pieces come first, so that blocks which take them
     in turn end together; those that are none come last.
@@ -34,7 +34,6 @@ class Order(NamedTuple):
     piece_count: jax.Array  # scalar, how many of the S are pieces
     split_run: jax.Array  # [R], index in `unique_U` of every split run; U fills what is left
     split_slot: jax.Array  # [R + 1], first slot of every split run, and the end
-    rank: jax.Array | None  # [T], of the tokens as they stand; None: they keep their order
 
 
 class RowPlan(NamedTuple):
@@ -57,12 +56,7 @@ def num_split(num_tokens: int) -> tuple[int, int]:
 
 
 def row_plan(
-    ids: jax.Array,
-    *,
-    num_rows: int,
-    max_unique: int | None = None,
-    rank: jax.Array | None = None,
-    also: jax.Array | None = None,
+    ids: jax.Array, *, num_rows: int, max_unique: int | None = None, also: jax.Array | None = None
 ) -> RowPlan:
     """Return the plan of `ids`, int32 [T], or [N, T] for N microbatches with one set of unique ids.
 
@@ -75,28 +69,20 @@ def row_plan(
             there are more, every gradient that needs the plan holds a NaN: nothing is dropped in
             silence.
             None: as many as there are ids or rows, which is always enough.
-        rank: int32 like `ids`; tokens of one id are summed by rank. Row gradients then have the
-            same bits however the tokens are shuffled, provided that ranks go with them and differ
-            within an id. On TPUs and in plain XLA this costs a copy of the values summed.
-            None: tokens of one id are summed in the order in which they stand.
         also: int32 of any shape: ids of other devices, which share the unique ids with `ids`.
 
     Raises:
-        ValueError: `ids` or `rank` has another shape or dtype, there are no ids, or `max_unique`
-            is below 1.
+        ValueError: `ids` has another shape or dtype or is empty, or `max_unique` is below 1.
     """
     if ids.ndim not in (1, 2) or ids.dtype != jnp.int32 or not ids.size:
         raise ValueError(f"ids are {ids.dtype} {ids.shape}; expected int32 [T] or [N, T], T >= 1.")
     if max_unique is not None and max_unique < 1:
         raise ValueError(f"max_unique is {max_unique}; expected at least 1.")
-    if rank is not None and (rank.shape, rank.dtype) != (ids.shape, ids.dtype):
-        raise ValueError(f"rank is {rank.dtype} {rank.shape}; expected int32 {ids.shape}.")
     flat = ids.reshape(-1) if also is None else jnp.concatenate([ids.reshape(-1), also.reshape(-1)])
     enough = min(flat.size, num_rows)
     bound = min(enough, max_unique or enough)
     flat = jnp.clip(flat, 0, num_rows - 1)
-    ranked = rank is not None and also is None  # the order of all is that of `ids`
-    by_id = _sorted_tokens(flat, rank.reshape(-1) if ranked else None)
+    by_id = _sorted_tokens(flat)
     sorted_ids = flat[by_id]
     starts = jnp.concatenate([jnp.ones(1, bool), sorted_ids[1:] != sorted_ids[:-1]])
     run = jnp.cumsum(starts, dtype=jnp.int32) - 1
@@ -106,22 +92,21 @@ def row_plan(
     run = jnp.minimum(run, bound - 1)
     place = jnp.zeros_like(flat).at[by_id].set(run)[: ids.size].reshape(ids.shape)
     if ids.ndim == 1:
-        token = by_id if also is None else _sorted_tokens(place, rank)
-        return RowPlan(unique_U, _order(place, token, rank, bound), overflow, found)
+        token = by_id if also is None else _sorted_tokens(place)
+        return RowPlan(unique_U, _order(place, token, bound), overflow, found)
     # The order of the whole says nothing of the order within one of several microbatches.
     whole = ids.shape[0] == 1 and also is None
-    token = by_id[None] if whole else jax.vmap(_sorted_tokens)(place, rank)
-    order = jax.vmap(lambda *args: _order(*args, bound))(place, token, rank)
+    token = by_id[None] if whole else jax.vmap(_sorted_tokens)(place)
+    order = jax.vmap(lambda *args: _order(*args, bound))(place, token)
     return RowPlan(unique_U, order, overflow, found)
 
 
-def _sorted_tokens(keys_T: jax.Array, rank_T: jax.Array | None) -> jax.Array:
-    """Return the tokens by key, then by rank, then as they stand; int32."""
-    keys = (keys_T,) if rank_T is None else (rank_T, keys_T)
-    return jnp.lexsort(keys).astype(jnp.int32)
+def _sorted_tokens(keys_T: jax.Array) -> jax.Array:
+    """Return the tokens by key, then as they stand; int32."""
+    return jnp.argsort(keys_T, stable=True).astype(jnp.int32)
 
 
-def _order(place_T: jax.Array, token: jax.Array, rank: jax.Array | None, bound: int) -> Order:
+def _order(place_T: jax.Array, token: jax.Array, bound: int) -> Order:
     # Counts and sums where a search would do: a search is a loop of log2(T) turns on a GPU.
     size_U = jnp.zeros(bound, jnp.int32).at[place_T].add(1)
     run_start = _starts(size_U)
@@ -149,7 +134,7 @@ def _order(place_T: jax.Array, token: jax.Array, rank: jax.Array | None, bound: 
     start = jnp.where(holds, start, 0)
     largest_first = jnp.argsort(jnp.where(holds, -size, 1), stable=True)
     pieces = (x[largest_first] for x in (piece_run, start, size, slot))
-    return Order(place_T, token, *pieces, run_piece[bound], split_run, split_slot, rank)
+    return Order(place_T, token, *pieces, run_piece[bound], split_run, split_slot)
 
 
 def _starts(counts: jax.Array) -> jax.Array:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jtok_kernels import mosaic_gpu_update
-from jtok_kernels.choose import choose, is_simulated
+from jtok_kernels.choose import backend, choose
+from jtok_kernels.mosaic_gpu_update import update_kernel
 from jtok_kernels.packing import as_float, pack_rows, width
 from jtok_kernels.rounding import Seed, round_at_random, row_seeds
 from jtok_kernels.row_optimizers import RowGrads, RowOptimizer, Scalars, State, mean_of_row
@@ -81,8 +81,8 @@ def update_rows(
         counters = {"log_decay": jnp.where(apply, total, state["log_decay"])}
     arrays = {name: value for name, value in state.items() if name not in counters}
     if chosen.startswith("mosaic_gpu") and shard is None:
-        update = mosaic_gpu_update.updater(interpret=is_simulated(chosen))
-        table, arrays = update(optimizer, table, arrays, of, scalars, seed)
+        gpu = backend(chosen)
+        table, arrays = update_kernel(gpu, optimizer, table, arrays, of, scalars, seed)
     else:
         columns = shard.columns if shard else ()
         table, arrays = _update_touched(optimizer, table, arrays, of, scalars, rounding, columns)

@@ -19,7 +19,7 @@ Index = tuple[jax.Array, ...]  # (layer,) of a stacked table, () of a single one
 
 def jtok_forward(h_TD, delta_TD, table, at: Index, ids_T, scale_D, form: Form) -> jax.Array:
     e_TD = as_float(table[(*at, ids_T)])
-    return norm_add(h_TD, delta_TD, e_TD, scale_D, form)
+    return reference.norm_add(h_TD, delta_TD, e_TD, scale_D, **form._asdict())
 
 
 def jtok_backward(g_TD, delta_TD, table, at: Index, ids_T, scale_D, plan: RowPlan, form: Form):
@@ -49,7 +49,7 @@ def jtok_m_forward(
     h_TD, delta_TD, tables, at: Index, ids_T, choice_TK, weights_TK, scale_D, form: Form
 ) -> jax.Array:
     e_TD = mix_rows_forward(tables, at, ids_T, choice_TK, weights_TK)
-    return norm_add(h_TD, delta_TD, e_TD, scale_D, form)
+    return reference.norm_add(h_TD, delta_TD, e_TD, scale_D, **form._asdict())
 
 
 def jtok_m_backward(
@@ -81,10 +81,6 @@ def mix_rows_backward(d_e_TD, tables, at: Index, ids_T, choice_TK, weights_TK, p
     return d_weights_TK, mixed_row_gradients(d_e_TD, choice_TK, weights_TK, plan, tables.shape[-3])
 
 
-def norm_add(h_TD, delta_TD, e_TD, scale_D, form: Form) -> jax.Array:
-    return reference.norm_add(h_TD, delta_TD, e_TD, scale_D, **form._asdict())
-
-
 def as_choice(table, ids_T) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return (tables, choice, weights): reading one table is choosing the one of one."""
     ones = jnp.ones((ids_T.size, 1), jnp.float32)
@@ -99,11 +95,7 @@ def sum_by_row(values_TD: jax.Array, order: Order, num_unique: int) -> jax.Array
     are sorted and summed as a segmented scan, a tree that depends on positions alone.
     """
     zeros = jnp.zeros((num_unique, values_TD.shape[-1]), jnp.float32)
-
-    def add(values):
-        place, values = _by_rank(order, order.place, values)
-        return zeros.at[place].add(values)
-
+    add = lambda values: zeros.at[order.place].add(values)
     scan = lambda values: _segmented_scan(values, order, zeros)
     return jax.lax.platform_dependent(values_TD, cuda=scan, rocm=scan, default=add)
 
@@ -122,11 +114,6 @@ def _segmented_scan(values_TD, order: Order, zeros_UD) -> jax.Array:
     return zeros_UD.at[end].set(sums_TD, mode="drop", unique_indices=False)
 
 
-def _by_rank(order: Order, *arrays: jax.Array):
-    """Return arrays of tokens, sorted where tokens have ranks to be added by."""
-    return arrays if order.rank is None else tuple(array[order.token] for array in arrays)
-
-
 def _rows(tables, at: Index, ids_T, choice_TK) -> jax.Array:
     return as_float(tables[(*at, choice_TK, ids_T[:, None])])
 
@@ -137,10 +124,8 @@ def mixed_row_gradients(d_e_TD, choice_TK, weights_TK, plan: RowPlan, num_tables
 
     def add(d_e_TD):
         zeros = jnp.zeros((num_tables, num_unique, dim), jnp.float32)
-        tokens = plan.order.place, choice_TK, weights_TK, d_e_TD
-        place, choice, weights, d_e_TD = _by_rank(plan.order, *tokens)
-        values_TKD = weights[..., None] * d_e_TD[:, None]
-        return zeros.at[choice, place[:, None]].add(values_TKD)
+        values_TKD = weights_TK[..., None] * d_e_TD[:, None]
+        return zeros.at[choice_TK, plan.order.place[:, None]].add(values_TKD)
 
     def scan(d_e_TD):
         zeros = jnp.zeros((num_unique, dim), jnp.float32)
