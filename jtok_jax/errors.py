@@ -107,6 +107,9 @@ def parse_flags(arguments: list[str]) -> list[str]:
 
 def _reason(error: Exception, arguments: list[str]) -> str:
     text = " ".join(map(str, error.args))
+    own = re.search(r"^jtok_jax\.errors\.\w+: (.*)", text, re.M | re.S)  # of a file in configs/
+    if own:
+        return own[1].strip()
     if isinstance(error, flags.UnrecognizedFlagError):
         return f"{text}. Fields of the configuration are --config.GROUP.NAME=VALUE."
     if isinstance(error, OSError):

@@ -141,7 +141,9 @@ def test_figures_fit_the_tables_and_rows_never_read_have_not_moved(finished):
 
 def test_removal_is_the_loss_with_zero_rows(finished):
     """By the step of evaluation; without any row the model is its own backbone."""
-    (workdir, found, _), (_, config, _, params) = finished, load_params(finished[0])
+    workdir, found, _ = finished
+    saved = load_params(workdir)
+    config, params = saved.config, saved.params
     batches = list(itertools.islice(open_source(config).valid_batches(), 4))
     removal, token, tokens = found["removal"], found["removed_ids"][0], 4 * 3 * 16
 

@@ -3,6 +3,7 @@
 """Commands in blocks of the documents are what the tools take; their examples do what they say."""
 
 import argparse
+import json
 import re
 import runpy
 import shlex
@@ -22,7 +23,8 @@ from pythons import oldest
 from small import prepare_small_corpus
 
 from jtok_jax import JTok, JTokM
-from jtok_jax.config_dict import from_config_dict
+from jtok_jax.config import Config
+from jtok_jax.config_dict import from_config_dict, to_dict
 from jtok_jax.study.spec import check_study
 
 pytestmark = oldest
@@ -67,7 +69,8 @@ COMMANDS = [
 def test_the_commands_are_found():
     names = {words[0] for _, words in COMMANDS}
     tools = {
-        f"jtok_jax.{x}" for x in ("doctor", "prepare", "evaluate", "generate", "plan", "study")
+        f"jtok_jax.{x}"
+        for x in ("convert", "doctor", "prepare", "evaluate", "generate", "plan", "study")
     }
     assert names == tools | {"train.py", "benchmarks/gpu.py"}
     assert {name for name, words in COMMANDS if words[0] == "train.py"} >= {"docs/hosts.md"}
@@ -77,13 +80,16 @@ def test_the_commands_are_found():
 @pytest.mark.parametrize(
     ("document", "words"), COMMANDS, ids=lambda x: x if isinstance(x, str) else " ".join(x[:2])
 )
-def test_the_tools_take_the_commands(document, words, monkeypatch):
+def test_the_tools_take_the_commands(document, words, monkeypatch, tmp_path):
     tool, *arguments = words
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     path = ROOT / (tool if tool.endswith(".py") else tool.replace(".", "/") + ".py")
     path = path if path.exists() else path.with_suffix("") / "__main__.py"
     assert path.exists()
+    if any(":runs/" in one for one in arguments):  # a configuration that is read from a run
+        (tmp_path / "config.json").write_text(json.dumps(to_dict(Config())))
+        arguments = [re.sub(":runs/.*", f":{tmp_path}", one) for one in arguments]
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
     if tool in ("train.py", "jtok_jax.plan"):
         takes_configuration(path)

@@ -205,11 +205,6 @@ class Checkpoints:
         found = read_metadata(self._checkpointer, step)
         require_same_config(found.custom_metadata["config"], self._config, self._folder.parent)
         require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
-        if "step" not in found.metadata:
-            raise CheckpointError(
-                f"{self._folder.parent} holds parameters alone, nothing to go on from. Start a run "
-                f"from them: another --workdir with --config.init_from={self._folder.parent}"
-            )
         logical = _logical(abstract)
         wanted = named_leaves(logical)
         leaves = load_leaves(self._checkpointer, found, wanted)

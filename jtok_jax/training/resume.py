@@ -28,9 +28,14 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
 
     Raises:
         ConfigError: the workdir belongs to a run with another configuration.
-        CheckpointError: its configuration cannot be read.
+        CheckpointError: its configuration cannot be read, or it has parameters without a state.
     """
     path = workdir / CONFIG_FILE
+    if (workdir / CHECKPOINTS / "0").exists():  # of `Checkpoints.save_params`
+        raise CheckpointError(
+            f"{workdir} holds parameters alone, nothing to go on from. Start a run from them: "
+            f"another --workdir, with --config=configs/pretrained.py:{workdir}"
+        )
     if path.exists() and any((workdir / CHECKPOINTS).glob("*")):  # else nothing would be lost
         require_same_config(_saved_config(path), config, workdir)
     partial = path.with_suffix(".partial")
