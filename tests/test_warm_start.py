@@ -20,7 +20,7 @@ from test_data import run_config
 from configs.pretrained import get_config
 from jtok_jax.config import OptimizerConfig
 from jtok_jax.config_dict import from_config_dict
-from jtok_jax.convert import convert
+from jtok_jax.convert import from_folder
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.mesh import abstract_mesh
 from jtok_jax.model.params import bind, declared
@@ -126,7 +126,7 @@ def test_a_run_goes_on_without_what_it_began_with(base, tmp_path):
 def test_a_folder_of_hugging_face_is_begun_with_as_its_run_is(corpus, tmp_path):
     values = hf_config("qwen2") | {"vocab_size": 300}
     folder = write_folder(tmp_path / "hf", values, random_tensors(values))
-    convert(folder, tmp_path / "converted")
+    from_folder(folder, tmp_path / "converted")
     losses = []
     for start in (folder, tmp_path / "converted"):
         config = from_config_dict(get_config(str(start)))

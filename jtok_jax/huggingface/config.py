@@ -36,13 +36,14 @@ def model_config(values: dict, *, dtype: str = "") -> ModelConfig:
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be integers of config.json.")
     _refuse_parts(values, name)
-    heads = values["num_attention_heads"]
+    heads, dim = values["num_attention_heads"], values["hidden_size"]
+    size = values.get("head_dim") or (128 if name == QWEN3 else dim // heads)
     biases = "qkvo" if values.get("attention_bias") else "none"
     base, scaling = _rope(values)
     return ModelConfig(
         **{ours: values[theirs] for theirs, ours in REQUIRED.items()},
         num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or (128 if name == QWEN3 else 0),
+        head_dim=0 if size * heads == dim else size,
         head="tied" if values.get("tie_word_embeddings") else "untied",
         qk_norm="rms" if name == QWEN3 else "none",
         attention_bias="qkv" if name == QWEN2 else biases,
