@@ -6,6 +6,7 @@ Every message says what failed, where, what was expected and found, and what to 
 """
 
 import contextlib
+import pathlib
 import re
 import sys
 from typing import NoReturn
@@ -37,6 +38,14 @@ class CheckpointError(JtokError):
     """A checkpoint is missing, damaged or does not fit this configuration."""
 
     exit_code = 4
+
+
+class DamagedError(CheckpointError):
+    """The checkpoint `folder` does not hold what was saved; `before` is the step before it."""
+
+    def __init__(self, message: str, folder: pathlib.Path, before: int | None):
+        super().__init__(message)
+        self.folder, self.before = folder, before
 
 
 class DataError(JtokError, ValueError):

@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(workdir, name):
     command = [sys.executable, "-m", "jtok_jax.evaluate", f"--workdir={workdir}"]
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert done.returncode == 4, done.stderr
-    assert "CheckpointError: Checkpoint" in done.stderr
+    assert "DamagedError: Checkpoint" in done.stderr
     assert "Move" in done.stderr
 
 
@@ -162,7 +162,7 @@ def test_workdirs_without_checkpoints_are_refused_by_the_tools(tmp_path, capsys)
 def test_other_code_is_refused_by_the_tools(workdir):
     """Parameters that this code has and the checkpoint lacks, or the other way round."""
     path = workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
-    text = path.read_text()
+    text = re.sub(', "digest": "[0-9a-f]{64}"', "", path.read_text())  # an earlier version
     for old, new, message in (
         ('"qk_norm": "none"', '"qk_norm": "rms"', "params/blocks/attention/key_norm: missing"),
         ('"head": "untied"', '"head": "tied"', "params/head: not in this configuration"),

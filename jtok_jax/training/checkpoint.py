@@ -22,8 +22,9 @@ from orbax.checkpoint import v1 as ocp
 import jtok_jax
 from jtok_jax.config import Config
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
-from jtok_jax.errors import CheckpointError, ConfigError, NonFiniteError
+from jtok_jax.errors import CheckpointError, ConfigError, DamagedError, NonFiniteError
 from jtok_jax.model.params import to_logical, to_stored
+from jtok_jax.training.digest import digests, text_digest
 from jtok_jax.training.resume import (
     CHECKPOINTS,
     require_same_config,
@@ -37,7 +38,9 @@ orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
 RANKED_BY = "val_loss"  # in the metrics of a checkpoint
+METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"  # Orbax's files of a checkpoint
 PARAMS = "params/"  # leaves of a checkpoint that the tools read
+DIGESTS, DIGEST = "digests", "digest"  # of leaves, and of all other metadata
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
 
 
@@ -71,7 +74,7 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        return ocp.training.Checkpointer(
+        return open_checkpointer(
             self._folder,
             preservation_policy=policies.AnyPreservationPolicy(preserved),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -107,9 +110,11 @@ class Checkpoints:
             )
         finite = val_loss is not None and math.isfinite(val_loss)
         metrics = {RANKED_BY: val_loss} if finite else None
+        leaves = named_leaves(state)
+        metadata = self._metadata(leaves)
         with self._failure(step):
             response = self._checkpointer.save_async(
-                step, named_leaves(state), metrics=metrics, custom_metadata=self._metadata()
+                step, leaves, metrics=metrics, custom_metadata=metadata
             )
         self._pending = step, response
 
@@ -121,17 +126,19 @@ class Checkpoints:
         """
         leaves = {PARAMS + name: value for name, value in params.items()}
         with self._failure(0):
-            self._checkpointer.save(0, leaves, custom_metadata=self._metadata())
+            self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves))
 
-    def _metadata(self) -> dict[str, object]:
-        return {
+    def _metadata(self, leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, object]:
+        found = {
             "config": to_dict(self._config),
             "data": self._data,
             "end_id": self._end_id,
             "jtok_jax": jtok_jax.__version__,
             "jax": jax.__version__,
             "flax": flax.__version__,
+            DIGESTS: digests(leaves),
         }
+        return found | {DIGEST: text_digest(found)}
 
     def rank(self, val_loss: float) -> None:
         """Rank the newest checkpoint, whose validation a signal had cut short.
@@ -144,7 +151,7 @@ class Checkpoints:
             return
         self._checkpointer.close()
         if jax.process_index() == 0:
-            path = self._folder / str(step) / "metrics" / "metrics"
+            path = self._folder / str(step) / METRICS
             partial = path.with_suffix(".partial")
             with self._failure(step):
                 path.parent.mkdir(exist_ok=True)
@@ -199,7 +206,8 @@ class Checkpoints:
         Raises:
             ConfigError: the run was made with another configuration.
             DataError: the data would give other batches.
-            CheckpointError: names, shapes or dtypes differ, or the files are damaged.
+            CheckpointError: names, shapes or dtypes differ.
+            DamagedError: it does not hold what was saved.
         """
         step = self.latest_step()
         found = read_metadata(self._checkpointer, step)
@@ -249,7 +257,7 @@ def _logical(state: TrainState) -> TrainState:
 
 @contextlib.contextmanager
 def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
-    """Raise CheckpointError where the checkpoint of `step` is damaged.
+    """Raise DamagedError where the checkpoint of `step` is damaged; CheckpointError: its disk is.
 
     Orbax is silent meanwhile: it logs a traceback per leaf, and the error says it once.
     """
@@ -259,22 +267,61 @@ def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
     except jax.errors.JaxRuntimeError:  # of a device, such as its memory, or of another process
         raise
     except Exception as error:
-        older = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and int(p.name) < step]
-        before = f"step {max(older)}" if older else "step 0: there is no checkpoint before it"
-        raise CheckpointError(
-            f"Checkpoint {folder / str(step)} cannot be read: {error}. Move that folder away to "
-            f"go on from {before}."
+        if _is_of_disk(error):
+            raise CheckpointError(
+                f"Checkpoint {folder / str(step)} cannot be read: {error}. It may be sound: mend "
+                "the disk or the rights of the folder, then run the same command again."
+            ) from error
+        before = max((one for one in _steps(folder) if one < step), default=None)
+        there = "step 0: there is no checkpoint before it" if before is None else f"step {before}"
+        raise DamagedError(
+            f"Checkpoint {folder / str(step)} is damaged: {error}. Move that folder away to go on "
+            f"from {there}.",
+            folder / str(step),
+            before,
         ) from error
     finally:
         logging.disable(logging.NOTSET)
 
 
+def _is_of_disk(error: Exception) -> bool:
+    """Return whether reading failed, where a file that is missing or cut short would be damage."""
+    text = str(error)  # TensorStore's errors have no classes
+    of_tensorstore = "os_error_code" in text and "NOT_FOUND" not in text
+    return of_tensorstore or (
+        isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    )
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, whether they are sound or not."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def open_checkpointer(folder: pathlib.Path, **options) -> ocp.training.Checkpointer:
+    """Return Orbax's checkpointer, which reads metadata and metrics of all checkpoints.
+
+    Raises:
+        DamagedError: that of one is no JSON.
+    """
+    for step in _steps(folder):
+        paths = [folder / str(step) / METADATA, folder / str(step) / METRICS]
+        for path in filter(pathlib.Path.exists, paths):
+            with _reading(folder, step):
+                json.loads(path.read_bytes())
+    return ocp.training.Checkpointer(folder, **options)
+
+
 def read_metadata(checkpointer, step: int):
-    """Return what Orbax keeps of a checkpoint. Raises CheckpointError: it is damaged."""
+    """Return what Orbax keeps of a checkpoint. Raises DamagedError: it is not what was saved."""
     with _reading(checkpointer.directory, step):
         found = checkpointer.metadata(step)
         if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
             raise ValueError("its metadata is incomplete")
+        values = dict(found.custom_metadata)
+        said = values.pop(DIGEST, None)  # none: of an earlier version
+        if said is not None and said != text_digest(values):
+            raise ValueError("its metadata differs from what was saved")
         return found
 
 
@@ -294,7 +341,8 @@ def load_leaves(checkpointer, found, wanted: dict, *, below: str = "") -> dict[s
     """Return the leaves of a checkpoint whose name begins with `below`.
 
     Raises:
-        CheckpointError: they are not those of `wanted`, or damaged. Orbax would cast dtypes.
+        CheckpointError: they are not those of `wanted`. Orbax would cast dtypes.
+        DamagedError: they are not what was saved.
     """
     saved = {name: leaf for name, leaf in found.metadata.items() if name.startswith(below)}
     problems = [f"  {name}: missing" for name in wanted.keys() - saved.keys()]
@@ -313,4 +361,12 @@ def load_leaves(checkpointer, found, wanted: dict, *, below: str = "") -> dict[s
         )
     with _reading(checkpointer.directory, found.step):
         skipped = dict.fromkeys(found.metadata, ...)
-        return checkpointer.load(found.step, skipped | wanted)
+        leaves = checkpointer.load(found.step, skipped | wanted)
+        said = found.custom_metadata.get(DIGESTS)
+        if said is None:  # of an earlier version
+            return leaves
+        own = digests({name: leaves[name] for name in wanted})
+        changed = [name for name in own if own[name] != said[name]]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} differ from what was saved")
+        return leaves

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jtok_jax.config import Config
 from jtok_jax.config_dict import flatten, to_dict
 from jtok_jax.data.loader import open_source, train_batches
-from jtok_jax.errors import ConfigError, DataError, Preempted
+from jtok_jax.errors import ConfigError, DamagedError, DataError, Preempted
 from jtok_jax.hosts import Hosts, code_and_versions
 from jtok_jax.lock import LOCK_FILE, locked
 from jtok_jax.mesh import check_batches, make_mesh, put_batch, replicated, rows_here, split_batch
@@ -106,12 +106,8 @@ class Run:
         everywhere = replicated(self._mesh)
         self.health_step = jax.jit(make_health_step(config, self._mesh), out_shardings=everywhere)
         self._eval_step = jax.jit(make_eval_step(config, self._mesh), out_shardings=everywhere)
-        data = {"data": self._source.fingerprint, "end_id": self._source.end_id}
-        self.checkpoints = Checkpoints(workdir, config, **data)
-        saved = self.checkpoints.latest_step() or 0
-        self.first_step = saved + 1
-        ranked = self.checkpoints.is_ranked()  # else a signal ended the validation
-        self.validation_due = self.evaluation_due(saved) and not ranked
+        self.checkpoints = self._open_checkpoints()
+        self.first_step, self.validation_due = self._begin()
         self._timer, self._data_wait = Timer(config), 0.0
         self._writers: list[Writer] = []
         self._pending: _Pending | None = None
@@ -135,11 +131,52 @@ class Run:
                     params = begin_with(self.config, self._mesh, state.params, self.hosts.say)
                 state = state._replace(params=params)
             return state
-        with self._stall.waiting_for(f"restored checkpoint of step {self.first_step - 1}"):
-            abstract = abstract_state(self.config, self._optimizer, self._mesh)
-            state = self.checkpoints.restore(abstract)
+        state = self._restore()
         self.hosts.say(f"resumed at step {self.first_step - 1}")
         return state
+
+    def _begin(self) -> tuple[int, bool]:
+        """Return the step after the newest checkpoint, and whether that lacks its validation."""
+        saved = self.checkpoints.latest_step() or 0
+        ranked = self.checkpoints.is_ranked()  # else a signal ended the validation
+        return saved + 1, self.evaluation_due(saved) and not ranked
+
+    def _restore(self) -> TrainState:
+        """Return the state of the newest checkpoint that is sound; damaged ones are set aside.
+
+        Raises:
+            DamagedError: there is no other, or several processes would have to agree on it.
+        """
+        abstract = abstract_state(self.config, self._optimizer, self._mesh)
+        while True:
+            try:
+                with self._stall.waiting_for(f"restored checkpoint of step {self.first_step - 1}"):
+                    return self.checkpoints.restore(abstract)
+            except DamagedError as error:
+                self.checkpoints.close()
+                self._set_aside(error)
+                self.checkpoints = self._open_checkpoints()
+                self.first_step, self.validation_due = self._begin()
+
+    def _open_checkpoints(self) -> Checkpoints:
+        """Open those of the workdir; of which Orbax cannot read the metadata are set aside."""
+        data = {"data": self._source.fingerprint, "end_id": self._source.end_id}
+        while True:
+            try:
+                return Checkpoints(self.workdir, self.config, **data)
+            except DamagedError as error:
+                self._set_aside(error)
+
+    def _set_aside(self, error: DamagedError) -> None:
+        """Rename a damaged checkpoint to STEP.bad.
+
+        Raises:
+            DamagedError: there is none before it, or several processes would have to agree on it.
+        """
+        if error.before is None or self.hosts.count > 1:
+            raise error
+        self.hosts.say(f"{error}\nSet aside as {error.folder.name}.bad.")
+        error.folder.rename(error.folder.with_suffix(".bad"))
 
     def is_finished(self) -> bool:
         """Return whether all steps are taken and the last validation is made."""

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
-from orbax.checkpoint import v1 as ocp
 
 from jtok_jax.config import Config, MeshConfig
 from jtok_jax.errors import CheckpointError, ConfigError, DataError
@@ -18,7 +17,14 @@ from jtok_jax.mesh import abstract_mesh, make_mesh
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.params import abstract_params, to_stored
 from jtok_jax.model.placement import parameter_sharding, table_operations
-from jtok_jax.training.checkpoint import PARAMS, RANKED_BY, config_of, load_leaves, read_metadata
+from jtok_jax.training.checkpoint import (
+    PARAMS,
+    RANKED_BY,
+    config_of,
+    load_leaves,
+    open_checkpointer,
+    read_metadata,
+)
 from jtok_jax.training.resume import checkpoints_of
 
 
@@ -50,7 +56,7 @@ def load_params(
         ConfigError: the mesh chosen does not fit the devices or the model.
     """
     folder = checkpoints_of(workdir)
-    with contextlib.closing(ocp.training.Checkpointer(folder)) as checkpointer:
+    with contextlib.closing(open_checkpointer(folder)) as checkpointer:
         number = _choose_step(checkpointer, step, folder)
         found = read_metadata(checkpointer, number)
         config = config_of(found)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jtok_kernels import RowPlan, mixed
-from jtok_kernels.rounding import round_at_random, row_seeds
+from jtok_kernels.rounding import entry_places, round_at_random, row_seeds
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import BATCH, num_shards, split_batch
@@ -166,11 +166,7 @@ def _stored(params: Params, like: Params, key: jax.Array) -> Params:
         value = params[name]
         if like[name].dtype == value.dtype:
             return value
-        places = jnp.zeros(value.shape, jnp.uint32)
-        for axis, length in enumerate(value.shape):
-            along = jax.lax.broadcasted_iota(jnp.uint32, value.shape, axis)
-            places = places * jnp.uint32(length) + along
-        return round_at_random(value, row_seeds(seed, number, 0), places)
+        return round_at_random(value, row_seeds(seed, number, 0), entry_places(value.shape))
 
     return {name: stored(number, name) for number, name in enumerate(sorted(params))}
 

@@ -49,6 +49,15 @@ def round_at_random(x: jax.Array, row_seed, entries: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < jnp.inf, raised, x).astype(jnp.bfloat16)
 
 
+def entry_places(shape: tuple[int, ...]) -> jax.Array:
+    """Return uint32 of `shape`: the place of every entry, row-major, modulo 2^32."""
+    places = jnp.zeros(shape, jnp.uint32)
+    for axis, length in enumerate(shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        places = places * jnp.uint32(length) + along
+    return places
+
+
 def mixed(x):
     """Return the finalizer of MurmurHash3 of uint32: every bit in changes every bit out."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Damaged checkpoints: noticed by all that read them, set aside by the run that goes on."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+from pythons import oldest
+from small import DENSE, JTOK_M
+from test_config import changed
+from test_data import run_config
+from test_train_loop import records
+
+from benchmarks.faults import faults
+from jtok_jax.errors import CheckpointError, DamagedError
+from jtok_jax.loading import load
+from jtok_jax.training.digest import digests
+from jtok_jax.training.saved import load_params
+from train import train
+
+pytestmark = oldest
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    model = dataclasses.replace(DENSE, vocab_size=300, jtok=JTOK_M)
+    start = dataclasses.replace(run_config(corpus, steps=8), model=model)
+    return changed(start, {"checkpoint.every": 4})
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    train(config, workdir)
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def flip_a_bit(folder, number: int = 0) -> None:
+    """Flip one bit of the arrays of a checkpoint."""
+    path = max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1 << number
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
+    config, finished, workdir, capsys
+):
+    """What follows is what an undamaged run does, bit for bit."""
+    flip_a_bit(workdir / "checkpoints" / "8")
+    train(changed(config, {"train.steps": 10, "schedule.steps": 8}), workdir)
+    told = capsys.readouterr().out
+    assert "checkpoints/8 is damaged: " in told
+    assert "Set aside as 8.bad." in told
+    assert "resumed at step 4\n" in told
+    kept = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert kept == {"8.bad", "8", "10"}
+    assert [one["step"] for one in records(workdir)] == list(range(11))
+    before, after = load_params(finished).params, load_params(workdir, step="8").params
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, after[name], err_msg=name)
+
+
+def test_metadata_that_is_no_json_is_damage_and_set_aside(config, workdir, capsys):
+    path = workdir / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DamagedError, match="checkpoints/8 is damaged: Unterminated"):
+        load_params(workdir)
+    train(changed(config, {"train.steps": 8}), workdir)
+    assert "Set aside as 8.bad.\nresumed at step 4\n" in capsys.readouterr().out
+
+
+def test_a_disk_that_fails_is_no_damage(config, workdir, monkeypatch):
+    """Nothing is set aside: the checkpoint may be sound."""
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load", fail)
+    with pytest.raises(CheckpointError, match="may be sound: mend the disk") as told:
+        train(changed(config, {"train.steps": 10, "schedule.steps": 8}), workdir)
+    assert not isinstance(told.value, DamagedError)
+    assert not list(workdir.glob("checkpoints/*.bad"))
+
+
+def test_the_only_checkpoint_is_never_set_aside(config, workdir):
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    flip_a_bit(workdir / "checkpoints" / "8", 3)
+    longer = changed(config, {"train.steps": 10, "schedule.steps": 8})
+    with pytest.raises(DamagedError, match="go on from step 0: there is no checkpoint before it"):
+        train(longer, workdir)
+    assert (workdir / "checkpoints" / "8").is_dir()
+
+
+def test_the_tools_read_nothing_that_is_damaged(workdir):
+    flip_a_bit(workdir / "checkpoints" / "8")
+    with pytest.raises(DamagedError, match=r"is damaged: .* go on from step 4"):
+        load(workdir)
+    assert load_params(workdir, step="4").step == 4
+
+
+def test_a_configuration_that_changed_on_disk_is_damage(workdir):
+    path = workdir / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
+    saved = json.loads(path.read_text())
+    saved["custom_metadata"]["config"]["model"]["norm_eps"] = 1e-5
+    path.write_text(json.dumps(saved))
+    with pytest.raises(DamagedError, match="its metadata differs from what was saved"):
+        load_params(workdir)
+
+
+def test_checkpoints_of_earlier_versions_have_no_digests(workdir):
+    path = workdir / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
+    saved = json.loads(path.read_text())
+    del saved["custom_metadata"]["digests"], saved["custom_metadata"]["digest"]
+    path.write_text(json.dumps(saved))
+    assert load_params(workdir).step == 8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.uint32])
+def test_every_bit_and_every_place_counts(dtype):
+    rng = np.random.default_rng(0)
+    width = jnp.dtype(dtype).itemsize
+    words = rng.integers(0, 1 << 16, (5, 7, width // 2), np.uint16)
+    as_array = lambda x: jax.lax.bitcast_convert_type(
+        jnp.asarray(x[..., 0] if width == 2 else x), dtype
+    )
+    first = digests({"x": as_array(words)})["x"]
+    assert first == digests({"x": as_array(words)})["x"]
+    others = [words[::-1], words[:, ::-1], np.zeros_like(words)]
+    for bit in range(8 * width):
+        other = words.copy()
+        other[3, 2, bit // 16] ^= np.uint16(1 << bit % 16)
+        others.append(other)
+    found = [digests({"x": as_array(other)})["x"] for other in others]
+    assert first not in found
+    assert len(set(found)) == len(found)
+
+
+# Orbax leaves coroutines behind that read what was damaged.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_faults_of_every_kind_are_noticed_or_harmless(config, finished, tmp_path):
+    """A few of each kind; benchmarks/faults.py counts many."""
+    expected, folder = load_params(finished).params, finished / "checkpoints" / "8"
+    some, kinds = {}, []
+    for kind, apply in faults(folder, 12, 6, seed=1):
+        some[kind] = some.get(kind, 0) + 1
+        if some[kind] > 12:
+            continue
+        kinds.append(kind)
+        copy = tmp_path / str(len(kinds))
+        shutil.copytree(folder, copy / "checkpoints" / "8")
+        apply(copy / "checkpoints" / "8")
+        with contextlib.suppress(CheckpointError):
+            found = load_params(copy).params
+            for name, value in expected.items():
+                np.testing.assert_array_equal(value, found[name], err_msg=f"{kind} {name}")
+        shutil.rmtree(copy)
+    assert len(set(kinds)) == 7
