@@ -6,11 +6,13 @@ from jtok_jax.errors import ConfigError
 
 
 def one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
+    """Raise ConfigError unless `value` is one of the choices."""
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
 
 
 def at_least(config: object, prefix: str, minimum: float, *names: str) -> None:
+    """Raise ConfigError unless the fields `names` of a configuration are at least `minimum`."""
     for name in names:
         value = getattr(config, name)
         if not value >= minimum:
@@ -18,6 +20,7 @@ def at_least(config: object, prefix: str, minimum: float, *names: str) -> None:
 
 
 def check_betas(config: object, prefix: str) -> None:
+    """Raise ConfigError unless b1 and b2 of a configuration are in [0, 1)."""
     for name in ("b1", "b2"):
         value = getattr(config, name)
         if not 0 <= value < 1:

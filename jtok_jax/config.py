@@ -171,6 +171,8 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """When a checkpoint is written, and which are kept."""
+
     every: int = 500  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
     keep_best: int = 0  # also those of the lowest validation loss, of steps that have one
@@ -182,6 +184,8 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
+    """When the held-out set is evaluated, and how much of it."""
+
     every: int = 500  # steps between evaluations; also before step 1 and at the end
     batch_size: int = 16  # sequences per forward pass
     max_sequences: int = 0  # as many, evenly spaced in the held-out set; 0: all of it
@@ -193,6 +197,8 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """Where batches come from."""
+
     source: str = "prepared"  # prepared (by jtok_jax.prepare) | synthetic (random ids)
     path: str = ""  # folder written by jtok_jax.prepare
     read_threads: int = 2
@@ -225,6 +231,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
+    """Writers of metrics beside metrics.jsonl; each field turns one on."""
+
     tensorboard: bool = False  # also write DIR/tensorboard (needs tensorboardX)
 
 

@@ -139,6 +139,7 @@ def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> 
 
 
 def num_shards(mesh: Mesh, names: tuple[str, ...]) -> int:
+    """Return the parts that mesh axes split an array into."""
     return math.prod(mesh.shape[name] for name in names)
 
 
@@ -196,6 +197,7 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, size: int | None = None) -> jax.
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what is whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

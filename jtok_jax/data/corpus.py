@@ -43,10 +43,12 @@ class Skipped:
     examples: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, reason: str, message: str) -> None:
+        """Count one thing that was left out; the first message of a reason is kept."""
         self.counts[reason] += 1
         self.examples.setdefault(reason, message)
 
     def describe(self) -> list[str]:
+        """Return a line for each reason."""
         return [f"skipped {n} ({why}), e.g. {self.examples[why]}" for why, n in self.counts.items()]
 
 

@@ -150,10 +150,12 @@ class SyntheticSource:
         self.valid_bytes = rows * config.train.seq_len
 
     def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
+        """Return int32 ids [rows, seq_len + 1] of the batch of `step`."""
         key = self._config.train.seed, step
         return self._draw(key, self._config.train.batch_size, rows)
 
     def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
+        """Yield a held-out set that is always the same."""
         for index in range(self.VALID_BATCHES):
             key = self._config.train.seed, 0, index
             ids = self._draw(key, self._config.evaluation.batch_size, rows)

@@ -71,6 +71,7 @@ def lost_share(counts: dict[str, int]) -> float:
 
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
+    """Write the manifest of a prepared corpus."""
     (folder / FILE_NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=1) + "\n")
 
 
@@ -120,6 +121,7 @@ def verify_shards(folder: pathlib.Path, manifest: Manifest, *, hashes: bool) -> 
 
 
 def file_sha256(path: pathlib.Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

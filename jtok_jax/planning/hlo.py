@@ -50,16 +50,22 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
+    """A named list of instructions, such as the body of a loop."""
+
     instructions: dict[str, Instruction]  # by name
     root: str
 
 
 class Module(NamedTuple):
+    """All computations of a program."""
+
     computations: dict[str, Computation]  # by name
     entry: str
 
 
 class Loop(NamedTuple):
+    """A loop, and how often its body runs."""
+
     instruction: Instruction
     turns: int | None  # None: the text does not tell, it counts once
 

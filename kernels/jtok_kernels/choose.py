@@ -16,6 +16,8 @@ SINCE_HOPPER = ("NVIDIA H", "NVIDIA GH", "NVIDIA B", "NVIDIA GB")
 
 
 class Choice(NamedTuple):
+    """The implementation that runs, and why."""
+
     name: str
     reason: str
 
