@@ -9,6 +9,7 @@ Those of the model are in `model_config.py`. A file in configs/ changes fields o
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 
 import ml_collections
@@ -234,6 +235,24 @@ class LoggingConfig:
     """Writers of metrics beside metrics.jsonl; each field turns one on."""
 
     tensorboard: bool = False  # also write DIR/tensorboard (needs tensorboardX)
+    wandb: str = ""  # also write to this project of W&B (needs wandb)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps, for TensorBoard or Perfetto."""
+
+    steps: str = ""  # such as 10:15, the first and the last; written to DIR/profile
+
+    def __post_init__(self):
+        if self.steps and not re.fullmatch(r"[1-9]\d*:[1-9]\d*", self.steps):
+            raise ConfigError(f"profile.steps is {self.steps!r}; expected FIRST:LAST as 10:15.")
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """Return the first and the last step that are traced."""
+        first, _, last = self.steps.partition(":")
+        return (int(first), int(last)) if self.steps else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +268,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     # Parameters to begin with: those of a run, RUN or RUN@STEP, or a folder of Hugging Face.
     init_from: str = ""
 

@@ -219,6 +219,8 @@ ELSEWHERE = {
     "mesh.table_experts": "eight_devices",
     "mesh.table_rows": "eight_devices",
     "logging.tensorboard": "test_train_loop",
+    "logging.wandb": "test_run",
+    "profile.steps": "test_run",
 }
 
 

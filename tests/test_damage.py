@@ -91,7 +91,7 @@ def test_a_disk_that_fails_is_no_damage(config, workdir, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(ocp.training.Checkpointer, "load", fail)
-    with pytest.raises(CheckpointError, match="may be sound: mend the disk") as told:
+    with pytest.raises(CheckpointError, match="It may be sound: mend the disk") as told:
         train(changed(config, {"train.steps": 10, "schedule.steps": 8}), workdir)
     assert not isinstance(told.value, DamagedError)
     assert not list(workdir.glob("checkpoints/*.bad"))
@@ -170,3 +170,18 @@ def test_faults_of_every_kind_are_noticed_or_harmless(config, finished, tmp_path
                 np.testing.assert_array_equal(value, found[name], err_msg=f"{kind} {name}")
         shutil.rmtree(copy)
     assert len(set(kinds)) == 7
+
+
+def test_a_device_without_memory_sets_nothing_aside(config, workdir, monkeypatch):
+    """Orbax wraps what the device says."""
+
+    def fail(*_, **__):
+        try:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        except RuntimeError as error:
+            raise ValueError("Failed to load checkpointable") from error
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        train(changed(config, {"train.steps": 10, "schedule.steps": 8}), workdir)
+    assert not list(workdir.glob("checkpoints/*.bad"))

@@ -7,7 +7,9 @@ import dataclasses
 import json
 import math
 import re
+import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +108,38 @@ def test_a_device_without_memory_is_no_damaged_checkpoint(config, tmp_path, monk
     monkeypatch.setattr(ocp.training.Checkpointer, "load", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         load_params(tmp_path)
+
+
+def test_some_steps_are_traced(config, tmp_path):
+    train(changed(config, {"profile.steps": "3:4", "train.steps": 6}), tmp_path)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    train(changed(config, {"profile.steps": "2:99", "train.steps": 4}), tmp_path / "to_the_end")
+    assert list((tmp_path / "to_the_end" / "profile").rglob("*.xplane.pb"))
+    for text in ("3", "0:4", "a:b", "3:4:5"):
+        with pytest.raises(ConfigError, match="expected FIRST:LAST as 10:15"):
+            changed(config, {"profile.steps": text})
+
+
+def test_a_run_and_what_goes_on_with_it_are_one_run_of_wandb(config, tmp_path, monkeypatch):
+    told, logged = [], {}
+    ours = types.SimpleNamespace(
+        log=lambda values, step: logged.setdefault(step, {}).update(values), finish=lambda: None
+    )
+    wandb = types.SimpleNamespace(init=lambda **options: told.append(options) or ours)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for steps in (2, 4):
+        changes = {"logging.wandb": "tables", "train.steps": steps, "schedule.steps": 4}
+        train(changed(config, changes), tmp_path)
+    first, second = told
+    assert first["id"] == second["id"]
+    assert (first["project"], first["resume"]) == ("tables", "allow")
+    assert first["config"]["model"]["vocab_size"] == 300
+    assert sorted(logged) == [0, 1, 2, 3, 4]
+    assert {"loss", "val_loss", "step_seconds"} < logged[4].keys()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="wandb is set but wandb is not installed; pip install"):
+        train(changed(config, changes), tmp_path / "other")
 
 
 def test_checkpoints_that_are_never_ranked_are_refused(config):

@@ -31,7 +31,8 @@ IDLE = {
 }  # fmt: skip
 # Where files lie and how often something is written changes no result.
 PATHS = (
-    "data.path", "data.read_threads", "data.prefetch", "data.verify", "checkpoint.", "logging.",
+    "data.path", "data.read_threads", "data.prefetch", "data.verify", "checkpoint.",
+    "logging.", "profile.",
     "train.log_every", "train.stall_seconds", "train.start_seconds", "train.heartbeat_seconds",
 )  # fmt: skip
 

@@ -264,19 +264,20 @@ def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
         yield
-    except jax.errors.JaxRuntimeError:  # of a device, such as its memory, or of another process
-        raise
     except Exception as error:
-        if _is_of_disk(error):
+        root = _root(error)
+        if isinstance(root, jax.errors.JaxRuntimeError):  # of a device, such as its memory
+            raise root from error
+        if not _is_damage(root):
             raise CheckpointError(
-                f"Checkpoint {folder / str(step)} cannot be read: {error}. It may be sound: mend "
-                "the disk or the rights of the folder, then run the same command again."
+                f"Checkpoint {folder / str(step)} cannot be read: {_line(root)}. It may be sound: "
+                "mend the disk or the rights of the folder, then run the same command."
             ) from error
         before = max((one for one in _steps(folder) if one < step), default=None)
         there = "step 0: there is no checkpoint before it" if before is None else f"step {before}"
         raise DamagedError(
-            f"Checkpoint {folder / str(step)} is damaged: {error}. Move that folder away to go on "
-            f"from {there}.",
+            f"Checkpoint {folder / str(step)} is damaged: {_line(root)}. Move that folder away "
+            f"to go on from {there}.",
             folder / str(step),
             before,
         ) from error
@@ -284,13 +285,22 @@ def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _is_of_disk(error: Exception) -> bool:
-    """Return whether reading failed, where a file that is missing or cut short would be damage."""
-    text = str(error)  # TensorStore's errors have no classes
-    of_tensorstore = "os_error_code" in text and "NOT_FOUND" not in text
-    return of_tensorstore or (
-        isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-    )
+def _root(error: BaseException) -> BaseException:
+    """Return the error that came first: Orbax wraps it in pages of its options."""
+    earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return _root(earlier) if earlier else error
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(" .:[")
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Return whether bytes were read, or missing, that are not those of a checkpoint."""
+    if "os_error_code" in str(error):  # of TensorStore, whose errors are all ValueErrors
+        return "NOT_FOUND" in str(error)
+    return isinstance(error, ValueError | KeyError | TypeError | EOFError | FileNotFoundError)
 
 
 def _steps(folder: pathlib.Path) -> list[int]:

@@ -5,9 +5,11 @@
 import collections
 import contextlib
 import datetime
+import importlib
 import json
 import math
 import pathlib
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -74,13 +76,7 @@ class TensorBoardWriter:
     """Writes DIR/tensorboard; its readers forget `first_step` and later of an earlier process."""
 
     def __init__(self, workdir: pathlib.Path, first_step: int):
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise ConfigError(
-                "logging.tensorboard is set but tensorboardX is not installed; "
-                "pip install -e '.[tensorboard]', or leave it off: metrics.jsonl has everything."
-            ) from error
+        tensorboardX = _package("tensorboardX", "logging.tensorboard")
         folder = str(workdir / "tensorboard")
         self._board = tensorboardX.SummaryWriter(folder, purge_step=first_step)
 
@@ -92,8 +88,41 @@ class TensorBoardWriter:
         self._board.close()
 
 
+class WandbWriter:
+    """Writes to a project of Weights & Biases; a resumed run goes on in the same run there.
+
+    Steps that it repeats are not written again: W&B takes no step twice.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first_step: int):
+        wandb = _package("wandb", "logging.wandb")
+        config, path = json.loads((workdir / "config.json").read_text()), workdir / "wandb_id"
+        if not path.exists():
+            path.write_text(secrets.token_hex(4))
+        project = {"project": config["logging"]["wandb"], "id": path.read_text()}
+        self._run = wandb.init(**project, dir=workdir, resume="allow", config=config)
+
+    def write(self, step: int, values: dict[str, object]) -> None:
+        self._run.log(dict(_numbers(values)), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _package(name: str, field: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{field} is set but {name} is not installed; pip install {name}, or leave it off: "
+            "metrics.jsonl has everything."
+        ) from error
+
+
 # Beside metrics.jsonl, by the field of `logging` that asks for it.
-WRITERS: dict[str, Callable[[pathlib.Path, int], Writer]] = {"tensorboard": TensorBoardWriter}
+WRITERS: dict[str, Callable[[pathlib.Path, int], Writer]] = {
+    "tensorboard": TensorBoardWriter, "wandb": WandbWriter
+}  # fmt: skip
 
 
 def open_writers(config: Config, workdir: pathlib.Path, first_step: int) -> list[Writer]:

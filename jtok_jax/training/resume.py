@@ -16,8 +16,8 @@ CONFIG_FILE = "config.json"
 # so change the last bits.
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
-    "logging.", "data.path", "data.read_threads", "data.prefetch", "data.verify", "mesh.",
-    "model.jtok.implementation", "model.attention", "model.remat", "model.loss_chunk",
+    "logging.", "profile.", "data.path", "data.read_threads", "data.prefetch", "data.verify",
+    "mesh.", "model.jtok.implementation", "model.attention", "model.remat", "model.loss_chunk",
     "train.compiler_options", "train.max_unique_ids", "train.start_seconds",
     "train.heartbeat_seconds",
 )  # fmt: skip

@@ -60,6 +60,7 @@ def open_run(config: Config, workdir: pathlib.Path, hosts: Hosts) -> Iterator["R
         stack.callback(run.close_checkpoints)
         stack.push(hosts.leave_if_alone)
         stack.callback(run.close_writers)
+        stack.callback(run.end_profile)
         yield run
 
 
@@ -110,6 +111,7 @@ class Run:
         self.first_step, self.validation_due = self._begin()
         self._timer, self._data_wait = Timer(config), 0.0
         self._writers: list[Writer] = []
+        self._tracing = False
         self._pending: _Pending | None = None
         self._val_loss: float | None = None  # after the newest step that was reported
 
@@ -239,11 +241,28 @@ class Run:
         batches = train_batches(self._source, self.config, rows, first_step=first)
         self._timer.start()
         for step in range(first, self.config.train.steps + 1):
+            self._profile(step)
             began = time.perf_counter()
             with self._stall.waiting_for(f"batch for step {step}"):
                 batch = next(batches)
             self._data_wait = time.perf_counter() - began
             yield step, tuple(put_batch(self._mesh, array, size=size) for array in batch)
+
+    def _profile(self, step: int) -> None:
+        """Begin a trace before the first step of profile.steps, and end it after the last."""
+        window = self.config.profile.window
+        if window and self.hosts.lead and step == window[0]:
+            jax.profiler.start_trace(self.workdir / "profile")
+            self._tracing = True
+        if self._tracing and step > window[1]:
+            self._report_pending()  # waits for the last one
+            self.end_profile()
+
+    def end_profile(self) -> None:
+        """Write the trace under way, if there is one."""
+        if self._tracing:
+            self._tracing = False
+            jax.profiler.stop_trace()
 
     def log_due(self, step: int) -> bool:
         """Return whether `step` is shown, with the health before it."""
