@@ -3,12 +3,18 @@
 """python -m jtok_jax.generate: text from a checkpoint of a run, the newest unless --step says.
 
     python -m jtok_jax.generate --workdir=runs/quickstart --prompt='def ' --tokens=60
-Several --prompt options are generated as one batch. The model is split over all devices of the
-machine, whatever the mesh of the run.
+    python -m jtok_jax.generate --workdir=runs/quickstart --prompts=prompts.txt
+    echo 'def main' | python -m jtok_jax.generate --workdir=runs/quickstart
+
+Several prompts, by --prompt or lines of a file, are generated as one batch. Without any, standard
+input is the prompt; at a terminal each line is one. The model is split over all devices here.
 """
 
 import argparse
+import contextlib
 import pathlib
+import sys
+from collections.abc import Iterator
 
 from jtok_jax.errors import ConfigError, exit_on_error
 from jtok_jax.inference.sampling import Sampling
@@ -22,7 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
     option = parser.add_argument
     option("--workdir", required=True, type=pathlib.Path, help="folder of a run of train.py")
     option("--step", default="newest", help="of a checkpoint; or newest, best (newest)")
-    option("--prompt", required=True, action="append", help="may be given several times")
+    option("--prompt", action="append", default=[], help="may be given several times")
+    option("--prompts", type=pathlib.Path, help="a file with a prompt on each line")
     option("--tokens", type=int, default=64, help="tokens to add (64)")
     option("--temperature", type=float, default=0.8, help="0: the most likely token (0.8)")
     option("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all (0)")
@@ -41,15 +48,45 @@ def run(options: argparse.Namespace) -> None:
         raise ConfigError("--tokens must be at least 1, --seed between 0 and 2^32 - 1.")
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     sampling.check()
-    for prompt in options.prompt:
+    prompts = [*options.prompt, *_lines(options.prompts)]
+    ask = sys.stdin.isatty() and not prompts
+    if not prompts and not ask:
+        prompts = [sys.stdin.read().removesuffix("\n")]
+    for prompt in prompts:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds such bytes
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
     loaded = load(options.workdir, data=options.data, step=options.step)
-    texts = loaded.generate(
-        options.prompt, tokens=options.tokens, sampling=sampling, seed=options.seed
-    )
-    for text in texts:
-        print(f"--- step {loaded.step} ---\n{text}")
+    made = {"tokens": options.tokens, "sampling": sampling, "seed": options.seed}
+    if len(prompts) > 1:
+        for text in loaded.generate(prompts, **made):
+            print(f"--- step {loaded.step} ---\n{text}")
+        return
+    print(f"--- step {loaded.step} ---")
+    for prompt in _asked() if ask else prompts:
+        pieces = [prompt]
+        print("" if ask else prompt, end="", flush=True)
+
+        def told(text: str, pieces=pieces) -> None:
+            pieces.append(text)
+            print(text, end="", flush=True)
+
+        (text,) = loaded.generate([prompt], **made, on_text=told)
+        print(text[len("".join(pieces)) :])  # a last character that was cut
+
+
+def _lines(path: pathlib.Path | None) -> list[str]:
+    """Return the lines of a file that are not empty."""
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line] if path else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompts={path} cannot be read: {error}.") from error
+
+
+def _asked() -> Iterator[str]:
+    """Yield what is typed, line by line, until Ctrl-D."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -65,8 +66,12 @@ class LoadedRun(NamedTuple):
         tokens: int = 64,
         sampling: Sampling | None = None,
         seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
         """Return each prompt with its continuation, up to the end token or `tokens` more.
+
+        Args:
+            on_text: called with each new piece of the first text while it is made.
 
         Raises:
             ConfigError: a prompt or an option is not possible.
@@ -75,15 +80,32 @@ class LoadedRun(NamedTuple):
         ids_BT = generate(
             self.config.model, for_inference(self.config.model, dict(self.params)), encoded,
             tokens=tokens, sampling=sampling or Sampling(), seed=seed, end_id=self.end_id,
+            **({"on_ids": self._teller(encoded[0], on_text)} if on_text else {}),
         )  # fmt: skip
-        texts = []
-        for text, prompt, ids in zip(prompts, encoded, ids_BT.tolist(), strict=True):
-            if self.end_id in ids:
-                ids = ids[: ids.index(self.end_id)]
-            # Some tokenizers write a token otherwise at the start of a text: so the whole of it.
-            start = self.tokenizer.decode(prompt[1:])
-            texts.append(text + self.tokenizer.decode(prompt[1:] + ids)[len(start) :])
-        return texts
+        pairs = zip(prompts, encoded, ids_BT.tolist(), strict=True)
+        return [text + self._continuation(prompt, ids) for text, prompt, ids in pairs]
+
+    def _continuation(self, prompt: list[int], ids: list[int]) -> str:
+        """Return the text of ids after a prompt, up to the end token."""
+        if self.end_id in ids:
+            ids = ids[: ids.index(self.end_id)]
+        # Some tokenizers write a token otherwise at the start of a text: so the whole of it.
+        start = self.tokenizer.decode(prompt[1:])
+        return self.tokenizer.decode(prompt[1:] + ids)[len(start) :]
+
+    def _teller(self, prompt: list[int], on_text: Callable[[str], None]) -> Callable:
+        """Return what tells the first text piece by piece, as `generate` makes its ids."""
+        ids, told = [], 0
+
+        def tell(ids_B: jax.Array) -> None:
+            nonlocal told
+            ids.append(int(ids_B[0]))
+            text = self._continuation(prompt, ids)
+            if not text.endswith("\ufffd"):  # a part of a character
+                on_text(text[told:])
+                told = len(text)
+
+        return tell
 
 
 def load(

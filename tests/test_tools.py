@@ -3,6 +3,7 @@
 """evaluate and generate on the checkpoint of a short run, and what they refuse."""
 
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -24,6 +25,8 @@ from jtok_jax.config import MeshConfig
 from jtok_jax.data import manifest
 from jtok_jax.errors import CheckpointError
 from jtok_jax.evaluate import main as evaluate_main
+from jtok_jax.inference.sampling import Sampling
+from jtok_jax.loading import load
 from jtok_jax.mesh import abstract_mesh
 from jtok_jax.training.saved import anywhere, load_params
 from jtok_jax.training.step import make_eval_step
@@ -176,6 +179,37 @@ def test_other_code_is_refused_by_the_tools(workdir):
     path.write_text(text.replace('"names": ""', '"names": "mixture"'))
     with pytest.raises(CheckpointError, match=r"an option that is no more\. model\.arms"):
         load_params(workdir)
+
+
+def generated(capsys, finished, *arguments: str) -> str:
+    generate_main([f"--workdir={finished}", "--tokens=9", "--temperature=0", *arguments])
+    return capsys.readouterr().out
+
+
+def test_prompts_come_from_a_file_or_standard_input_or_are_typed(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """And a text that is shown while it is made is the one that is returned."""
+    alone = {text: generated(capsys, finished, f"--prompt={text}") for text in ("abc", "hé ")}
+    run = load(finished)
+    for text, out in alone.items():
+        expected = run.generate([text], tokens=9, sampling=Sampling(0.0))[0]
+        assert out == f"--- step 2 ---\n{expected}\n"
+    file = tmp_path / "prompts.txt"
+    file.write_text("abc\n\nhé \n")
+    assert generated(capsys, finished, f"--prompts={file}") == "".join(alone.values())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc\n"))
+    assert generated(capsys, finished) == alone["abc"]
+    typed = iter(["abc", "hé "])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or exec("raise EOFError"))
+    found = generated(capsys, finished)
+    assert found == "--- step 2 ---\n" + "".join(
+        out.split("\n", 1)[1].removeprefix(text) for text, out in alone.items()
+    )
+    with pytest.raises(SystemExit):
+        generated(capsys, finished, "--prompts=none.txt")
+    assert "--prompts=none.txt cannot be read" in capsys.readouterr().err
 
 
 def test_generate_ends_where_the_text_ends(finished, monkeypatch, corpus):

@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import functools
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,7 @@ def generate(
     sampling: Sampling,
     seed: int,
     end_id: int = -1,
+    on_ids: Callable[[jax.Array], None] = lambda ids_B: None,
 ) -> np.ndarray:
     """Return the ids [len(prompts), up to `tokens`] that follow each prompt.
 
@@ -63,6 +65,7 @@ def generate(
         params: on one device, or split over a mesh of several.
         end_id: ends a text; what follows it means nothing. Looked for every `ENDED_EVERY` tokens:
             where all texts have one, no more are made. -1: there is none.
+        on_ids: called with the next id of every text, int32 [B], as soon as it is on its way.
 
     Raises:
         ConfigError: no prompt or an empty one, no token to make, or an impossible `sampling`.
@@ -86,12 +89,14 @@ def generate(
     sampling = sampling.without_neutral(config.vocab_size)
     keys = _keys_of(prompts, seed)
     drawn = [_sample(logits, keys, lengths_B, sampling)]
+    on_ids(drawn[0])
     for index in range(1, tokens):
         look = end_id >= 0 and index % ENDED_EVERY == 0
         if look and np.any(np.stack(drawn) == end_id, axis=0).all():
             break
         next_ids, cache = _decode(config, params, drawn[-1], cache, keys, sampling, mesh)
         drawn.append(next_ids)
+        on_ids(next_ids)
     return np.stack([np.asarray(ids_B) for ids_B in drawn], axis=1)
 
 
