@@ -14,12 +14,13 @@ The same command started on several hosts is one run (docs/hosts.md).
 
 import os
 import pathlib
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jtok_jax.config import Config
-from jtok_jax.config_dict import from_config_dict
+from jtok_jax.config_dict import describe_fields, from_config_dict
 from jtok_jax.errors import ConfigError, exit_on_error, parse_flags
 from jtok_jax.hosts import ALONE, Hosts, joined
 from jtok_jax.launch import recognise
@@ -74,4 +75,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        __doc__ += "\nFields of the configuration, with their defaults:\n"
+        __doc__ += "\n".join(describe_fields())
     app.run(main, flags_parser=parse_flags)

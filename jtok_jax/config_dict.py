@@ -5,7 +5,9 @@
 import argparse
 import dataclasses
 import difflib
+import inspect
 import math
+import re
 
 import ml_collections
 
@@ -56,6 +58,21 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def describe_fields(cls: type = Config, prefix: str = "--config.") -> list[str]:
+    """Return a line for every field of a configuration: its default, and its comment."""
+    classes = filter(dataclasses.is_dataclass, cls.__mro__)
+    found, source = [], "\n".join(map(inspect.getsource, classes))
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            found += describe_fields(field.type, f"{prefix}{field.name}.")
+            continue
+        line = rf"((?:^    #.*\n)*)^    {field.name}: [^#\n]*(.*)"
+        comments = re.search(line, source, re.M).groups()
+        said = " ".join(part.strip(" #\n") for text in comments for part in text.splitlines())
+        found.append((f"  {prefix}{field.name}={field.default}".ljust(52) + said).rstrip())
+    return found
 
 
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from jtok_jax.config import (
     TrainConfig,
     base_config,
 )
-from jtok_jax.config_dict import completed, flatten, from_config_dict, to_dict
+from jtok_jax.config_dict import completed, describe_fields, flatten, from_config_dict, to_dict
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.params import operations, to_stored
@@ -45,6 +45,17 @@ def changed(config: Config, changes: dict[str, object]) -> Config:
             with target.ignore_type():
                 target[name] = value
     return from_config_dict(values)
+
+
+def test_help_shows_every_field_with_its_default_and_comment():
+    lines = describe_fields()
+    defaults = flatten(to_dict(Config()))
+    assert [line.split("=")[0].strip() for line in lines] == [f"--config.{x}" for x in defaults]
+    shown = dict(line.strip().split("=", 1) for line in lines)
+    assert shown["--config.model.head_dim"].split(maxsplit=1) == ["0", "0: model_dim / num_heads"]
+    assert shown["--config.model.attention"].endswith("auto: that of the device, or xla")
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True)
+    assert b"--config.profile.steps=" in done.stdout
 
 
 def test_base_config_is_the_default_config():
