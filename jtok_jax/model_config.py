@@ -150,6 +150,9 @@ class ModelConfig:
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
     jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
     arms: ArmsConfig = dataclasses.field(default_factory=ArmsConfig)  # other layers
+    # The token that begins a document: attention, positions and n-grams begin anew at it. -1: a
+    # window is one text, whatever it holds.
+    document_id: int = -1
     streams: str = ""  # hashed n-grams that tables are looked up by, see jtok_jax/streams.py
 
     def __post_init__(self):
@@ -159,6 +162,7 @@ class ModelConfig:
         )  # fmt: skip
         at_least(self, "model", 0, "head_dim", "loss_chunk", "norm_eps")
         at_least(self, "model", 0, "init_std", "embed_init_std")
+        at_least(self, "model", -1, "document_id")
         one_of(self.head, "model.head", ("untied", "tied"))
         one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
         one_of(self.attention_bias, "model.attention_bias", ("none", "qkv", "qkvo"))
@@ -207,7 +211,7 @@ class ModelConfig:
     @property
     def id_streams(self) -> dict[str, IdStream]:
         """Return every id stream by name, read or not."""
-        return parse_streams(self.streams, self.padded_vocab)
+        return parse_streams(self.streams, self.padded_vocab, self.document_id)
 
     @property
     def streams_read(self) -> dict[str, tuple[str, ...]]:

@@ -23,6 +23,7 @@ class IdStream(NamedTuple):
     order: int  # 1: the token itself
     rows: int  # of one head
     heads: int = 1  # hash functions, each with rows of its own
+    document_id: int = -1  # token that begins a document, before which nothing is read; -1: none
 
     @property
     def num_rows(self) -> int:
@@ -30,11 +31,12 @@ class IdStream(NamedTuple):
         return self.rows * self.heads
 
 
-def parse_streams(text: str, vocab_rows: int) -> dict[str, IdStream]:
+def parse_streams(text: str, vocab_rows: int, document_id: int = -1) -> dict[str, IdStream]:
     """Return the streams that `model.streams` declares, by name, "token" among them.
 
     Args:
         vocab_rows: rows of the embedding, padding included: those of "token", and the unit "V".
+        document_id: of every n-gram.
 
     Raises:
         ConfigError: a declaration is no such, a name comes twice, a number is below its minimum.
@@ -51,7 +53,7 @@ def parse_streams(text: str, vocab_rows: int) -> dict[str, IdStream]:
         if name in streams:
             raise ConfigError(f"model.streams declares {name!r} twice, or it is the token's own.")
         rows = int(rows) * (vocab_rows if unit else 1)
-        found = IdStream(name, int(order), rows, int(heads or 1))
+        found = IdStream(name, int(order), rows, int(heads or 1), document_id)
         for what, value, least in (("order", found.order, 2), ("rows", rows, 1),
                                    ("heads", found.heads, 1)):  # fmt: skip
             if value < least:

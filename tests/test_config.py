@@ -137,7 +137,7 @@ PROGRAM_FIELDS = {
     "model.vocab_size": 31, "model.vocab_multiple": 8, "model.model_dim": 16,
     "model.num_layers": 2, "model.num_heads": 2,
     "model.num_kv_heads": 4, "model.head_dim": 4, "model.head": "tied", "model.qk_norm": "rms",
-    "model.attention_bias": "qkv", "model.rope_scaling": "linear:2",
+    "model.attention_bias": "qkv", "model.rope_scaling": "linear:2", "model.document_id": 3,
     "optimizer.frozen": "backbone",
     "model.rope_base": 5e4, "model.norm_eps": 1e-3, "model.init_std": 0.1,
     "model.embed_init_std": 0.5,

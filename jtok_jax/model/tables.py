@@ -141,15 +141,27 @@ def stream_ids(
         ids = jnp.pad(ids, ((0, 0), (reach, 0)))
     else:
         ids = jnp.concatenate([before_BC[:, -reach:].astype(jnp.uint32), ids], axis=1)
-    hashed = jnp.zeros_like(ids_BT, jnp.uint32)
-    for first in range(stream.order):
-        hashed = mixed(ids[:, first : first + length] ^ hashed)
+    hashed, parts = jnp.zeros_like(ids_BT, jnp.uint32), _within_documents(stream, ids, length)
+    for part in parts:
+        hashed = mixed(part ^ hashed)
     rows = jnp.uint32(stream.rows)
     if stream.heads == 1:
         return (hashed % rows).astype(jnp.int32)
     heads = jnp.arange(stream.heads, dtype=jnp.uint32)
     by_head = mixed(hashed[..., None] ^ (heads * jnp.uint32(GOLDEN))) % rows
     return (by_head + heads * rows).astype(jnp.int32)
+
+
+def _within_documents(stream: IdStream, ids: jax.Array, length: int) -> list[jax.Array]:
+    """Return the ids that an n-gram reads, the oldest first; 0 for those of another document."""
+    parts = [ids[:, first : first + length] for first in range(stream.order)]
+    if stream.document_id < 0:
+        return parts
+    own, found = jnp.ones_like(parts[0], bool), []
+    for part in reversed(parts):
+        found.append(jnp.where(own, part, 0))
+        own &= part != stream.document_id + 1
+    return found[::-1]
 
 
 def following(ids_BT: jax.Array, lengths_B: jax.Array, context: int) -> jax.Array:

@@ -194,10 +194,13 @@ class Transformer(nnx.Module):
             with_health: also measure the stream, the router and the rows of every layer.
         """
         config = self.config
+        segments_BT = None
+        if config.document_id >= 0 and attend is None:
+            segments_BT, positions_BT = _documents(ids_BT, config.document_id)
         positions_BT = jnp.arange(ids_BT.shape[1])[None] if positions_BT is None else positions_BT
         rope = rotation(positions_BT, config)
         exchanges, mesh = parallel or ({}, None)
-        attend = attend or _attend_causally(config, mesh)
+        attend = attend or _attend_causally(config, mesh, segments_BT)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
         reader = make_reader(
             self.named_tables, config.id_streams, ids_BT, before_BC, training, exchanges
@@ -276,9 +279,19 @@ def _jtok_tables(config: ModelConfig, rngs: nnx.Rngs, rows: Mapping[str, jax.Arr
     )  # fmt: skip
 
 
-def _attend_causally(config: ModelConfig, mesh: Mesh | None) -> Callable[..., AttentionResult]:
+def _documents(ids_BT: jax.Array, document_id: int) -> tuple[jax.Array, jax.Array]:
+    """Return the number of each token's document in its window, and its place there, int32."""
+    begins = ids_BT == document_id
+    places = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+    first = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+    return jnp.cumsum(begins, axis=1), places - first
+
+
+def _attend_causally(
+    config: ModelConfig, mesh: Mesh | None, segments_BT: jax.Array | None
+) -> Callable[..., AttentionResult]:
     """Return an `attend` that keeps nothing of a layer."""
-    attend = functools.partial(causal, kind=config.attention, mesh=mesh)
+    attend = functools.partial(causal, kind=config.attention, mesh=mesh, segment_ids_BT=segments_BT)
     return lambda query, key, value, _: AttentionResult(attend(query, key, value), None)
 
 

@@ -98,6 +98,11 @@ class Run:
         )
         check_batches(config, self._mesh)
         self._source = open_source(config)
+        begins, end_id = config.model.document_id, self._source.end_id
+        if begins >= 0 and end_id not in (None, begins):
+            raise ConfigError(
+                f"model.document_id is {begins}, but documents of the data begin with {end_id}."
+            )
         if hosts.lead:
             claim_workdir(workdir, config)
             keep_tokenizer(workdir, self._source.tokenizer)
