@@ -288,6 +288,19 @@ def test_given_tokenizer_and_validation_files(tmp_path):
         prepare(replace(again, tokenizer=str(tmp_path / "000.txt")), tmp_path / "d")
 
 
+def test_documents_held_out_do_not_train_under_another_name(tmp_path, capsys):
+    write_documents(tmp_path)
+    (tmp_path / "held").mkdir()
+    for number in (3, 7):
+        text = (tmp_path / f"{number:03d}.txt").read_text()
+        (tmp_path / "held" / f"other-{number}.txt").write_text(text)
+    recipe = replace(small_recipe(tmp_path), valid_input=str(tmp_path / "held" / "*.txt"))
+    found = prepare(recipe, tmp_path / "out")
+    assert (found.train.documents, found.valid.documents) == (38, 2)
+    assert found.skipped == {"held out": 2}
+    assert "skipped 2 (held out), e.g. also a document of --valid_input" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -69,7 +69,7 @@ class Source:
     """The documents of a recipe with the split each belongs to; can be read many times.
 
     Whole documents are held out if that gives both splits one. If not, as of a single text, the
-    tail of every document is. `note` says so.
+    tail of every document is. `note` says so. A document of --valid_input is never one of --input.
     """
 
     def __init__(self, recipe: Recipe, *, vocab_size: int):
@@ -82,6 +82,8 @@ class Source:
         self._train = [path for path in files if path.resolve() not in held_out]
         if not self._train:
             raise DataError(f"All files of --input={recipe.input} are held out by --valid_input.")
+        held_out = self._read(self._valid, recipe.valid_input, Skipped())
+        self._held_out = {_hash64(document.content) for document in held_out}
         self._tails = False
         share = recipe.valid_fraction
         if not self._valid and 0 < share < 1:
@@ -102,6 +104,9 @@ class Source:
         before, total = sum(sizes[0]), sum(itertools.chain(*sizes))
         with tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=label) as bar:
             for document in self._read(self._train, self._recipe.input, skipped):
+                if self._held_out and _hash64(document.content) in self._held_out:
+                    skipped.add("held out", "also a document of --valid_input")
+                    continue
                 yield from self._cut(document, self._split(document.content), bar, cut)
             for content, position in self._read(self._valid, self._recipe.valid_input, skipped):
                 document = Document(content, before + position)
