@@ -125,7 +125,11 @@ class Checkpoints:
             CheckpointError: the folder cannot be written.
         """
         leaves = {PARAMS + name: value for name, value in params.items()}
-        with self._failure(0):
+        largest = max(value.nbytes for value in leaves.values())
+        memory = ocp.options.MemoryOptions(  # arrays may lie in files, and be larger than memory
+            write_concurrent_bytes=largest, deepcopy_host_arrays=False
+        )
+        with self._failure(0), ocp.Context(memory_options=memory):
             self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves))
 
     def _metadata(self, leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, object]:
