@@ -11,7 +11,7 @@ WORKDIR ?= runs/quickstart
 .PHONY: help quickstart test test-latest nightly lint clean
 
 help:
-	@echo "make quickstart   train, checkpoint and sample a small JTok-M model (about 4 minutes on 2 cores)"
+	@echo "make quickstart   train, checkpoint and sample a small JTok-M model (2 to 5 minutes on 2 cores)"
 	@echo "make test         the test suite, and make lint"
 	@echo "make test-latest  what depends on the versions, on Python 3.12 or newer with the newest pins"
 	@echo "make nightly      that with every test, and the largest model compiled for TPUs and H100s (long)"

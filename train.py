@@ -19,9 +19,10 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from jtok_jax.command_line import parse_flags
 from jtok_jax.config import Config
 from jtok_jax.config_dict import describe_fields, from_config_dict
-from jtok_jax.errors import ConfigError, exit_on_error, parse_flags
+from jtok_jax.errors import ConfigError, exit_on_error
 from jtok_jax.hosts import ALONE, Hosts, joined
 from jtok_jax.launch import recognise
 from jtok_jax.training.run import open_run

@@ -18,8 +18,7 @@ from jtok_jax.pretrained import model_of
 def get_config(folder=""):
     config = base_config()
     config.init_from = folder
-    if folder:
-        config.model = ml_collections.ConfigDict(model_of(folder))
+    config.model = ml_collections.ConfigDict(model_of(folder))
     config.model.jtok.gate_scale_init = 0.0
     config.model.jtok.mixture_scale_init = 0.0
     config.optimizer.learning_rate = 1e-4

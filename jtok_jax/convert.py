@@ -59,6 +59,8 @@ def from_folder(
             end_id = _end_id(opened, file, end_token)
             data["tokenizer"] = file_sha256(file)
             keep_tokenizer(folder, file)
+        else:
+            print(f"{file} is missing: no text can be read or written without it.")
         scratch = folder / "scratch"  # in files: a model may be larger than memory
         scratch.mkdir()
         params = {}
@@ -88,6 +90,11 @@ def to_folder(workdir: pathlib.Path, output: pathlib.Path, *, step: str = "newes
         params = {name: np.asarray(value) for name, value in to_logical(saved.params).items()}
         export(folder, model, params, positions=saved.config.train.seq_len, end_id=saved.end_id)
         keep_tokenizer(folder, workdir / tokenizer.FILE_NAME)
+        if saved.end_id is not None and (folder / tokenizer.FILE_NAME).exists():
+            encoder = tokenizer.load_tokenizer(folder / tokenizer.FILE_NAME)
+            values = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            values["eos_token"] = encoder.id_to_token(saved.end_id)
+            (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=1) + "\n")
     return model
 
 

@@ -7,11 +7,8 @@ Every message says what failed, where, what was expected and found, and what to 
 
 import contextlib
 import pathlib
-import re
 import sys
 from typing import NoReturn
-
-from absl import flags
 
 from jtok_jax.console import say, silence
 
@@ -100,35 +97,3 @@ def exit_on_error():
 def _exit(code: int, message: str) -> NoReturn:
     say(message, sys.stderr)
     sys.exit(code)
-
-
-def parse_flags(arguments: list[str]) -> list[str]:
-    """Parse flags; a misspelt or mistyped override ends with its reason and exit code 2."""
-    with exit_on_error():
-        try:
-            rest = flags.FLAGS(arguments)
-            if "config" in flags.FLAGS:
-                hasattr(flags.FLAGS["config"].value, "model")  # raises if it could not be loaded
-            return rest
-        except Exception as error:  # also whatever a config file raises: it is Python
-            raise ConfigError(_reason(error, arguments)) from error
-
-
-def _reason(error: Exception, arguments: list[str]) -> str:
-    text = " ".join(map(str, error.args))
-    own = re.search(r"^jtok_jax\.errors\.\w+: (.*)", text, re.M | re.S)  # of a file in configs/
-    if own:
-        return own[1].strip()
-    if isinstance(error, flags.UnrecognizedFlagError):
-        return f"{text}. Fields of the configuration are --config.GROUP.NAME=VALUE."
-    if isinstance(error, OSError):
-        files = [one for one in arguments if one.startswith("--config=")]
-        return f"{' '.join(files)} cannot be loaded: there is no such file, or it fails. {text}"
-    name = re.match(r"\W*(\w+)", text)
-    if isinstance(error, AttributeError) and name:
-        options = [one for one in arguments if re.match(rf"--config\..*\b{name[1]}\b", one)]
-        meant = re.search(r'Did you mean "(\w+)"', text)
-        known = "jtok_jax/config.py and model_config.py have all of them."
-        hint = f"Did you mean {meant[1]!r}?" if meant else known
-        return f"{' '.join(options)}: there is no field {name[1]!r}. {hint}"
-    return text if isinstance(error, flags.Error) else f"{text} ({type(error).__name__})"

@@ -16,7 +16,7 @@ import tokenizers
 from jtok_jax.config import Config
 from jtok_jax.data import manifest, tokenizer
 from jtok_jax.data.encoding import encode_text
-from jtok_jax.errors import ConfigError
+from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.inference.cache import logits
 from jtok_jax.inference.generator import for_inference, for_mesh, generate
 from jtok_jax.inference.sampling import Sampling
@@ -61,7 +61,7 @@ class LoadedRun(NamedTuple):
 
     def generate(
         self,
-        prompts: list[str],
+        prompts: list[str] | str,
         *,
         tokens: int = 64,
         sampling: Sampling | None = None,
@@ -76,6 +76,7 @@ class LoadedRun(NamedTuple):
         Raises:
             ConfigError: a prompt or an option is not possible.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         encoded = [self.encode(text) for text in prompts]
         ids_BT = generate(
             self.config.model, for_inference(self.config.model, dict(self.params)), encoded,
@@ -112,7 +113,7 @@ def load(
     workdir: pathlib.Path | str,
     *,
     data: pathlib.Path | str | None = None,
-    step: str = "newest",
+    step: str | int = "newest",
 ) -> LoadedRun:
     """Return a checkpoint of a run of train.py with its tokenizer.
 
@@ -137,7 +138,11 @@ def _tokenizer(
     """Return the tokenizer that a run keeps, or that of its data, and its end token."""
     own = workdir / tokenizer.FILE_NAME
     if not data and saved.end_id is not None and own.is_file():
-        require_same_tokenizer(saved, manifest.file_sha256(own), workdir)
+        if manifest.file_sha256(own) != saved.data.get("tokenizer"):
+            raise DataError(
+                f"{own} is not the tokenizer the run was trained with; it is damaged or another "
+                "one. Copy it again, or pass --data with the run's corpus."
+            )
         return tokenizer.load_tokenizer(own), saved.end_id
     if not data and not saved.config.data.path:
         raise ConfigError(f"{workdir} has no tokenizer.json, so no text can be written or read.")

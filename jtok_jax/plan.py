@@ -16,8 +16,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from jtok_jax.command_line import parse_flags
 from jtok_jax.config_dict import from_config_dict
-from jtok_jax.errors import ConfigError, exit_on_error, parse_flags
+from jtok_jax.errors import ConfigError, exit_on_error
 from jtok_jax.planning.report import as_text, draw, make_plan
 from jtok_jax.planning.topology import parse_topology
 

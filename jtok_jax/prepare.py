@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m jtok_jax.prepare", description=__doc__.splitlines()[0]
     )
     option = parser.add_argument
-    option("--input", required=True, help='files as a quoted glob pattern, or "stdlib"')
+    option("--input", required=True, help='a file, a folder, a quoted glob pattern, or "stdlib"')
     option("--output", required=True, type=pathlib.Path, help="folder to write")
     option("--valid_input", default="", help="held-out files; default: a share of --input")
     option("--valid_fraction", type=float, default=0.01, help="documents held out (default 0.01)")

@@ -21,6 +21,8 @@ def model_of(folder: str) -> dict:
     Raises:
         ConfigError: there is no config.json, or of a model that is not known.
     """
+    if not folder:
+        raise ConfigError("Name the folder: --config=configs/pretrained.py:FOLDER")
     path = pathlib.Path(folder.partition("@")[0]) / "config.json"
     try:
         values = json.loads(path.read_text())

@@ -92,7 +92,7 @@ def find_files(pattern: str) -> list[pathlib.Path]:
         files = map(pathlib.Path, glob.glob(pattern, recursive=True))
     files = sorted(path for path in files if path.is_file())
     if not files:
-        raise DataError(f"No file matches {pattern!r}. Quote the pattern and check the folder.")
+        raise DataError(f"No file matches {pattern!r} here; check the folder and the name.")
     return files
 
 

@@ -40,6 +40,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> tokenizers.Toke
 
 def load_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
     """Return the tokenizer of a tokenizer.json. Raises DataError where there is none."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; expected a file such as {path / FILE_NAME}.")
     try:
         return _for_text(tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises plain Exception

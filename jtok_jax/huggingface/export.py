@@ -18,12 +18,12 @@ import safetensors.numpy
 
 from jtok_jax.errors import ConfigError
 from jtok_jax.huggingface.config import to_json
-from jtok_jax.huggingface.folder import CONFIG, INDEX, WHOLE
+from jtok_jax.huggingface.folder import CONFIG, INDEX, TABLES, WHOLE
 from jtok_jax.huggingface.names import tensors
 from jtok_jax.model_config import ModelConfig
 
 LARGEST = 5 << 30  # bytes of one file
-TABLES, OPTIONS = "jtok.safetensors", "jtok.json"
+OPTIONS = "jtok.json"
 
 
 def export(

@@ -17,6 +17,7 @@ from jtok_jax.model_config import ModelConfig
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 WHOLE = "model.safetensors"  # of a model in one file
+TABLES = "jtok.safetensors"  # that `export` writes beside a backbone
 IGNORED = ("rotary_emb.inv_freq",)  # buffers that older files hold
 DTYPES = ("F32", "F16", "BF16")
 
@@ -84,6 +85,11 @@ def open_folder(path: pathlib.Path, *, dtype: str = "") -> Folder:
         config = model_config(values, dtype=dtype)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if (path / TABLES).exists():
+        raise ConfigError(
+            f"{path} has {TABLES}: tables, which are not read from there. Use the run that was "
+            "written, or move that file away to take the backbone alone."
+        )
     index, found = _index(path), {}
     for file in sorted(set(index.values())) or [WHOLE]:
         with _open(path / file) as stored:

@@ -22,8 +22,9 @@ from orbax.checkpoint import v1 as ocp
 import jtok_jax
 from jtok_jax.config import Config
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
-from jtok_jax.errors import CheckpointError, ConfigError, DamagedError, NonFiniteError
+from jtok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from jtok_jax.model.params import to_logical, to_stored
+from jtok_jax.training.damage import METRICS, open_checkpointer, reading
 from jtok_jax.training.digest import digests, text_digest
 from jtok_jax.training.resume import (
     CHECKPOINTS,
@@ -38,7 +39,6 @@ orbax.checkpoint.utils.reached_preemption = lambda step: False
 
 _POLL_SECONDS = 1.0
 RANKED_BY = "val_loss"  # in the metrics of a checkpoint
-METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"  # Orbax's files of a checkpoint
 PARAMS = "params/"  # leaves of a checkpoint that the tools read
 DIGESTS, DIGEST = "digests", "digest"  # of leaves, and of all other metadata
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
@@ -259,76 +259,9 @@ def _logical(state: TrainState) -> TrainState:
     return state._replace(params=to_logical(state.params))
 
 
-@contextlib.contextmanager
-def _reading(folder: pathlib.Path, step: int) -> Iterator[None]:
-    """Raise DamagedError where the checkpoint of `step` is damaged; CheckpointError: its disk is.
-
-    Orbax is silent meanwhile: it logs a traceback per leaf, and the error says it once.
-    """
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    except Exception as error:
-        root = _root(error)
-        if isinstance(root, jax.errors.JaxRuntimeError):  # of a device, such as its memory
-            raise root from error
-        if not _is_damage(root):
-            raise CheckpointError(
-                f"Checkpoint {folder / str(step)} cannot be read: {_line(root)}. It may be sound: "
-                "mend the disk or the rights of the folder, then run the same command."
-            ) from error
-        before = max((one for one in _steps(folder) if one < step), default=None)
-        there = "step 0: there is no checkpoint before it" if before is None else f"step {before}"
-        raise DamagedError(
-            f"Checkpoint {folder / str(step)} is damaged: {_line(root)}. Move that folder away "
-            f"to go on from {there}.",
-            folder / str(step),
-            before,
-        ) from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _root(error: BaseException) -> BaseException:
-    """Return the error that came first: Orbax wraps it in pages of its options."""
-    earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return _root(earlier) if earlier else error
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(" .:[")
-
-
-def _is_damage(error: BaseException) -> bool:
-    """Return whether bytes were read, or missing, that are not those of a checkpoint."""
-    if "os_error_code" in str(error):  # of TensorStore, whose errors are all ValueErrors
-        return "NOT_FOUND" in str(error)
-    return isinstance(error, ValueError | KeyError | TypeError | EOFError | FileNotFoundError)
-
-
-def _steps(folder: pathlib.Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, whether they are sound or not."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
-
-
-def open_checkpointer(folder: pathlib.Path, **options) -> ocp.training.Checkpointer:
-    """Return Orbax's checkpointer, which reads metadata and metrics of all checkpoints.
-
-    Raises:
-        DamagedError: that of one is no JSON.
-    """
-    for step in _steps(folder):
-        paths = [folder / str(step) / METADATA, folder / str(step) / METRICS]
-        for path in filter(pathlib.Path.exists, paths):
-            with _reading(folder, step):
-                json.loads(path.read_bytes())
-    return ocp.training.Checkpointer(folder, **options)
-
-
 def read_metadata(checkpointer, step: int):
     """Return what Orbax keeps of a checkpoint. Raises DamagedError: it is not what was saved."""
-    with _reading(checkpointer.directory, step):
+    with reading(checkpointer.directory, step):
         found = checkpointer.metadata(step)
         if not {"config", "data"} <= (found.custom_metadata or {}).keys() or not found.metadata:
             raise ValueError("its metadata is incomplete")
@@ -373,7 +306,7 @@ def load_leaves(checkpointer, found, wanted: dict, *, below: str = "") -> dict[s
             + "\n".join(sorted(problems))
             + "\nNothing was loaded. Use the code and the configuration that wrote it."
         )
-    with _reading(checkpointer.directory, found.step):
+    with reading(checkpointer.directory, found.step):
         skipped = dict.fromkeys(found.metadata, ...)
         leaves = checkpointer.load(found.step, skipped | wanted)
         said = found.custom_metadata.get(DIGESTS)

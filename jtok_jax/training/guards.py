@@ -90,7 +90,9 @@ class StopSignal:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # of a reader that has gone
-            os.write(2, f"\n{self.name}: stopping once the step under way is saved.\n".encode())
+            os.write(
+                2, f"\n{self.name}: stopping once what is under way is done and saved.\n".encode()
+            )
         if self._several:
             signal.raise_signal(signal.SIGTERM)
 

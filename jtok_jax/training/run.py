@@ -32,10 +32,10 @@ from jtok_jax.training.metrics import (
     step_record,
 )
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.resume import claim_workdir, keep_tokenizer
+from jtok_jax.training.resume import CHECKPOINTS, claim_workdir, keep_tokenizer
 from jtok_jax.training.state import TrainState, abstract_state, init_state
 from jtok_jax.training.step import StepMetrics, jit_train_step, make_eval_step, make_health_step
-from jtok_jax.training.warm_start import begin_with
+from jtok_jax.training.warm_start import begin_with, require_same_words
 
 
 @contextlib.contextmanager
@@ -97,6 +97,8 @@ class Run:
             f"{len(rows_here(self._mesh, size))} of {size} sequences of a batch"
         )
         check_batches(config, self._mesh)
+        if config.init_from and not any((workdir / CHECKPOINTS).glob("*")):
+            require_same_words(config)
         self._source = open_source(config)
         begins, end_id = config.model.document_id, self._source.end_id
         if begins >= 0 and end_id not in (None, begins):

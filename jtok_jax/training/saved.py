@@ -22,9 +22,9 @@ from jtok_jax.training.checkpoint import (
     RANKED_BY,
     config_of,
     load_leaves,
-    open_checkpointer,
     read_metadata,
 )
+from jtok_jax.training.damage import open_checkpointer
 from jtok_jax.training.resume import checkpoints_of
 
 
@@ -35,6 +35,7 @@ class Saved(NamedTuple):
     config: Config
     data: dict[str, str]  # fingerprint of the data, see jtok_jax.data.manifest
     params: dict[str, jax.Array]
+    workdir: pathlib.Path
     end_id: int | None  # of the tokenizer, between documents; None: not known
 
 
@@ -42,7 +43,7 @@ def load_params(
     workdir: pathlib.Path,
     choose: Callable[[Config], MeshConfig] | None = None,
     *,
-    step: str = "newest",
+    step: str | int = "newest",
 ) -> Saved:
     """Return the parameters of a checkpoint under `workdir`, without the optimizer.
 
@@ -57,7 +58,7 @@ def load_params(
     """
     folder = checkpoints_of(workdir)
     with contextlib.closing(open_checkpointer(folder)) as checkpointer:
-        number = _choose_step(checkpointer, step, folder)
+        number = _choose_step(checkpointer, str(step), folder)
         found = read_metadata(checkpointer, number)
         config = config_of(found)
         if choose:
@@ -69,7 +70,7 @@ def load_params(
         leaves = load_leaves(checkpointer, found, wanted, below=PARAMS)
     params = to_stored(config.model, {name: leaves[PARAMS + name] for name in names})
     metadata = found.custom_metadata
-    return Saved(number, config, metadata["data"], params, metadata.get("end_id"))
+    return Saved(number, config, metadata["data"], params, workdir, metadata.get("end_id"))
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:
@@ -84,9 +85,10 @@ def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:
         return min(ranked, key=ranked.get)
     if asked.isdecimal() and int(asked) in losses:
         return int(asked)
+    there = [f"{step}{' (validated)' * (step in ranked)}" for step in losses]
     raise CheckpointError(
-        f"No checkpoint {asked!r} in {folder}; there are {', '.join(map(str, losses))}, with a "
-        f"validation loss {', '.join(map(str, ranked)) or 'none'}. Pass one of them, or newest."
+        f"No checkpoint {asked!r} in {folder}; there are {', '.join(there)}. Pass one of them, "
+        "newest, or best of those that are validated."
     )
 
 
@@ -128,5 +130,5 @@ def require_same_tokenizer(saved: Saved, tokenizer_sha256: str, where: pathlib.P
         raise DataError(
             f"The tokenizer of {where} (SHA-256 {tokenizer_sha256[:12]}) is not the one the run "
             f"was trained with ({str(trained)[:12]}). Prepare the text with "
-            f"--tokenizer={saved.config.data.path or 'FOLDER'}/tokenizer.json, of the run's data."
+            f"--tokenizer={saved.workdir}/tokenizer.json, or that of the run's data."
         )

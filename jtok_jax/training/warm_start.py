@@ -9,7 +9,9 @@ import jax
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config
-from jtok_jax.errors import ConfigError
+from jtok_jax.data import tokenizer
+from jtok_jax.data.manifest import file_sha256, read_manifest
+from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.huggingface.folder import is_folder, open_folder
 from jtok_jax.model.params import Params, abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import parameter_sharding
@@ -47,6 +49,20 @@ def begin_with(config: Config, mesh: Mesh, params: Params, say: Callable[[str], 
     own = sorted(wanted.keys() - taken.keys())
     say(f"begins with {what}: {len(taken)} parameters; as configured: {', '.join(own) or 'none'}")
     return params | to_stored(config.model, taken)
+
+
+def require_same_words(config: Config) -> None:
+    """Raise DataError if the data was cut by another tokenizer than `init_from` has."""
+    own = pathlib.Path(config.init_from.partition("@")[0]) / tokenizer.FILE_NAME
+    if config.data.source != "prepared" or not config.data.path or not own.is_file():
+        return
+    folder = pathlib.Path(config.data.path)
+    found = read_manifest(folder).tokenizer_sha256
+    if found and found != file_sha256(own):
+        raise DataError(
+            f"{folder} was cut by another tokenizer than {own.parent} has. Prepare it with "
+            f"--tokenizer={own}"
+        )
 
 
 def _compare(found: dict[str, tuple], wanted: dict[str, tuple], what: str) -> None:
