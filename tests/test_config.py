@@ -367,7 +367,7 @@ def _first_values(config: Config) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("option", "message"), [
-    ("--config.train.stepz=3", "there is no field 'stepz'. Did you mean 'steps'?"),
+    ("--config.train.stepz=3", "there is no field 'train.stepz'. Did you mean 'train.steps'?"),
     ("--steps=3", "Unknown command line flag 'steps'. Fields of the configuration are --config."),
     ("--config=configs/none.py", "--config=configs/none.py cannot be loaded: there is no such"),
 ])  # fmt: skip

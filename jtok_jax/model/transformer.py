@@ -194,17 +194,13 @@ class Transformer(nnx.Module):
             with_health: also measure the stream, the router and the rows of every layer.
         """
         config = self.config
-        segments_BT = None
-        if config.document_id >= 0 and attend is None:
-            segments_BT, positions_BT = _documents(ids_BT, config.document_id)
-        positions_BT = jnp.arange(ids_BT.shape[1])[None] if positions_BT is None else positions_BT
-        rope = rotation(positions_BT, config)
+        segments_BT, places_BT = _documents(ids_BT, -1 if attend else config.document_id)
+        rope = rotation(places_BT if positions_BT is None else positions_BT, config)
         exchanges, mesh = parallel or ({}, None)
         attend = attend or _attend_causally(config, mesh, segments_BT)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
-        reader = make_reader(
-            self.named_tables, config.id_streams, ids_BT, before_BC, training, exchanges
-        )
+        streams = config.id_streams
+        reader = make_reader(self.named_tables, streams, ids_BT, before_BC, training, exchanges)
         in_layers = reader.in_layers
         partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)
@@ -215,20 +211,20 @@ class Transformer(nnx.Module):
             lookups = reader.of_layer(stacks, row_grads)
             mine = lambda query, key, value: attend(query, key, value, cache)
             run = functools.partial(nnx.merge(graph, params), h_BTD, attend=mine, **options)
+            with_all = lambda: run(lookups=lookups)
             if not partly:
-                out_BTD, cached, aux = run(lookups=lookups)
+                out_BTD, cached, aux = with_all()
             else:  # the index is negative in layers without JTok's tables
                 others = {name: one for name, one in lookups.items() if name != TABLES}
-                out_BTD, cached, aux = _either(
-                    stacks[TABLES] >= 0, lambda: run(lookups=lookups), lambda: run(lookups=others)
-                )
+                without = lambda: run(lookups=others)
+                out_BTD, cached, aux = _either(stacks[TABLES] >= 0, with_all, without)
             return split(out_BTD, split_batch), (cached, aux)
 
         h_BTD = split(self._input(ids_BT, reader, split), split_batch)
         stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
-        layers = params, stacks, row_grads, cache
-        h_BTD, (cached, aux) = _over_layers(_remat(body, config.remat), h_BTD, layers)
+        layers, body = (params, stacks, row_grads, cache), _remat(body, config.remat)
+        h_BTD, (cached, aux) = _over_layers(body, h_BTD, layers)
         hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
         health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
         return Output(hidden_BTD, cached, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
@@ -279,10 +275,12 @@ def _jtok_tables(config: ModelConfig, rngs: nnx.Rngs, rows: Mapping[str, jax.Arr
     )  # fmt: skip
 
 
-def _documents(ids_BT: jax.Array, document_id: int) -> tuple[jax.Array, jax.Array]:
-    """Return the number of each token's document in its window, and its place there, int32."""
+def _documents(ids_BT: jax.Array, document_id: int) -> tuple[jax.Array | None, jax.Array]:
+    """Return the number of each token's document, and its place there, int32; -1: all are one."""
+    places = jnp.arange(ids_BT.shape[1])[None]
+    if document_id < 0:
+        return None, places
     begins = ids_BT == document_id
-    places = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
     first = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
     return jnp.cumsum(begins, axis=1), places - first
 

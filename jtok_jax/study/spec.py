@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import re
 import runpy
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -152,7 +153,8 @@ class Cell(NamedTuple):
 def study_name(text: str) -> str:
     """Return what the results of the study FILE or FILE:ARGUMENT are called."""
     path, _, argument = text.partition(":")
-    return pathlib.Path(path).stem + (f"-{argument}" if argument else "")
+    named = re.sub(r"[^\w.+-]+", "-", argument)  # which may be a path
+    return pathlib.Path(path).stem + (f"-{named}" if named else "")
 
 
 def load_study(text: str) -> Study:
