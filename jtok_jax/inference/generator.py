@@ -35,8 +35,9 @@ PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so few shapes are ever
 
 
 def for_inference(config: ModelConfig, params: Params) -> Params:
-    """`params` with matrices in the compute dtype, as training rounds them in every step: decoding
-    reads a half of the bytes, or less. `params` is emptied, each array is freed when it is copied.
+    """Return `params` with matrices in the compute dtype, as training rounds them in every step.
+
+    Decoding reads half of the bytes, or less. `params` is emptied, each array freed when copied.
     """
     dtype, parameters = jnp.dtype(config.compute_dtype), declared(config)
 

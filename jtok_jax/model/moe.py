@@ -130,7 +130,7 @@ class Moe(nnx.Module):
         self.config = moe
 
     def __call__(self, x_BTD: jax.Array, mesh: Mesh | None = None) -> MoeResult:
-        """`mesh`: of several devices; None on one."""
+        """Return the increment and the balance loss; `mesh` is of several devices, None on one."""
         config, matrices = self.config, (self.gate[...], self.up[...], self.down[...])
         x_RD = x_BTD.reshape(-1, x_BTD.shape[-1])
         chosen = route(x_RD, self.router[...], top_k=config.top_k, renormalize=config.renormalize)

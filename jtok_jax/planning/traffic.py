@@ -57,7 +57,7 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
     found = []
 
     def add(name, kind, axes, whole, times=1):
-        """`whole`: bytes of the gathered or unreduced array; a device sends all but its part."""
+        """Add one of `whole` bytes, gathered or unreduced: a device sends all but its part."""
         axes = tuple(name for name in axes if shape[name] > 1)
         factor = 2 if kind == "all-reduce" else 1
         size = int(times * factor * whole * (1 - 1 / num_shards(mesh, axes)))
