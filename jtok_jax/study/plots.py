@@ -15,7 +15,7 @@ def draw_curves(
     best: dict[str, Ranked], curves: dict[str, list], seconds: dict[str, float], path: pathlib.Path
 ) -> None:
     """Draw training losses, mean over seeds, of the best candidate of each arm."""
-    figure, colors, lowest = new_figure(12, 4), _colors(best), math.inf
+    figure, colors, shown = new_figure(12, 4), _colors(best), []
     axes = figure.subplots(1, 3, sharey=True)
     for arm, one in sorted(best.items(), key=lambda item: item[1].loss):
         finished = [result.cell for result in one.results if result.status == "finished"]
@@ -24,7 +24,8 @@ def draw_curves(
             continue
         steps = of_seeds[0][0]
         losses = np.mean([np.interp(steps, *curve) for curve in of_seeds], axis=0)
-        first, lowest, ended = one.results[0], min(lowest, losses.min()), f"{one.loss:.3f}"
+        first, ended = one.results[0], f"{one.loss:.3f}"
+        shown += losses[np.isfinite(losses)].tolist()
         if one.num_diverged:
             ended = f"{one.num_diverged} of {len(one.results)} diverged"
         scales = 1, first.train_flops / first.steps, seconds[one.candidate.name]
@@ -34,8 +35,8 @@ def draw_curves(
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="training loss, nats/token")
-    if math.isfinite(lowest):  # not all diverged
-        axes[0].set_ylim(lowest - 0.05, lowest + 2)
+    if shown:  # not all diverged
+        axes[0].set_ylim(min(shown) - 0.05, min(min(shown) + 2, max(shown) + 0.05))
     figure.legend(
         *axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small",
         title="validation at the end", title_fontsize="small",
