@@ -127,7 +127,7 @@ class Checkpoints:
         leaves = {PARAMS + name: value for name, value in params.items()}
         largest = max(value.nbytes for value in leaves.values())
         memory = ocp.options.MemoryOptions(  # arrays may lie in files, and be larger than memory
-            write_concurrent_bytes=largest, deepcopy_host_arrays=False
+            write_concurrent_bytes=2 * largest, deepcopy_host_arrays=False
         )
         with self._failure(0), ocp.Context(memory_options=memory):
             self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves))
