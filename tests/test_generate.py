@@ -221,6 +221,6 @@ def test_padding_of_the_vocabulary_has_no_logits():
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused_before_anything_is_read(changes, message, tmp_path):
     options = {"tokens": 1, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 0}
-    options |= {"prompt": ["a"], "workdir": tmp_path, "data": None} | changes
+    options |= {"prompt": ["a"], "prompts": None, "workdir": tmp_path, "data": None} | changes
     with pytest.raises(ConfigError, match=message):
         run(argparse.Namespace(**options))
