@@ -198,7 +198,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where batches come from."""
+    """Says where batches come from."""
 
     source: str = "prepared"  # prepared (by jtok_jax.prepare) | synthetic (random ids)
     path: str = ""  # folder written by jtok_jax.prepare

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""What a run, or a folder of Hugging Face, says of its model; for files in configs/."""
+"""Reads what a run or a Hugging Face folder says of its model; for files in configs/."""
 
 import dataclasses
 import json

@@ -60,7 +60,7 @@ def flip_a_bit(folder, number: int = 0) -> None:
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
     config, finished, workdir, capsys
 ):
-    """What follows is what an undamaged run does, bit for bit."""
+    """It then does what an undamaged run does, bit for bit."""
     flip_a_bit(workdir / "checkpoints" / "8")
     train(changed(config, {"train.steps": 10, "schedule.steps": 8}), workdir)
     told = capsys.readouterr().out

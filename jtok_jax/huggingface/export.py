@@ -20,6 +20,7 @@ from jtok_jax.errors import ConfigError
 from jtok_jax.huggingface.config import to_json
 from jtok_jax.huggingface.folder import CONFIG, INDEX, TABLES, WHOLE
 from jtok_jax.huggingface.names import tensors
+from jtok_jax.model.params import declared
 from jtok_jax.model_config import ModelConfig
 
 LARGEST = 5 << 30  # bytes of one file
@@ -87,11 +88,10 @@ def _write_backbone(folder: pathlib.Path, config: ModelConfig, params: dict) -> 
 
 def _tables(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
     rows = np.moveaxis(np.asarray(params["tables"]), -2, 0)[: config.vocab_size]
-    start = "blocks/jtok/"
     own = {
-        name.removeprefix(start): np.asarray(value)
-        for name, value in params.items()
-        if name.startswith(start)
+        name.rpartition("/")[2]: np.asarray(params[name])
+        for name, one in declared(config).items()
+        if one.owner and not one.is_table
     }
     return {name: np.ascontiguousarray(value) for name, value in (own | {"tables": rows}).items()}
 
