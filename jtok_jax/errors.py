@@ -38,11 +38,11 @@ class CheckpointError(JtokError):
 
 
 class DamagedError(CheckpointError):
-    """The checkpoint `folder` does not hold what was saved; `before` is the step before it."""
+    """The checkpoint `folder` does not hold what was saved; `other` is the newest one beside it."""
 
-    def __init__(self, message: str, folder: pathlib.Path, before: int | None):
+    def __init__(self, message: str, folder: pathlib.Path, other: int | None):
         super().__init__(message)
-        self.folder, self.before = folder, before
+        self.folder, self.other = folder, other
 
 
 class DataError(JtokError, ValueError):

@@ -84,6 +84,14 @@ def test_metadata_that_is_no_json_is_damage_and_set_aside(config, workdir, capsy
     assert "Set aside as 8.bad.\nresumed at step 4\n" in capsys.readouterr().out
 
 
+def test_an_older_checkpoint_that_is_damaged_keeps_nobody_from_the_newest(config, workdir, capsys):
+    path = workdir / "checkpoints" / "4" / "_CHECKPOINT_METADATA"
+    path.write_bytes(path.read_bytes()[:100])
+    train(changed(config, {"train.steps": 10, "schedule.steps": 8}), workdir)
+    assert "Set aside as 4.bad.\n" in (told := capsys.readouterr().out)
+    assert "resumed at step 8\n" in told
+
+
 def test_a_disk_that_fails_is_no_damage(config, workdir, monkeypatch):
     """Nothing is set aside: the checkpoint may be sound."""
 

@@ -35,15 +35,15 @@ def reading(folder: pathlib.Path, step: int) -> Iterator[None]:
             raise CheckpointError(
                 f"Checkpoint {folder / str(step)} cannot be read: {_line(root)}. It may be sound: "
                 "mend the disk or the rights of the folder, then run the same command."
-            ) from error
-        before = max((one for one in _steps(folder) if one < step), default=None)
-        there = "step 0: there is no checkpoint before it" if before is None else f"step {before}"
+            ) from root
+        other = max((one for one in _steps(folder) if one != step), default=None)
+        there = "step 0: there is no checkpoint before it" if other is None else f"step {other}"
         raise DamagedError(
             f"Checkpoint {folder / str(step)} is damaged: {_line(root)}. Move that folder away "
             f"to go on from {there}.",
             folder / str(step),
-            before,
-        ) from error
+            other,
+        ) from root
     finally:
         logging.disable(logging.NOTSET)
 

@@ -180,9 +180,9 @@ class Run:
         """Rename a damaged checkpoint to STEP.bad.
 
         Raises:
-            DamagedError: there is none before it, or several processes would have to agree on it.
+            DamagedError: there is no other, or several processes would have to agree on it.
         """
-        if error.before is None or self.hosts.count > 1:
+        if error.other is None or self.hosts.count > 1:
             raise error
         self.hosts.say(f"{error}\nSet aside as {error.folder.name}.bad.")
         error.folder.rename(error.folder.with_suffix(".bad"))
