@@ -30,7 +30,7 @@ def reading(folder: pathlib.Path, step: int) -> Iterator[None]:
         root = _root(error)
         _silence_coroutines()
         if isinstance(root, jax.errors.JaxRuntimeError):  # of a device, such as its memory
-            raise root from error
+            raise root from None
         if not _is_damage(root):
             raise CheckpointError(
                 f"Checkpoint {folder / str(step)} cannot be read: {_line(root)}. It may be sound: "
