@@ -18,6 +18,7 @@ import jax
 from jtok_jax.config import Config, TrainConfig
 from jtok_jax.config_dict import add_mesh_options, asked_mesh
 from jtok_jax.data.loader import open_source
+from jtok_jax.data.manifest import parse_mixture
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
 from jtok_jax.hosts import Hosts, code_and_versions, joined
 from jtok_jax.launch import recognise
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     source = open_source(config)
     hosts.agree("data and checkpoint", source.fingerprint | {"step": saved.step}, DataError)
     if config.data.source == "prepared":
-        folder = pathlib.Path(config.data.path)
+        folder = parse_mixture(config.data.path)[0][0]
         require_same_tokenizer(saved, source.fingerprint["tokenizer"], folder)
     mesh, size = make_mesh(config.mesh), config.evaluation.batch_size
     check_batches(config, mesh, training=False)

@@ -146,7 +146,7 @@ def _tokenizer(
         return tokenizer.load_tokenizer(own), saved.end_id
     if not data and not saved.config.data.path:
         raise ConfigError(f"{workdir} has no tokenizer.json, so no text can be written or read.")
-    folder = pathlib.Path(data or saved.config.data.path)
+    folder = manifest.parse_mixture(str(data or saved.config.data.path))[0][0]
     found = manifest.read_manifest(folder)
     require_same_tokenizer(saved, found.tokenizer_sha256, folder)
     if not found.tokenizer_sha256:

@@ -88,6 +88,7 @@ def _prepare(recipe: Recipe, output: pathlib.Path, partial: pathlib.Path) -> man
         recipe={**dataclasses.asdict(recipe), "version": jtok_jax.__version__},
         skipped=dict(skipped.counts),
         text={name: dict(found) for name, found in counting.counts.items()} if counting else {},
+        held_out=source.rule,
         **form,
     )
     _check_splits(result)

@@ -3,7 +3,6 @@
 """Batches as a pure function of (seed, step), read ahead by Grain."""
 
 import math
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,11 +10,10 @@ import grain
 import numpy as np
 
 from jtok_jax.config import Config
-from jtok_jax.data import manifest, tokenizer
+from jtok_jax.data import manifest, prepared, tokenizer
 from jtok_jax.data.windows import Windows, allow_open_files
 from jtok_jax.errors import DataError
 
-LOSSLESS = 0.001  # of a text may be lost before its bits a byte mean nothing
 Rows = Sequence[int] | None  # sequences of a batch that are wanted; None: all
 
 
@@ -62,13 +60,16 @@ def check_unique(found: int, config: Config, step: int) -> None:
 
 
 class PreparedSource:
-    """A corpus written by jtok_jax.prepare.
+    """Corpora written by jtok_jax.prepare, mixed by the weights of data.path.
 
     tokenizer: its file; None: the ids came without one. end_id: stands between documents.
     fingerprint: changes whenever the same step would give other tokens. valid_bytes: UTF-8 bytes of
     the held-out documents; of a part by its share of tokens; 0: not known, as of token
-    ids, or of a tokenizer that loses text.
+    ids, or of a tokenizer that loses text. note: what a user should know of the mixture.
+    offset: sequences by which the data is further on than steps of this batch_size.
     """
+
+    offset = 0
 
     def __init__(self, config: Config):
         if not config.data.path:
@@ -76,44 +77,57 @@ class PreparedSource:
                 "data.path is empty. Prepare a corpus (python -m jtok_jax.prepare --help) and "
                 "pass --config.data.path=FOLDER, or use --config.data.source=synthetic."
             )
-        folder = pathlib.Path(config.data.path)
-        self.manifest = manifest.read_manifest(folder)
+        parts = manifest.parse_mixture(config.data.path)
+        folders, weights = [folder for folder, _ in parts], [weight for _, weight in parts]
+        found = [prepared.open_corpus(folder, config) for folder in folders]
+        self.manifest = found[0]
         self.end_id = self.manifest.end_id
-        self.tokenizer = folder / tokenizer.FILE_NAME if self.manifest.tokenizer_sha256 else None
-        self._vocab_size = config.model.vocab_size
-        self._check_tokenizer(folder)
-        manifest.verify_shards(folder, self.manifest, hashes=config.data.verify == "hash")
-        allow_open_files(len(self.manifest.train.shards) + len(self.manifest.valid.shards))
-        seq_len = config.train.seq_len
-        self._train = Windows(folder, self.manifest, "train", seq_len=seq_len)
-        self._valid = Windows(folder, self.manifest, "valid", seq_len=seq_len)
+        self.tokenizer = folders[0] / tokenizer.FILE_NAME if found[0].tokenizer_sha256 else None
+        self.note = prepared.compare(found, folders)
+        self._vocab_size, self._seq_len = config.model.vocab_size, config.train.seq_len
+        allow_open_files(sum(len(one.train.shards) + len(one.valid.shards) for one in found))
+        places = list(zip(folders, found, strict=True))
+        self._train, self._valid = (
+            [Windows(*place, split, seq_len=self._seq_len) for place in places]
+            for split in ("train", "valid")
+        )
         self._batch_size, self._eval_size = config.train.batch_size, config.evaluation.batch_size
-        order = grain.MapDataset.range(len(self._train)).seed(config.train.seed)
-        self._order = order.shuffle().repeat()
-        self.fingerprint = self.manifest.fingerprint()
-        targets, count = self._valid.split.targets, math.ceil(self._valid.split.targets / seq_len)
-        used = min(config.evaluation.max_sequences or count, count)
-        self._evaluated = np.arange(used) * count // used  # sequences of the held-out set
-        share = np.minimum(targets - self._evaluated * seq_len, seq_len).sum() / targets
-        lost = manifest.lost_share(self.manifest.text.get("valid", {})) > LOSSLESS
-        self.valid_bytes = 0 if lost else self.manifest.valid.text_bytes * share
+        self._order = _mixed(self._train, weights, config.train.seed)
+        self.fingerprint = prepared.fingerprint(found, weights)
+        self._choose_evaluated(config.evaluation.max_sequences)
+        known = [prepared.text_bytes(one) for one in found]
+        totals = [one.valid.targets for one in found]
+        read = np.bincount(self._corpus, self._targets, len(found))  # targets, by corpus
+        self.valid_bytes = float(np.dot(known, read / totals)) if all(known) else 0
+
+    def _choose_evaluated(self, most: int) -> None:
+        """Spread the sequences that are evaluated over the held-out sets, one after another."""
+        totals = [windows.split.targets for windows in self._valid]
+        counts = [math.ceil(targets / self._seq_len) for targets in totals]
+        used = min(most or sum(counts), sum(counts))
+        chosen = np.arange(used) * sum(counts) // used
+        self._corpus = np.repeat(np.arange(len(counts)), counts)[chosen]
+        self._index = np.concatenate([np.arange(count) for count in counts])[chosen]
+        # Windows of a split follow each other: sequence i predicts targets i*T to (i+1)*T-1.
+        left = np.array(totals)[self._corpus] - self._index * self._seq_len
+        self._targets = np.minimum(left, self._seq_len)
 
     def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
         """Return int32 ids [rows, seq_len + 1] of the batch of `step` (from 1)."""
-        first = (step - 1) * self._batch_size
-        indices = [int(self._order[first + row]) for row in _all(rows, self._batch_size)]
-        return np.stack([self._checked(self._train, index) for index in indices])
+        first = (step - 1) * self._batch_size + self.offset
+        chosen = [self._order[first + int(row)] for row in _all(rows, self._batch_size)]
+        return np.stack([self._checked(self._train[corpus], index) for corpus, index in chosen])
 
     def valid_batches(self, rows: Rows = None) -> Iterator[EvalBatch]:
-        """Yield the held-out set, or evaluation.max_sequences of it, evaluation.batch_size each."""
-        # The windows of the split follow each other: sequence i predicts targets i*T to (i+1)*T-1.
-        targets, count = self._valid.split.targets, len(self._evaluated)
+        """Yield the held-out sets, or evaluation.max_sequences, evaluation.batch_size each."""
+        count = len(self._index)
         for first in range(0, count, self._eval_size):
             places = first + _all(rows, self._eval_size)
-            indices = self._evaluated[np.minimum(places, count - 1)]
-            ids = [self._checked(self._valid, int(index)) for index in indices]
-            starts = np.where(places < count, indices * self._valid.seq_len, targets)
-            real = starts[:, None] + np.arange(self._valid.seq_len) < targets
+            there = np.minimum(places, count - 1)
+            pairs = zip(self._corpus[there], self._index[there], strict=True)
+            ids = [self._checked(self._valid[corpus], int(index)) for corpus, index in pairs]
+            targets = np.where(places < count, self._targets[there], 0)
+            real = np.arange(self._seq_len) < targets[:, None]
             yield EvalBatch(*make_batch(np.stack(ids)), real.astype(np.float32))
 
     def _checked(self, windows: Windows, index: int) -> np.ndarray:
@@ -121,19 +135,14 @@ class PreparedSource:
         check_ids(ids, self._vocab_size, windows.locate(index))
         return ids
 
-    def _check_tokenizer(self, folder: pathlib.Path) -> None:
-        found = self.manifest
-        if found.vocab_size > self._vocab_size:
-            raise DataError(
-                f"The tokenizer of {folder} has {found.vocab_size} entries, model.vocab_size is "
-                f"{self._vocab_size}: ids up to {found.vocab_size - 1} would index past the "
-                f"tables. Pass --config.model.vocab_size={found.vocab_size} or more."
-            )
-        path = folder / tokenizer.FILE_NAME
-        if not found.tokenizer_sha256:  # token ids of --vocab_size
-            return
-        if not path.is_file() or manifest.file_sha256(path) != found.tokenizer_sha256:
-            raise DataError(f"{path} is not the tokenizer the shards were written with.")
+
+def _mixed(corpora: list[Windows], weights: list[float], seed: int) -> grain.MapDataset:
+    """Return (corpus, sequence) by place, without end: each corpus in an order of its own."""
+    orders = []
+    for corpus, windows in enumerate(corpora):
+        order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
+        orders.append(order.map(lambda index, corpus=corpus: (corpus, int(index))))
+    return grain.MapDataset.mix(orders, weights)
 
 
 class SyntheticSource:
@@ -141,6 +150,7 @@ class SyntheticSource:
 
     VALID_BATCHES = 4
     tokenizer = end_id = None
+    note, offset = "", 0  # the latter would change the fingerprint before it is anything else
 
     def __init__(self, config: Config):
         self._config = config

@@ -11,6 +11,7 @@ from jtok_jax.errors import DataError
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
+BY_HASH = "by hash"  # how documents are held out, if equal ones are in every corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Manifest:
     recipe: dict
     skipped: dict
     text: dict = dataclasses.field(default_factory=dict)  # counts of encoding.TextEncoder
+    held_out: str = ""  # the rule for it; empty: of an earlier version
 
     def fingerprint(self) -> dict[str, str]:
         """Return what training depends on: tokenizer and windows, not where they came from."""
@@ -62,6 +64,33 @@ class Manifest:
             "train": _digest(form, self.train),
             "valid": _digest(form, self.valid),
         }
+
+
+def parse_mixture(path: str) -> list[tuple[pathlib.Path, float]]:
+    """Return (folder, weight) of every corpus in a data.path: FOLDER, or A:0.7,B:0.3.
+
+    Raises DataError: of several corpora one has no weight, or a weight is not above 0.
+    """
+    if "," not in path:
+        return [(pathlib.Path(path), 1.0)]
+    parts = [part.strip().rpartition(":") for part in path.split(",")]
+    try:
+        found = [(pathlib.Path(folder), float(weight)) for folder, _, weight in parts]
+        if not all(0 < weight < float("inf") for _, weight in found):
+            raise ValueError
+        return found
+    except ValueError:
+        raise DataError(
+            f"data.path is {path!r}; expected a folder, or several with weights above 0: "
+            "data/web:0.7,data/code:0.3."
+        ) from None
+
+
+def absolute_path(path: str) -> str:
+    """Return a data.path that names the same corpora from every folder."""
+    if "," not in path:
+        return str(pathlib.Path(path).absolute()) if path else ""
+    return ",".join(f"{folder.absolute()}:{weight}" for folder, weight in parse_mixture(path))
 
 
 def lost_share(counts: dict[str, int]) -> float:
@@ -82,7 +111,8 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         raise DataError(f"{folder} is a file; expected the folder that jtok_jax.prepare wrote.")
     if not path.is_file():
         raise DataError(
-            f"{folder} holds no prepared corpus ({FILE_NAME} is missing). Make one with "
+            f"{folder} holds no prepared corpus ({FILE_NAME} is missing). If it was moved, pass "
+            "its folder: --config.data.path to train.py, --data to other tools. Else make one:\n"
             f"python -m jtok_jax.prepare --input=GLOB --output={folder}"
         )
     try:

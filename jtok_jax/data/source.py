@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from jtok_jax.data import corpus, token_ids
+from jtok_jax.data import corpus, manifest, token_ids
 from jtok_jax.data.corpus import Document, Skipped
 from jtok_jax.errors import DataError
 
@@ -88,6 +88,7 @@ class Source:
         share = recipe.valid_fraction
         if not self._valid and 0 < share < 1:
             self._tails = not self._both_splits()
+        self.rule = _rule(recipe, self._tails)
         self.note = self._tails * (
             f"Too few documents to hold out whole ones: the last {100 * share:.3g}% of each is "
             f"held out{'' if recipe.ids else ', from a line end on'}.\n"
@@ -152,6 +153,13 @@ class Source:
             found.add(piece.split) or len(found) == 2
             for piece in self.pieces(Skipped(), "choosing held-out documents")
         )
+
+
+def _rule(recipe: Recipe, tails: bool) -> str:
+    """Return what decides which documents are held out, for the manifest."""
+    if recipe.valid_input or tails:
+        return "tails" if tails else "those of --valid_input"
+    return f"{recipe.valid_fraction} of {'ids' if recipe.ids else 'texts'} {manifest.BY_HASH}"
 
 
 def _hash64(content: str | np.ndarray) -> int:

@@ -49,8 +49,13 @@ def load_tokenizer(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _for_text(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return a tokenizer that encodes all of a text, "<|endoftext|>" in it as text, too."""
+    """Return a tokenizer that encodes all of a text, "<|endoftext|>" in it as text, too.
+
+    The same text always gives the same ids: BPE dropout is for training with other segmentations.
+    """
     tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
