@@ -30,6 +30,10 @@ _PUBLIC = {  # loaded when asked for: options alone need no Flax and no kernel
 __all__ = list(_PUBLIC)
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]
+
+
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'jtok_jax' has no attribute {name!r}")

@@ -40,8 +40,8 @@ def _reason(error: Exception, arguments: list[str]) -> str:
     if isinstance(error, OSError):
         return f"{' '.join(files)} cannot be loaded: there is no such file, or it fails. {text}"
     for override in overrides:
-        if unknown := _unknown(override):
-            return unknown
+        if found := _unknown(override) or _mistyped(override):
+            return found
     return text if isinstance(error, flags.Error) else f"{text} ({type(error).__name__})"
 
 
@@ -54,6 +54,26 @@ def _unknown(override: str) -> str | None:
     if within:
         return f"{override}: {name} is a group of fields, such as {within[0]}."
     ending = [one for one in known if one.endswith(f".{name}")]
+    ending += [one for one in known if _initials(one) == name.rpartition(".")[2]]  # lr
     near = ending or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     hint = f"Did you mean {near[0]!r}?" if near else "python train.py --help has all of them."
     return f"{override}: there is no field {name!r}. {hint}"
+
+
+def _initials(field: str) -> str:
+    words = field.rpartition(".")[2].split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
+
+
+def _mistyped(override: str) -> str | None:
+    """Return what is wrong with the value of an override that should be a number, or None."""
+    name, _, text = override.removeprefix(_PREFIX).partition("=")
+    default = flatten(to_dict(Config()))[name]
+    if type(default) not in (int, float):
+        return None
+    try:
+        type(default)(text)
+    except ValueError:
+        kind = "a whole number" if type(default) is int else "a number"
+        return f"{name} is {text!r}; expected {kind}, such as {default}."
+    return None

@@ -120,7 +120,7 @@ class ScheduleConfig:
     steps: int = 0  # length of the schedule; 0: train.steps
     warmup_fraction: float = 0.05
     decay_fraction: float = 0.2  # wsd only; the published runs used 0
-    final_fraction: float = 0.1  # where cosine and wsd end
+    final_fraction: float = 0.1  # of the rate, which cosine and wsd reach after the last step
 
     def __post_init__(self):
         one_of(self.kind, "schedule.kind", SCHEDULES)
@@ -150,6 +150,8 @@ class TrainConfig:
     start_seconds: float = 300.0  # longest wait for all processes to come, and to compare notes
     heartbeat_seconds: int = 100  # a process silent for so long is taken for dead
     log_every: int = 10  # steps between console lines; metrics.jsonl has every step
+    # On resume: take another optimizer, schedule or batch_size, and write it to history.json.
+    allow_changes: bool = False
     # Of the training step's compiler, as "--name=value --name=value"; see docs/plan.md.
     compiler_options: str = ""
 
@@ -177,10 +179,16 @@ class CheckpointConfig:
     every: int = 500  # steps between checkpoints; the last step is always saved
     keep: int = 2  # newest checkpoints kept
     keep_best: int = 0  # also those of the lowest validation loss, of steps that have one
+    keep_every: int = 0  # also those of steps that it divides; 0: none
 
     def __post_init__(self):
         at_least(self, "checkpoint", 1, "every", "keep")
-        at_least(self, "checkpoint", 0, "keep_best")
+        at_least(self, "checkpoint", 0, "keep_best", "keep_every")
+        if self.keep_every % self.every:
+            raise ConfigError(
+                f"checkpoint.keep_every is {self.keep_every}; expected a multiple of "
+                f"checkpoint.every, {self.every}: others are never saved."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +209,7 @@ class DataConfig:
     """Says where batches come from."""
 
     source: str = "prepared"  # prepared (by jtok_jax.prepare) | synthetic (random ids)
-    path: str = ""  # folder written by jtok_jax.prepare
+    path: str = ""  # folder written by jtok_jax.prepare; several by weight: A:0.7,B:0.3
     read_threads: int = 2
     prefetch: int = 8  # batches read ahead
     verify: str = "size"  # of every shard, at start | hash: and its SHA-256; reading checks anyway

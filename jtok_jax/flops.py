@@ -11,11 +11,15 @@ from jtok_jax.model_config import ModelConfig
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
-# Dense bfloat16 matmul FLOP/s of one chip, from the vendors' data sheets (without sparsity).
+# Dense bfloat16 matmul FLOP/s of one chip, from the vendors' data sheets (without sparsity), by the
+# whole name that JAX gives it: a part of a chip, or a variant, is not its big brother.
 PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
     "TPU v4": 275e12,
@@ -29,9 +33,8 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Return the peak of one device by the longest known prefix of its kind, or None."""
-    known = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+    """Return the peak of one device by its kind, None if that is not known."""
+    return PEAK_FLOPS.get(device_kind)
 
 
 @dataclasses.dataclass(frozen=True)

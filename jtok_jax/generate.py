@@ -56,6 +56,14 @@ def run(options: argparse.Namespace) -> None:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds such bytes
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
     loaded = load(options.workdir, data=options.data, step=options.step)
+    seq_len = loaded.config.train.seq_len
+    longest = max((len(loaded.encode(prompt)) for prompt in prompts), default=0) + options.tokens
+    if longest > seq_len:
+        print(
+            f"Note: up to {longest} tokens; the run was trained on {seq_len} at a time, and may "
+            "do worse after them.",
+            file=sys.stderr,
+        )
     made = {"tokens": options.tokens, "sampling": sampling, "seed": options.seed}
     if len(prompts) > 1:
         for text in loaded.generate(prompts, **made):

@@ -214,6 +214,8 @@ ELSEWHERE = {
     "checkpoint.every": "test_train_loop",
     "checkpoint.keep": "test_train_loop",
     "checkpoint.keep_best": "test_run",
+    "checkpoint.keep_every": "test_run",
+    "train.allow_changes": "test_changes",
     "evaluation.every": "test_train_loop",
     "evaluation.batch_size": "test_data",
     "evaluation.max_sequences": "test_data",
@@ -368,6 +370,9 @@ def _first_values(config: Config) -> np.ndarray:
 
 @pytest.mark.parametrize(("option", "message"), [
     ("--config.train.stepz=3", "there is no field 'train.stepz'. Did you mean 'train.steps'?"),
+    ("--config.optimizer.lr=1", "Did you mean 'optimizer.learning_rate'?"),
+    ("--config.train.steps=1e3", "train.steps is '1e3'; expected a whole number, such as 1000."),
+    ("--config.schedule.decay_fraction=x", "is 'x'; expected a number, such as 0.2."),
     ("--steps=3", "Unknown command line flag 'steps'. Fields of the configuration are --config."),
     ("--config=configs/none.py", "--config=configs/none.py cannot be loaded: there is no such"),
 ])  # fmt: skip

@@ -15,6 +15,7 @@ from conftest import ROOT
 from jtok_jax import flops
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.model.params import bind, declared, init_params
+from jtok_jax.planning.topology import CHIPS
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "configs.txt"
 # But for the one that takes its model from a folder.
@@ -121,9 +122,11 @@ def test_flops_equal_those_counted_by_hand():
     assert flops.count(tables, seq_len=1024).forward_flops == expected + 12 * 2 * 2 * 768
 
 
-def test_peak_flops_by_longest_prefix():
+def test_peak_flops_are_those_of_the_very_chip():
     assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert flops.peak_flops("NVIDIA H100 PCIe") == 756e12
     assert flops.peak_flops("TPU v5 lite") == 197e12
     assert flops.peak_flops("TPU v5") == 459e12
-    assert flops.peak_flops("cpu") is None
+    others = ("cpu", "NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA B2000")
+    assert [flops.peak_flops(kind) for kind in others] == [None] * 4
+    assert all(chip.peak_flops for chip in CHIPS.values())

@@ -146,7 +146,7 @@ def test_second_trainer_exits_3_and_a_killed_one_can_restart_at_once(corpus, tmp
     ("arguments", "code", "message"),
     [
         (["--config.train.stps=3"], 2, "Did you mean 'train.steps'"),
-        (["--config.train.steps=many"], 2, "invalid literal"),
+        (["--config.train.steps=many"], 2, "expected a whole number, such as 1000"),
         (["--config.model.num_heads=3"], 2, "is not a multiple of model.num_heads"),
         (["--config.data.path="], 5, "data.path is empty"),
         (["--workdir="], 2, "--workdir is missing"),

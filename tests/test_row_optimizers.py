@@ -135,6 +135,27 @@ def test_decay_is_caught_up_by_the_exact_product(kind):
     np.testing.assert_allclose(table[7], expected, rtol=1e-5)
 
 
+def test_decay_is_right_after_a_million_steps():
+    """The last thousand, of which a plain float32 sum would miss some percent."""
+    optimizer, rate, steps = make(lazy_adam, weight_decay=0.1), 1e-2, 1000
+    table = jnp.ones((V, D))
+    value = np.log1p(-np.float32(rate) * np.float32(0.1))
+    before = np.float32(1_000_000 * np.float64(value))
+    state = optimizer.init(table) | {
+        "log_decay": jnp.float32(before), "decayed": jnp.full(V, before)
+    }  # fmt: skip
+    zero, ids = jnp.zeros((1, D)), lambda row: jnp.int32([row])
+
+    def body(state, step):
+        update = functools.partial(update_rows, optimizer, learning_rate=rate, step=step)
+        return update(table, state, ids(V), zero)[1], None
+
+    state, _ = jax.lax.scan(body, state, jnp.arange(1, steps))
+    last = {"step": jnp.int32(steps), "learning_rate": rate}
+    found, _ = update_rows(optimizer, table, state, ids(3), zero.at[0].set(1e-30), **last)
+    np.testing.assert_allclose(found[3], np.exp(steps * np.float64(value)), rtol=2e-4)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", SPARSE)
 def test_rows_without_gradient_keep_every_bit(kind, shape):

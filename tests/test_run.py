@@ -98,6 +98,15 @@ def test_the_best_checkpoint_survives_though_it_is_early(config, tmp_path, monke
         load_params(tmp_path, step="6")
 
 
+def test_checkpoints_of_every_third_step_are_kept(config, tmp_path):
+    changes = {"checkpoint.keep": 1, "checkpoint.every": 1, "checkpoint.keep_every": 3}
+    train(changed(config, changes | {"train.steps": 7, "schedule.steps": 8}), tmp_path)
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [3, 6, 7]
+    with pytest.raises(ConfigError, match=r"keep_every is 3; expected a multiple of .*every, 2"):
+        changed(config, {"checkpoint.every": 2, "checkpoint.keep_every": 3})
+
+
 def test_a_device_without_memory_is_no_damaged_checkpoint(config, tmp_path, monkeypatch):
     """Nobody is told to move a checkpoint away that is sound."""
     train(changed(config, {"train.steps": 2, "schedule.steps": 8}), tmp_path)

@@ -13,6 +13,7 @@ from jtok_jax.data.encoding import TextEncoder, encode_text
 from jtok_jax.data.loader import open_source
 from jtok_jax.data.tokenizer import end_token_id, load_tokenizer, train_tokenizer
 from jtok_jax.errors import DataError
+from jtok_jax.loading import LoadedRun
 from jtok_jax.prepare import prepare
 
 CHARS = "\n \u00e9\u2581" + "".join(map(chr, range(33, 127)))
@@ -89,6 +90,24 @@ def test_a_tokenizer_that_loses_text_is_refused_or_has_no_bits_a_byte(saved, tmp
     lost = manifest.lost_share(manifest.read_manifest(tmp_path / "out").text["valid"])
     assert (lost == 0) == lossless
     assert (open_source(run_config(tmp_path / "out")).valid_bytes > 0) == lossless
+
+
+def test_a_prompt_that_spells_the_end_token_is_text():
+    made = bytes_with_an_end_that_is_not_special()
+    end = end_token_id(made, END)
+    ids = LoadedRun(None, None, made, end, 0).encode(f"a{END}b")
+    assert ids[0] == end
+    assert end not in ids[1:]
+
+
+def test_bpe_dropout_is_turned_off(tmp_path):
+    made = train_tokenizer(["abab cabcab"] * 9, vocab_size=262)
+    made.model.dropout = 0.5
+    made.save(str(tmp_path / "tokenizer.json"))
+    text = "abab cabcab " * 20
+    assert len({tuple(made.encode(text).ids) for _ in range(5)}) > 1
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert len({tuple(again.encode(text).ids) for _ in range(5)}) == 1
 
 
 def test_an_end_token_that_texts_need_is_refused(tmp_path):

@@ -23,11 +23,12 @@ from test_documents import blocks
 from jtok_jax import generate, loading
 from jtok_jax.config import MeshConfig
 from jtok_jax.data import manifest
-from jtok_jax.errors import CheckpointError
+from jtok_jax.errors import CheckpointError, DamagedError, DataError
 from jtok_jax.evaluate import main as evaluate_main
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.loading import load
 from jtok_jax.mesh import abstract_mesh
+from jtok_jax.training import saved as saved_module
 from jtok_jax.training.saved import anywhere, load_params
 from jtok_jax.training.step import make_eval_step
 from train import train
@@ -38,11 +39,11 @@ ONE_DEVICE = abstract_mesh(MeshConfig(), 1)
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    """Workdir of a JTok-M model after two steps; tests copy it before they change anything."""
+    """Workdir of a JTok-M model after one step and two; tests copy it before they change it."""
     model = dataclasses.replace(KINDS["dense-jtok_m"], vocab_size=300)
     config = dataclasses.replace(run_config(corpus, steps=2), model=model)
     workdir = tmp_path_factory.mktemp("finished")
-    train(changed(config, {"evaluation.every": 2}), workdir)
+    train(changed(config, {"evaluation.every": 2, "checkpoint.every": 1}), workdir)
     return workdir
 
 
@@ -60,6 +61,59 @@ def test_evaluate_repeats_the_validation_of_the_last_step(finished, capsys):
     last = last_record(finished)
     expected = f"loss {last['val_loss']:.6f} nats/token, {last['val_bpb']:.6f} bits/byte"
     assert expected in capsys.readouterr().out
+
+
+def test_a_step_is_chosen_by_number_or_as_the_best(finished, capsys):
+    for asked, step in (("1", 1), ("best", 2), ("newest", 2)):
+        evaluate_main([f"--workdir={finished}", f"--step={asked}"])
+        assert f"step {step}: " in capsys.readouterr().out
+        assert f"--- step {step} ---" in generated(
+            capsys, finished, "--prompt=a", f"--step={asked}"
+        )
+
+
+def test_a_run_is_evaluated_from_another_folder(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(corpus.parent)
+    config = dataclasses.replace(run_config(corpus.name, steps=1))
+    train(config, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    evaluate_main(["--workdir=run"])
+    assert "step 1: validation loss" in capsys.readouterr().out
+
+
+def test_a_run_needs_its_data_no_more_to_write_text(finished, workdir, corpus):
+    own = workdir / "tokenizer.json"
+    assert own.read_bytes() == (corpus / "tokenizer.json").read_bytes()
+    own.write_text(own.read_text() + "\n")
+    with pytest.raises(DataError, match=r"is not the tokenizer the run was trained with"):
+        load(workdir)
+
+
+def test_a_checkpoint_removed_while_it_is_read_is_no_damage(workdir, tmp_path, monkeypatch):
+    """The run went on: its newest is read. One that was asked for by number is told."""
+    folder, real = workdir / "checkpoints", saved_module.load_leaves
+
+    def removing(checkpointer, found, *arguments, **options):
+        if found.step == 1:
+            shutil.rmtree(folder / "1")
+            (tmp_path / "2").rename(folder / "2")
+        return real(checkpointer, found, *arguments, **options)
+
+    monkeypatch.setattr(saved_module, "load_leaves", removing)
+    kept = shutil.copytree(folder / "1", tmp_path / "1")
+    (folder / "2").rename(tmp_path / "2")
+    assert load_params(workdir).step == 2
+    kept.rename(folder / "1")
+    (folder / "2").rename(tmp_path / "2")
+    with pytest.raises(CheckpointError, match=r"was removed while it was read") as told:
+        load_params(workdir, step=1)
+    assert not isinstance(told.value, DamagedError)
+
+
+def test_a_text_longer_than_training_is_noted(finished, capsys):
+    for tokens, noted in ((8, False), (40, True)):
+        generate_main([f"--workdir={finished}", "--prompt=abc", f"--tokens={tokens}"])
+        assert ("the run was trained on 16 at a time" in capsys.readouterr().err) == noted
 
 
 def test_bits_per_byte_are_nats_over_ln2_and_bytes(finished, corpus):
@@ -127,6 +181,11 @@ def test_tools_refuse_another_tokenizer(finished, tmp_path, corpus, capsys):
 
 def test_tools_take_the_implementation_of_the_run_where_it_can_run(workdir):
     """Kernels a run asked for elsewhere do not keep its checkpoint from being read here."""
+    path = workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    text = re.sub(', "digest": "[0-9a-f]{64}"', "", path.read_text())
+    path.write_text(text.replace('"attention": "auto"', '"attention": "cudnn"'))
+    assert path.read_text() != text
+    assert load_params(workdir).config.model.attention == "auto"
     asked = lambda name: dataclasses.replace(
         saved, model=dataclasses.replace(
             saved.model, jtok=dataclasses.replace(saved.model.jtok, implementation=name)
@@ -195,6 +254,10 @@ def test_prompts_come_from_a_file_or_standard_input_or_are_typed(
     for text, out in alone.items():
         expected = run.generate([text], tokens=9, sampling=Sampling(0.0))[0]
         assert out == f"--- step 2 ---\n{expected}\n"
+        pieces = []
+        assert run.generate([text], tokens=9, sampling=Sampling(0.0), on_text=pieces.append)
+        assert len(pieces) > 2
+        assert expected.startswith(text + "".join(pieces))
     file = tmp_path / "prompts.txt"
     file.write_text("abc\n\nhé \n")
     assert generated(capsys, finished, f"--prompts={file}") == "".join(alone.values())

@@ -13,7 +13,7 @@ import pytest
 from hf_oracle import config as hf_config
 from hf_oracle import random_tensors, write_folder
 from pythons import oldest
-from small import ARMS, DENSE, JTOK, JTOK_M, small_config
+from small import ARMS, DENSE, JTOK, JTOK_M, small_config, small_recipe, write_documents
 from test_config import changed
 from test_data import run_config
 
@@ -21,10 +21,11 @@ from configs.pretrained import get_config
 from jtok_jax.config import OptimizerConfig
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.convert import from_folder
-from jtok_jax.errors import CheckpointError, ConfigError
+from jtok_jax.errors import CheckpointError, ConfigError, DataError
 from jtok_jax.mesh import abstract_mesh
 from jtok_jax.model.params import bind, declared
 from jtok_jax.planning.memory import memory
+from jtok_jax.prepare import prepare
 from jtok_jax.training.saved import load_params
 from train import train
 
@@ -47,6 +48,21 @@ def base(corpus, tmp_path_factory):
     config = dataclasses.replace(run_config(corpus, steps=12), model=BASE)
     train(config, workdir)
     return workdir, config
+
+
+def test_words_of_another_tokenizer_are_refused(base, tmp_path):
+    """And other text in the same words is taken, in batches of another size."""
+    (tmp_path / "text").mkdir()
+    write_documents(tmp_path / "text", seed=5)
+    recipe = small_recipe(tmp_path / "text")
+    prepare(recipe, tmp_path / "other")
+    with pytest.raises(DataError, match=r"cut by another tokenizer.*--tokenizer="):
+        train(more(base, BASE, **{"data.path": str(tmp_path / "other")}), tmp_path / "run")
+    given = {"vocab_size": 0, "tokenizer": str(base[0] / "tokenizer.json")}
+    prepare(dataclasses.replace(recipe, **given), tmp_path / "same")
+    changes = {"data.path": str(tmp_path / "same"), "train.batch_size": 2, "train.steps": 1}
+    train(more(base, BASE, **changes), tmp_path / "run")
+    assert records(tmp_path / "run")[0]["val_loss"] < records(base[0])[0]["val_loss"]
 
 
 def more(base, model, **changes):

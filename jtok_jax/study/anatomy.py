@@ -20,7 +20,7 @@ from scipy import special, stats
 
 from jtok_jax.config import Config
 from jtok_jax.data.loader import EvalBatch, Source, open_source
-from jtok_jax.data.tokenizer import FILE_NAME, load_tokenizer
+from jtok_jax.data.tokenizer import load_tokenizer
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.model.loss import cross_entropy
 from jtok_jax.model.params import Params, bind, init_params, to_logical
@@ -92,7 +92,8 @@ def measure(saved: Saved, source: Source) -> dict:
     initial_GMVD = _logical(model, start(jax.random.key(config.train.seed)))
     tables_GMVD = _logical(model, saved.params["tables"])
     step_tokens = config.train.batch_size * config.train.seq_len
-    steps = min(saved.step, -(-COUNTED // step_tokens))
+    tokens = saved.sequences * config.train.seq_len
+    steps = max(1, min(tokens // step_tokens, -(-COUNTED // step_tokens)))
     inputs = (source.sequences(step)[:, :-1].ravel() for step in range(1, steps + 1))
     count_V = sum(np.bincount(ids, minlength=model.vocab_size) for ids in inputs)
     layers = list(jtok.table_layers(model.num_layers))
@@ -104,7 +105,7 @@ def measure(saved: Saved, source: Source) -> dict:
         "seed": config.train.seed,
         "model": f"{jtok.kind}, tables {list(model.tables_shape)} in layers {layers} of "
         f"{model.num_layers} ({jtok.sharing}), norm {jtok.norm}",
-        "tokens_read": saved.step * step_tokens,
+        "tokens_read": tokens,
         "tokens_counted": steps * step_tokens,
         **describe_tables(stack, tables_GMVD, initial_GMVD, count_V, decays=decays),
         "layers": {
@@ -254,8 +255,8 @@ def _router(model: ModelConfig, params: Params, source: Source) -> dict:
 def _removal(config: Config, params: Params, source: Source) -> dict:
     """Return losses of some batches as they are, and with rows of the tables zero."""
     model, tables, show = config.model, params["tables"], str
-    path = pathlib.Path(config.data.path) / FILE_NAME
-    if config.data.source == "prepared" and path.exists():  # token ids may come without one
+    path = source.tokenizer
+    if path is not None:  # token ids may come without one
         tokenizer = load_tokenizer(path)
         show = lambda token: repr(tokenizer.decode([token], skip_special_tokens=False))
     batches = list(itertools.islice(source.valid_batches(), REMOVAL_BATCHES))

@@ -35,6 +35,7 @@ PATHS = (
     "data.path", "data.read_threads", "data.prefetch", "data.verify", "checkpoint.",
     "logging.", "profile.",
     "train.log_every", "train.stall_seconds", "train.start_seconds", "train.heartbeat_seconds",
+    "train.allow_changes",
 )  # fmt: skip
 
 

@@ -55,7 +55,12 @@ class Checkpoints:
         data: dict[str, str],
         end_id: int | None = None,
     ):
-        """Open the folder; `data` is the fingerprint, `end_id` that of its tokenizer."""
+        """Open the folder; `data` is the fingerprint, `end_id` that of its tokenizer.
+
+        history: changes of the configuration, as `restore` finds them. offset: sequences by which
+        the data is further on than steps of today's batch_size.
+        """
+        self.history, self.offset = [], 0
         self._folder = workdir.absolute() / CHECKPOINTS
         self._config, self._data, self._end_id = config, data, end_id
         self._pending, self._failed = None, False
@@ -65,6 +70,8 @@ class Checkpoints:
     def _open(self) -> ocp.training.Checkpointer:
         options, policies = self._config.checkpoint, ocp.training.preservation_policies
         preserved = [policies.LatestN(options.keep)]
+        if options.keep_every:
+            preserved.append(policies.EveryNSteps(options.keep_every))
         if options.keep_best:
             preserved.append(
                 policies.BestN(
@@ -111,7 +118,7 @@ class Checkpoints:
         finite = val_loss is not None and math.isfinite(val_loss)
         metrics = {RANKED_BY: val_loss} if finite else None
         leaves = named_leaves(state)
-        metadata = self._metadata(leaves)
+        metadata = self._metadata(leaves, step)
         with self._failure(step):
             response = self._checkpointer.save_async(
                 step, leaves, metrics=metrics, custom_metadata=metadata
@@ -130,13 +137,15 @@ class Checkpoints:
             write_concurrent_bytes=2 * largest, deepcopy_host_arrays=False
         )
         with self._failure(0), ocp.Context(memory_options=memory):
-            self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves))
+            self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves, 0))
 
-    def _metadata(self, leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, object]:
+    def _metadata(self, leaves: dict[str, jax.Array | np.ndarray], step: int) -> dict[str, object]:
         found = {
             "config": to_dict(self._config),
             "data": self._data,
             "end_id": self._end_id,
+            "sequences": step * self._config.train.batch_size + self.offset,
+            "history": self.history,
             "jtok_jax": jtok_jax.__version__,
             "jax": jax.__version__,
             "flax": flax.__version__,
@@ -215,8 +224,12 @@ class Checkpoints:
         """
         step = self.latest_step()
         found = read_metadata(self._checkpointer, step)
-        require_same_config(found.custom_metadata["config"], self._config, self._folder.parent)
-        require_same_data(found.custom_metadata["data"], self._data, self._folder.parent)
+        saved, workdir = found.custom_metadata, self._folder.parent
+        changes = require_same_config(saved["config"], self._config, workdir)
+        require_same_data(saved["data"], self._data, workdir)
+        entry = {"after_step": step, "changes": changes}
+        self.history = saved.get("history", []) + [entry] * bool(changes)
+        self.offset = sequences_seen(found) - step * self._config.train.batch_size
         logical = _logical(abstract)
         wanted = named_leaves(logical)
         leaves = load_leaves(self._checkpointer, found, wanted)
@@ -270,6 +283,12 @@ def read_metadata(checkpointer, step: int):
         if said is not None and said != text_digest(values):
             raise ValueError("its metadata differs from what was saved")
         return found
+
+
+def sequences_seen(found) -> int:
+    """Return how many sequences a run had trained on, by the metadata of its checkpoint."""
+    saved = found.custom_metadata
+    return saved.get("sequences", found.step * saved["config"]["train"]["batch_size"])
 
 
 def config_of(found) -> Config:

@@ -31,12 +31,17 @@ def reading(folder: pathlib.Path, step: int) -> Iterator[None]:
         _silence_coroutines()
         if isinstance(root, jax.errors.JaxRuntimeError):  # of a device, such as its memory
             raise root from None
+        if not (folder / str(step)).exists():
+            raise CheckpointError(
+                f"Checkpoint {folder / str(step)} was removed while it was read: the run keeps "
+                "those that checkpoint.keep and its like say. Read another."
+            ) from root
         if not _is_damage(root):
             raise CheckpointError(
                 f"Checkpoint {folder / str(step)} cannot be read: {_line(root)}. It may be sound: "
                 "mend the disk or the rights of the folder, then run the same command."
             ) from root
-        other = max((one for one in _steps(folder) if one != step), default=None)
+        other = max((one for one in steps_of(folder) if one != step), default=None)
         there = "step 0: there is no checkpoint before it" if other is None else f"step {other}"
         raise DamagedError(
             f"Checkpoint {folder / str(step)} is damaged: {_line(root)}. Move that folder away "
@@ -81,7 +86,7 @@ def _is_damage(error: BaseException) -> bool:
     return isinstance(error, ValueError | KeyError | TypeError | EOFError | FileNotFoundError)
 
 
-def _steps(folder: pathlib.Path) -> list[int]:
+def steps_of(folder: pathlib.Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, whether they are sound or not."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
 
@@ -92,9 +97,13 @@ def open_checkpointer(folder: pathlib.Path, **options) -> ocp.training.Checkpoin
     Raises:
         DamagedError: that of one is no JSON.
     """
-    for step in _steps(folder):
+    for step in steps_of(folder):
         paths = [folder / str(step) / METADATA, folder / str(step) / METRICS]
-        for path in filter(pathlib.Path.exists, paths):
+        for path in paths:
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # or removed meanwhile
+                continue
             with reading(folder, step):
-                json.loads(path.read_bytes())
+                json.loads(content)
     return ocp.training.Checkpointer(folder, **options)

@@ -19,8 +19,14 @@ MAY_CHANGE = (
     "logging.", "profile.", "data.path", "data.read_threads", "data.prefetch", "data.verify",
     "mesh.", "model.jtok.implementation", "model.attention", "model.remat", "model.loss_chunk",
     "train.compiler_options", "train.max_unique_ids", "train.start_seconds",
-    "train.heartbeat_seconds",
+    "train.heartbeat_seconds", "train.allow_changes",
 )  # fmt: skip
+# What may change with train.allow_changes: the state keeps its shape.
+CHANGEABLE = (
+    "optimizer.", "schedule.", "train.batch_size", "train.grad_accumulation", "train.z_loss",
+)  # fmt: skip
+FIXED = "optimizer.frozen", "optimizer.tables.kind", "optimizer.tables.overrides"
+HISTORY_FILE = "history.json"
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
@@ -38,21 +44,26 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
         )
     if path.exists() and any((workdir / CHECKPOINTS).glob("*")):  # else nothing would be lost
         require_same_config(_saved_config(path), config, workdir)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    partial.replace(path)
+    _keep(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
 
 
 def keep_tokenizer(workdir: pathlib.Path, path: pathlib.Path | None) -> None:
     """Copy a tokenizer.json into a run, which so needs no data to write or read text."""
-    if path is None or not path.is_file():
-        return
-    own = workdir / path.name
-    content = path.read_bytes()
-    if not own.is_file() or own.read_bytes() != content:
-        partial = own.with_suffix(".partial")
+    if path is not None and path.is_file():
+        _keep(workdir / path.name, path.read_bytes())
+
+
+def keep_history(workdir: pathlib.Path, history: list[dict]) -> None:
+    """Write what was changed in a run, and after which steps, if anything was."""
+    if history:
+        _keep(workdir / HISTORY_FILE, (json.dumps(history, indent=1) + "\n").encode())
+
+
+def _keep(path: pathlib.Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        partial = path.with_suffix(".partial")
         partial.write_bytes(content)
-        partial.replace(own)
+        partial.replace(path)
 
 
 def _saved_config(path: pathlib.Path) -> dict:
@@ -65,24 +76,30 @@ def _saved_config(path: pathlib.Path) -> dict:
         ) from error
 
 
-def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> None:
-    """Raise ConfigError with a diff if `saved` would give other numbers than `config`."""
+def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> list[str]:
+    """Return the differences that train.allow_changes takes, a line each.
+
+    Raises ConfigError with a diff if `saved` would give other numbers than `config` otherwise.
+    """
     old, new = flatten(completed(saved)), flatten(to_dict(config))
     old["schedule.steps"] = old.get("schedule.steps") or old["train.steps"]
     new["schedule.steps"] = config.schedule_steps
     lines = differences(old, new, "in the run", "now")
     lines = [line for line in lines if not line.startswith(MAY_CHANGE)]
-    if lines:
-        if any("schedule.steps" in line for line in lines):
-            lines.append(
-                f"(to train longer on the same schedule, pass "
-                f"--config.schedule.steps={old['schedule.steps']})"
-            )
-        raise ConfigError(
-            f"{workdir} belongs to a run with another configuration:\n"
-            + "".join(f"  {line}\n" for line in lines)
-            + "Nothing was changed. Use the same values, or another --workdir."
-        )
+    allowed = [line for line in lines if line.startswith(CHANGEABLE) and not line.startswith(FIXED)]
+    if lines == allowed and (config.train.allow_changes or not lines):
+        return allowed
+    advice = "Use the same values, or another --workdir."
+    if lines == allowed:
+        advice += "\nOr go on with these values from here on: --config.train.allow_changes=true"
+    if any("schedule.steps" in line for line in lines):
+        kept = f"--config.schedule.steps={old['schedule.steps']}"
+        lines.append(f"(to train longer on the same schedule, pass {kept})")
+    raise ConfigError(
+        f"{workdir} belongs to a run with another configuration:\n"
+        + "".join(f"  {line}\n" for line in lines)
+        + f"Nothing was changed. {advice}"
+    )
 
 
 def require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:

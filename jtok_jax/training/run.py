@@ -3,6 +3,7 @@
 """The run that the loop of train.py drives: its devices, data, steps, checkpoints and metrics."""
 
 import contextlib
+import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jtok_jax.config import Config
 from jtok_jax.config_dict import flatten, to_dict
 from jtok_jax.data.loader import open_source, train_batches
+from jtok_jax.data.manifest import absolute_path
 from jtok_jax.errors import ConfigError, DamagedError, DataError, Preempted
 from jtok_jax.hosts import Hosts, code_and_versions
 from jtok_jax.lock import LOCK_FILE, locked
@@ -32,7 +34,7 @@ from jtok_jax.training.metrics import (
     step_record,
 )
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.resume import CHECKPOINTS, claim_workdir, keep_tokenizer
+from jtok_jax.training.resume import CHECKPOINTS, claim_workdir, keep_history, keep_tokenizer
 from jtok_jax.training.state import TrainState, abstract_state, init_state
 from jtok_jax.training.step import StepMetrics, jit_train_step, make_eval_step, make_health_step
 from jtok_jax.training.warm_start import begin_with, require_same_words
@@ -52,6 +54,8 @@ def open_run(config: Config, workdir: pathlib.Path, hosts: Hosts) -> Iterator["R
         hosts.agree("code and versions", code_and_versions(), ConfigError)
         hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
         hosts.check_shared(workdir / LOCK_FILE)
+        data = dataclasses.replace(config.data, path=absolute_path(config.data.path))
+        config = dataclasses.replace(config, data=data)  # what reads the run may be elsewhere
         stop = stack.enter_context(guards.StopSignal())
         stall = guards.StallWatch(
             workdir / guards.STALL_FILE, config.train.stall_seconds, hosts.announce
@@ -105,6 +109,8 @@ class Run:
             raise ConfigError(
                 f"model.document_id is {begins}, but documents of the data begin with {end_id}."
             )
+        if self._source.note:
+            hosts.say(self._source.note)
         if hosts.lead:
             claim_workdir(workdir, config)
             keep_tokenizer(workdir, self._source.tokenizer)
@@ -142,6 +148,11 @@ class Run:
             return state
         state = self._restore()
         self.hosts.say(f"resumed at step {self.first_step - 1}")
+        self._source.offset, history = self.checkpoints.offset, self.checkpoints.history
+        if history and history[-1]["after_step"] == self.first_step - 1:
+            self.hosts.say("changed: " + "; ".join(history[-1]["changes"]))
+        if self.hosts.lead:
+            keep_history(self.workdir, history)
         return state
 
     def _begin(self) -> tuple[int, bool]:

@@ -23,8 +23,9 @@ from jtok_jax.training.checkpoint import (
     config_of,
     load_leaves,
     read_metadata,
+    sequences_seen,
 )
-from jtok_jax.training.damage import open_checkpointer
+from jtok_jax.training.damage import open_checkpointer, steps_of
 from jtok_jax.training.resume import checkpoints_of
 
 
@@ -37,6 +38,7 @@ class Saved(NamedTuple):
     params: dict[str, jax.Array]
     workdir: pathlib.Path
     end_id: int | None  # of the tokenizer, between documents; None: not known
+    sequences: int  # trained on
 
 
 def load_params(
@@ -46,6 +48,8 @@ def load_params(
     step: str | int = "newest",
 ) -> Saved:
     """Return the parameters of a checkpoint under `workdir`, without the optimizer.
+
+    The run may go on meanwhile: if it removes its newest checkpoint, the next one is read.
 
     Args:
         choose: a mesh of all devices here to split them over, by the configuration of the run; it
@@ -57,8 +61,23 @@ def load_params(
         ConfigError: the mesh chosen does not fit the devices or the model.
     """
     folder = checkpoints_of(workdir)
+    while True:
+        before = max(steps_of(folder), default=0)
+        try:
+            return _load_params(workdir, folder, choose, str(step))
+        except CheckpointError:
+            if step != "newest" or max(steps_of(folder), default=0) <= before:
+                raise
+
+
+def _load_params(
+    workdir: pathlib.Path,
+    folder: pathlib.Path,
+    choose: Callable[[Config], MeshConfig] | None,
+    step: str,
+) -> Saved:
     with contextlib.closing(open_checkpointer(folder)) as checkpointer:
-        number = _choose_step(checkpointer, str(step), folder)
+        number = _choose_step(checkpointer, step, folder)
         found = read_metadata(checkpointer, number)
         config = config_of(found)
         if choose:
@@ -70,7 +89,8 @@ def load_params(
         leaves = load_leaves(checkpointer, found, wanted, below=PARAMS)
     params = to_stored(config.model, {name: leaves[PARAMS + name] for name in names})
     metadata = found.custom_metadata
-    return Saved(number, config, metadata["data"], params, workdir, metadata.get("end_id"))
+    end_id, seen = metadata.get("end_id"), sequences_seen(found)
+    return Saved(number, config, metadata["data"], params, workdir, end_id, seen)
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:

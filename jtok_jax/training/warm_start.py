@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.data import tokenizer
-from jtok_jax.data.manifest import file_sha256, read_manifest
+from jtok_jax.data.manifest import file_sha256, parse_mixture, read_manifest
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.huggingface.folder import is_folder, open_folder
 from jtok_jax.model.params import Params, abstract_params, to_logical, to_stored
@@ -56,7 +56,7 @@ def require_same_words(config: Config) -> None:
     own = pathlib.Path(config.init_from.partition("@")[0]) / tokenizer.FILE_NAME
     if config.data.source != "prepared" or not config.data.path or not own.is_file():
         return
-    folder = pathlib.Path(config.data.path)
+    folder, _ = parse_mixture(config.data.path)[0]  # all of one tokenizer
     found = read_manifest(folder).tokenizer_sha256
     if found and found != file_sha256(own):
         raise DataError(

@@ -183,7 +183,10 @@ def _clock(table):
 
 
 def _decay(table, weight_decay: float) -> State:
-    return {"decayed": _per_row(table), "log_decay": jnp.float32(0)} if weight_decay else {}
+    if not weight_decay:
+        return {}
+    zero = jnp.float32(0)
+    return {"decayed": _per_row(table), "log_decay": zero, "log_decay_lost": zero}
 
 
 def _decayed(rows, state, scalars: Scalars):

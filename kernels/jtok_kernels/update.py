@@ -67,18 +67,17 @@ def update_rows(
     """
     _check(optimizer, table, state, unique_U, row_grads)
     chosen = choose(implementation, dim=width(table), dtype=table.dtype).name
-    total = jnp.float32(0)
+    total, counters = jnp.float32(0), {}
     if "log_decay" in state:
-        total = state["log_decay"] + jnp.log1p(-jnp.float32(learning_rate) * optimizer.weight_decay)
+        total, lost = _add(state, jnp.log1p(-jnp.float32(learning_rate) * optimizer.weight_decay))
+        new = {"log_decay": total, "log_decay_lost": lost}
+        counters = {name: jnp.where(apply, value, state[name]) for name, value in new.items()}
     scalars = Scalars(jnp.int32(step), jnp.float32(learning_rate), total)
     seed = None if rounding_key is None else jax.random.key_data(rounding_key).reshape(-1)[:2]
     of = RowGrads(unique_U, row_grads, jnp.float32(grad_scale), apply)
     rounding = _rounding(table, seed, shard or Shard())
     if optimizer.dense:
         return _update_all(optimizer, table, state, of, scalars, rounding)
-    counters = {}
-    if "log_decay" in state:
-        counters = {"log_decay": jnp.where(apply, total, state["log_decay"])}
     arrays = {name: value for name, value in state.items() if name not in counters}
     if chosen.startswith("mosaic_gpu") and shard is None:
         gpu = backend(chosen)
@@ -87,6 +86,13 @@ def update_rows(
         columns = shard.columns if shard else ()
         table, arrays = _update_touched(optimizer, table, arrays, of, scalars, rounding, columns)
     return table, arrays | counters
+
+
+def _add(state: State, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return log_decay with `value` added, and what that sum lost to rounding (Kahan)."""
+    value = value - state["log_decay_lost"]
+    total = state["log_decay"] + value
+    return total, (total - state["log_decay"]) - value
 
 
 def _check(optimizer: RowOptimizer, table, state: State, unique_U, row_grads) -> None:
