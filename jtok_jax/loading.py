@@ -84,9 +84,9 @@ class LoadedRun(NamedTuple):
             **({"on_ids": self._teller(encoded[0], on_text)} if on_text else {}),
         )  # fmt: skip
         pairs = zip(prompts, encoded, ids_BT.tolist(), strict=True)
-        return [text + self._continuation(prompt, ids) for text, prompt, ids in pairs]
+        return [text + self.continuation(prompt, ids) for text, prompt, ids in pairs]
 
-    def _continuation(self, prompt: list[int], ids: list[int]) -> str:
+    def continuation(self, prompt: list[int], ids: list[int]) -> str:
         """Return the text of ids after a prompt, up to the end token."""
         if self.end_id in ids:
             ids = ids[: ids.index(self.end_id)]
@@ -101,7 +101,7 @@ class LoadedRun(NamedTuple):
         def tell(ids_B: jax.Array) -> None:
             nonlocal told
             ids.append(int(ids_B[0]))
-            text = self._continuation(prompt, ids)
+            text = self.continuation(prompt, ids)
             if not text.endswith("\ufffd"):  # a part of a character
                 on_text(text[told:])
                 told = len(text)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""python -m jtok_jax.lm_eval: tasks of EleutherAI's lm-evaluation-harness on a run.
+
+    python -m jtok_jax.lm_eval --workdir=runs/quickstart --tasks=lambada_openai,hellaswag
+    python -m jtok_jax.lm_eval --workdir=runs/quickstart --tasks=own --include_path=my_tasks
+
+Needs pip install 'jtok_jax[lm-eval]'. Tasks fetch their data, but those that name local files.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+
+from jtok_jax.errors import ConfigError, exit_on_error
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m jtok_jax.lm_eval", description=__doc__.splitlines()[0]
+    )
+    option = parser.add_argument
+    option("--workdir", required=True, type=pathlib.Path, help="folder of a run of train.py")
+    option("--tasks", required=True, help="names, with commas between them")
+    option("--include_path", help="folder with tasks of your own, as YAML")
+    option("--step", default="newest", help="of a checkpoint; or newest, best (newest)")
+    option("--batch_size", type=int, default=16, help="texts at a time (16)")
+    option("--num_fewshot", type=int, help="examples before each question; default: the task's")
+    option("--limit", type=float, help="documents of each task; below 1: a share; default: all")
+    option("--gen_kwargs", help="of generated texts, such as max_gen_toks=64")
+    option("--no_bos_token", action="store_true", help="begin contexts without the end token")
+    option("--output", type=pathlib.Path, help="file for all results, as JSON")
+    with exit_on_error():
+        run(parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the harness's table of results."""
+    try:
+        harness = importlib.import_module("jtok_jax.harness")
+        evaluator, tasks, utils = (
+            importlib.import_module(f"lm_eval.{name}") for name in ("evaluator", "tasks", "utils")
+        )
+    except ImportError as error:
+        raise ConfigError(f"{error}. Run pip install 'jtok_jax[lm-eval]'.") from error
+    known = tasks.TaskManager(include_path=options.include_path)
+    names = options.tasks.split(",")
+    if unknown := set(names) - set(known.all_tasks):
+        raise ConfigError(
+            f"There is no task {', '.join(sorted(unknown))}. `lm_eval ls tasks` lists those of the "
+            "harness; --include_path adds your own."
+        )
+    model = harness.JtokLM(
+        options.workdir, options.step, options.batch_size, not options.no_bos_token
+    )
+    results = evaluator.simple_evaluate(
+        model,
+        tasks=names,
+        task_manager=known,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        gen_kwargs=options.gen_kwargs,
+    )
+    print(utils.make_table(results))
+    if options.output:
+        text = json.dumps(results, indent=1, default=str, ensure_ascii=False)
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
