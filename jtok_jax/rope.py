@@ -35,7 +35,7 @@ class RopeScaling(NamedTuple):
 
 
 def parse_rope_scaling(text: str) -> RopeScaling | None:
-    """Return what `model.rope_scaling` says; None where it is empty.
+    """Return what `model.rope_scaling` says; None where it is empty, or its factor is 1.
 
     Raises:
         ConfigError: it says neither of the two forms, or a number is impossible.
@@ -51,7 +51,7 @@ def parse_rope_scaling(text: str) -> RopeScaling | None:
     if sound and len(numbers) == {"linear": 1, "llama3": 4}.get(kind):
         found = RopeScaling(kind, *numbers)
         if kind == "linear" or found.low < found.high:
-            return found
+            return found if found.factor > 1 else None  # computed otherwise, in its last bits
     raise ConfigError(
         f"model.rope_scaling is {text!r}; expected nothing, linear:FACTOR, or "
         "llama3:FACTOR:LOW:HIGH:LENGTH such as llama3:8:1:4:8192, with FACTOR at least 1."

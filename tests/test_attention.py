@@ -2,17 +2,20 @@
 # Copyright 2026 The jtok_jax authors
 """Kinds of attention against one written out here, and which of them runs where."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import DENSE
 
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.model import attention
 from jtok_jax.model.attention import QUERIES, SIMULATED, causal, choose
+from jtok_jax.model.params import bind, init_params
 from jtok_jax.training.metrics import parameter_table
 
 
@@ -29,6 +32,16 @@ def test_chunks_equal_the_whole(length):
     expected, found = (value_and_grad(kind, query, key, value) for kind in ("xla", "chunked"))
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, expected, found)
+
+
+def test_a_neutral_stretch_of_rotations_changes_no_bit():
+    ids = jnp.arange(21).reshape(3, 7)
+    plain, neutral = DENSE, dataclasses.replace(DENSE, rope_scaling="linear:1")
+    params = init_params(plain, jax.random.key(0))
+    run = jax.jit(lambda model, params: bind(model, params)(ids).hidden_BTD, static_argnums=0)
+    np.testing.assert_array_equal(run(plain, params), run(neutral, params))
+    stretched = dataclasses.replace(DENSE, rope_scaling="linear:1.5")
+    assert np.any(run(plain, params) != run(stretched, params))
 
 
 def test_chunks_take_less_memory():

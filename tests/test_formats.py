@@ -55,6 +55,15 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
     assert texts(str(tmp_path / "*")) == ["abc", "abc"]
 
 
+def test_names_lines_and_keys_are_taken_as_they_are(tmp_path):
+    """Names beyond ASCII, line ends of Windows, and of a key that stands twice the last value."""
+    folder = tmp_path / "t\u00e9xts \u6587"
+    folder.mkdir()
+    (folder / "\u00e9 1.txt").write_bytes(b"a\r\nb\r\n")
+    (folder / "\u00e9 2.jsonl").write_bytes(b'{"text": "x", "text": "y"}\r\n{"text": "z"}\r\n')
+    assert texts(str(folder / "\u00e9*")) == ["a\r\nb\r\n", "y", "z"]
+
+
 def test_zstd_with_a_long_window(tmp_path, monkeypatch):
     content = b"a line\n" * 9
     block = (len(content) << 3 | 1).to_bytes(3, "little")  # raw, the last one

@@ -339,6 +339,14 @@ def test_the_tail_of_a_single_text_is_held_out_and_never_trains(tmp_path, capsys
     assert "\u00d0\u0138" not in encoder.get_vocab()  # bytes of the tail's letter are not merged
 
 
+def test_tails_are_held_out_where_all_documents_fall_on_one_side(tmp_path, capsys):
+    write_documents(tmp_path, count=3)
+    result = prepare(small_recipe(tmp_path, valid_fraction=1e-3), tmp_path / "out")
+    assert "Too few documents to hold out whole ones" in capsys.readouterr().out
+    assert result.train.documents == result.valid.documents == 3
+    assert result.held_out == "tails"
+
+
 def test_prepare_command_line(tmp_path, capsys):
     write_documents(tmp_path)
     (tmp_path / "bad.txt").write_bytes(b"\xff")

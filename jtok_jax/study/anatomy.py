@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 from scipy import special, stats
 
 from jtok_jax.config import Config
@@ -94,7 +95,8 @@ def measure(saved: Saved, source: Source) -> dict:
     step_tokens = config.train.batch_size * config.train.seq_len
     tokens = saved.sequences * config.train.seq_len
     steps = max(1, min(tokens // step_tokens, -(-COUNTED // step_tokens)))
-    inputs = (source.sequences(step)[:, :-1].ravel() for step in range(1, steps + 1))
+    counted = tqdm.tqdm(range(1, steps + 1), desc="counting tokens", unit="step")
+    inputs = (source.sequences(step)[:, :-1].ravel() for step in counted)
     count_V = sum(np.bincount(ids, minlength=model.vocab_size) for ids in inputs)
     layers = list(jtok.table_layers(model.num_layers))
     stack = list(map(str, layers)) if jtok.sharing == "per_layer" else ["shared"]
@@ -265,7 +267,8 @@ def _removal(config: Config, params: Params, source: Source) -> dict:
     without = jax.jit(lambda tables, token: tables.at[..., token, :].set(0))
     count_V, base = np.bincount(ids, minlength=model.vocab_size), nats(tables)
     chosen = [int(i) for i in np.argsort(-count_V, kind="stable")[:REMOVED] if count_V[i]]
-    more = {token: nats(without(tables, token)) - base for token in chosen}
+    tried = tqdm.tqdm(chosen, desc="losses without one token's rows", unit="token")
+    more = {token: nats(without(tables, token)) - base for token in tried}
     chosen.sort(key=more.get, reverse=True)
     return {
         "validation_tokens": len(ids),
