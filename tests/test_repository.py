@@ -3,6 +3,7 @@
 """Limits that keep the project small enough to hold in one's head."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
@@ -29,3 +30,11 @@ def test_readme_is_short_and_names_what_exists():
     for name in ("LICENSE", "LOG.md", "CONTRIBUTING.md", "docs/block.svg", "docs/method.md"):
         assert (ROOT / name).exists(), name
     assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow an installed package
+
+
+def test_reported_problems_name_tests_that_exist():
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reports.md").read_text())
+    files = (ROOT / "tests").glob("*.py")
+    defined = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
+    assert len(named) > 40
+    assert not set(named) - defined

@@ -64,9 +64,10 @@ class PreparedSource:
 
     tokenizer: its file; None: the ids came without one. end_id: stands between documents.
     fingerprint: changes whenever the same step would give other tokens. valid_bytes: UTF-8 bytes of
-    the held-out documents; of a part by its share of tokens; 0: not known, as of token
-    ids, or of a tokenizer that loses text. note: what a user should know of the mixture.
-    offset: sequences by which the data is further on than steps of this batch_size.
+    the held-out documents that are evaluated; of a part, to a few bytes a sequence, whose ends
+    may cut a letter; 0: not known, as of token ids, or of a tokenizer that loses text. note: what a
+    user should know of the mixture. offset: sequences by which the data is further on than steps of
+    this batch_size.
     """
 
     offset = 0
@@ -95,10 +96,7 @@ class PreparedSource:
         self._order = _mixed(self._train, weights, config.train.seed)
         self.fingerprint = prepared.fingerprint(found, weights)
         self._choose_evaluated(config.evaluation.max_sequences)
-        known = [prepared.text_bytes(one) for one in found]
-        totals = [one.valid.targets for one in found]
-        read = np.bincount(self._corpus, self._targets, len(found))  # targets, by corpus
-        self.valid_bytes = float(np.dot(known, read / totals)) if all(known) else 0
+        self.valid_bytes = self._text_bytes([prepared.text_bytes(one) for one in found])
 
     def _choose_evaluated(self, most: int) -> None:
         """Spread the sequences that are evaluated over the held-out sets, one after another."""
@@ -111,6 +109,18 @@ class PreparedSource:
         # Windows of a split follow each other: sequence i predicts targets i*T to (i+1)*T-1.
         left = np.array(totals)[self._corpus] - self._index * self._seq_len
         self._targets = np.minimum(left, self._seq_len)
+
+    def _text_bytes(self, whole: list[int]) -> int:
+        """Return the UTF-8 bytes of what is evaluated, by those of the whole sets; 0: not known."""
+        if not all(whole):
+            return 0
+        if self._targets.sum() == sum(windows.split.targets for windows in self._valid):
+            return sum(whole)
+        decode, found = tokenizer.load_tokenizer(self.tokenizer).decode, 0
+        for corpus, index, targets in zip(self._corpus, self._index, self._targets, strict=True):
+            ids = self._valid[corpus][int(index)][1 : targets + 1]
+            found += len(decode(ids[ids != self.end_id].tolist()).encode())
+        return found
 
     def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
         """Return int32 ids [rows, seq_len + 1] of the batch of `step` (from 1)."""
