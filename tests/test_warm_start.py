@@ -23,7 +23,7 @@ from jtok_jax.config_dict import from_config_dict
 from jtok_jax.convert import from_folder
 from jtok_jax.errors import CheckpointError, ConfigError, DataError
 from jtok_jax.mesh import abstract_mesh
-from jtok_jax.model.params import bind, declared
+from jtok_jax.model.params import bind, declared, init_params
 from jtok_jax.planning.memory import memory
 from jtok_jax.prepare import prepare
 from jtok_jax.training.saved import load_params
@@ -48,6 +48,23 @@ def base(corpus, tmp_path_factory):
     config = dataclasses.replace(run_config(corpus, steps=12), model=BASE)
     train(config, workdir)
     return workdir, config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_a_common_size_starts_as_it_was(kind):
+    """Bit for bit, unless XLA for CPUs fuses products into its library: then to their last bits."""
+    sizes = {"model_dim": 128, "ffn_dim": 344, "head_dim": 32, "num_layers": 2}
+    base = dataclasses.replace(BASE, **sizes)
+    model = dataclasses.replace(base, jtok=KINDS[kind])
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 300, (4, 256)), jnp.int32)
+    params = init_params(model, jax.random.key(0))
+    own = {name: params[name] for name in declared(base)}
+    run = lambda config, values: bind(config, values)(ids).hidden_BTD
+    for unfused, tolerance in ((True, 0), (False, 3e-5)):
+        options = {"xla_cpu_experimental_ynn_fusion_type": ""} if unfused else None
+        compiled = jax.jit(run, static_argnums=0, compiler_options=options)
+        before, after = compiled(base, own), compiled(model, params)
+        np.testing.assert_allclose(after, before, rtol=0, atol=tolerance)
 
 
 def test_words_of_another_tokenizer_are_refused(base, tmp_path):
