@@ -237,6 +237,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tables_optimizer", default="lazy_adam", help="optimizer.tables.kind")
     parser.add_argument("--max_unique_ids", type=int, default=0, help="train.max_unique_ids")
     parser.add_argument("--compute_dtype", help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--frozen", action="store_true", help="tables train alone, but in dense")
     return parser.parse_args()
 
 
@@ -247,6 +248,10 @@ def main() -> int:
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = arguments.compute_dtype or default
     configs = {arm: make_config(arguments, KINDS[arm], dtype) for arm in arguments.kinds}
+    if arguments.frozen:
+        freeze = lambda one: dataclasses.replace(one, optimizer=dataclasses.replace(
+            one.optimizer, frozen="backbone"))  # fmt: skip
+        configs = {arm: one if arm == "dense" else freeze(one) for arm, one in configs.items()}
     dense = make_config(arguments, "none", dtype)
     model = dense.model
 

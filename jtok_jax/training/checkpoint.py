@@ -25,7 +25,7 @@ from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from jtok_jax.model.params import to_logical, to_stored
 from jtok_jax.training.damage import METRICS, open_checkpointer, reading
-from jtok_jax.training.digest import digests, text_digest
+from jtok_jax.training.digest import PIECE, digests, text_digest
 from jtok_jax.training.resume import (
     CHECKPOINTS,
     require_same_config,
@@ -132,11 +132,19 @@ class Checkpoints:
             CheckpointError: the folder cannot be written.
         """
         leaves = {PARAMS + name: value for name, value in params.items()}
-        largest = max(value.nbytes for value in leaves.values())
-        memory = ocp.options.MemoryOptions(  # arrays may lie in files, and be larger than memory
-            write_concurrent_bytes=2 * largest, deepcopy_host_arrays=False
-        )
-        with self._failure(0), ocp.Context(memory_options=memory):
+        # Arrays may lie in files, and be larger than memory. OCDBT would hold the largest thrice.
+        saving = ocp.options.ArrayOptions.Saving
+        storage = saving.StorageOptions(chunk_byte_size=PIECE)
+        options = {
+            "array_options": ocp.options.ArrayOptions(
+                saving=saving(storage_options=storage, use_ocdbt=False)
+            ),
+            "memory_options": ocp.options.MemoryOptions(
+                write_concurrent_bytes=max(value.nbytes for value in leaves.values()) + 1,
+                deepcopy_host_arrays=False,
+            ),
+        }
+        with self._failure(0), ocp.Context(**options):
             self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves, 0))
 
     def _metadata(self, leaves: dict[str, jax.Array | np.ndarray], step: int) -> dict[str, object]:

@@ -9,18 +9,27 @@ probability of 2^-32. They are computed where the arrays are: copies to the host
 
 import hashlib
 import json
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jtok_kernels import mixed
 from jtok_kernels.rounding import entry_places
 
 GOLDEN = 0x9E3779B9
+PIECE = 16 << 20  # bytes
 
 
-def digests(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """Return the digest of every array by its name; waits for them, one after the other."""
-    return {name: int(_digest(value)) for name, value in leaves.items()}
+def digests(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
+    """Return the digest of every array by its name; waits for them, one after the other.
+
+    Arrays of NumPy are read piece by piece: they may lie in files.
+    """
+    return {
+        name: sum(int(_digest(*part)) for part in _parts(value)) % (1 << 32)
+        for name, value in leaves.items()
+    }
 
 
 def text_digest(values: object) -> str:
@@ -28,9 +37,19 @@ def text_digest(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _parts(value: jax.Array | np.ndarray) -> Iterator[tuple[jax.Array | np.ndarray, np.uint32]]:
+    """Yield the parts of an array, each with the place of its first entry."""
+    if isinstance(value, jax.Array) or value.nbytes <= PIECE:
+        yield value, np.uint32(0)
+        return
+    rows = max(1, PIECE * len(value) // value.nbytes)
+    for row in range(0, len(value), rows):
+        yield value[row : row + rows], np.uint32(row * (value.size // len(value)) % (1 << 32))
+
+
 @jax.jit
-def _digest(array: jax.Array) -> jax.Array:
+def _digest(array: jax.Array, first: jax.Array) -> jax.Array:
     size = array.dtype.itemsize
     words = jax.lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[size])
-    places = entry_places(words.shape) * jnp.uint32(GOLDEN)
+    places = (entry_places(words.shape) + first) * jnp.uint32(GOLDEN)
     return mixed(words.astype(jnp.uint32) ^ places).sum(dtype=jnp.uint32)
