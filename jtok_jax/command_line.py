@@ -53,8 +53,10 @@ def _unknown(override: str) -> str | None:
     within = [one for one in known if one.startswith(f"{name}.")]
     if within:
         return f"{override}: {name} is a group of fields, such as {within[0]}."
-    ending = [one for one in known if one.endswith(f".{name}")]
-    ending += [one for one in known if _initials(one) == name.rpartition(".")[2]]  # lr
+    group, _, leaf = name.rpartition(".")
+    ending = [one for one in known if leaf and one.endswith(f".{leaf}") and not group]
+    ending += [one for one in known if leaf and _initials(one) == leaf]  # lr
+    ending.sort(key=lambda one: not one.startswith(f"{group}."))
     near = ending or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     hint = f"Did you mean {near[0]!r}?" if near else "python train.py --help has all of them."
     return f"{override}: there is no field {name!r}. {hint}"
@@ -67,7 +69,9 @@ def _initials(field: str) -> str:
 
 def _mistyped(override: str) -> str | None:
     """Return what is wrong with the value of an override that should be a number, or None."""
-    name, _, text = override.removeprefix(_PREFIX).partition("=")
+    name, given, text = override.removeprefix(_PREFIX).partition("=")
+    if not given:  # the value is the next argument
+        return None
     default = flatten(to_dict(Config()))[name]
     if type(default) not in (int, float):
         return None

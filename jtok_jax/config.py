@@ -134,6 +134,15 @@ class ScheduleConfig:
             )
 
 
+# What a run may change on resume, where train.allow_changes names it: its state stays what it is.
+CHANGEABLE = (
+    "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.clip_norm",
+    "optimizer.tables.learning_rate_multiplier", "schedule.kind", "schedule.steps",
+    "schedule.warmup_fraction", "schedule.decay_fraction", "schedule.final_fraction",
+    "train.batch_size", "train.grad_accumulation", "train.z_loss",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and guards of the run."""
@@ -150,8 +159,8 @@ class TrainConfig:
     start_seconds: float = 300.0  # longest wait for all processes to come, and to compare notes
     heartbeat_seconds: int = 100  # a process silent for so long is taken for dead
     log_every: int = 10  # steps between console lines; metrics.jsonl has every step
-    # On resume: take another optimizer, schedule or batch_size, and write it to history.json.
-    allow_changes: bool = False
+    # Fields that may differ from the run's on resume, as "optimizer.learning_rate,schedule".
+    allow_changes: str = ""
     # Of the training step's compiler, as "--name=value --name=value"; see docs/plan.md.
     compiler_options: str = ""
 
@@ -170,6 +179,11 @@ class TrainConfig:
                 f"train.grad_accumulation ({self.grad_accumulation})."
             )
         parse_options(self.compiler_options, "train.compiler_options")
+        for name in names(self.allow_changes):
+            if not any(one == name or one.startswith(f"{name}.") for one in CHANGEABLE):
+                raise ConfigError(
+                    f"train.allow_changes names {name!r}; a run can change {', '.join(CHANGEABLE)}."
+                )
 
 
 @dataclasses.dataclass(frozen=True)

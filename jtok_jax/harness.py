@@ -2,9 +2,11 @@
 # Copyright 2026 The jtok_jax authors
 """A run as a model of EleutherAI's lm-evaluation-harness; importing this registers it as "jtok"."""
 
+import collections
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from jtok_jax.loading import load
 from jtok_jax.model.params import bind
 
 SHORTEST = 32  # tokens that a sequence is padded to at least
-MAX_TOKENS = 256  # of a continuation, where a task does not say
+MAX_TOKENS = 256  # of a text, where a task does not say; but half of the longest at most
 Request = tuple[tuple[str, str], list[int], list[int]]  # texts, ids of context and continuation
 
 
@@ -38,6 +40,7 @@ class JtokLM(TemplateLM):
         batch_size: texts at a time.
         add_bos_token: False: contexts begin with their first token, as the harness does for
             models of Hugging Face whose tokenizer adds none.
+        max_length: tokens of a text at most; 0: those of a sequence in training.
     """
 
     def __init__(
@@ -46,15 +49,22 @@ class JtokLM(TemplateLM):
         step: str | int = "newest",
         batch_size: int = 16,
         add_bos_token: bool = True,
+        max_length: int = 0,
+        **ignored,  # device and other arguments that the harness has for every model
     ):
         super().__init__()
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}; expected at least 1.")
+        batch_size = 16 if batch_size == "auto" else int(batch_size)
+        if batch_size < 1 or max_length < 0:
+            raise ConfigError(
+                f"batch_size is {batch_size}, max_length {max_length}; expected at least 1 and 0."
+            )
         self._run, self._size, self._begin = load(workdir, step=step), batch_size, add_bos_token
         model = self._run.config.model
         self._params = for_inference(model, dict(self._run.params))
         self._config = for_mesh(model, self._params)
-        self._longest = self._run.config.train.seq_len
+        if self._config.attention == "splash":  # asked for windows: texts have other lengths
+            self._config = dataclasses.replace(self._config, attention="auto")
+        self._longest = max_length or self._run.config.train.seq_len
 
     @property
     def eot_token_id(self) -> int:
@@ -76,10 +86,28 @@ class JtokLM(TemplateLM):
         self, requests: list[Request], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
         """Return (sum of log-probabilities, whether each token is the likeliest) of each."""
+        found = self._scores([request[1:] for request in requests], disable_tqdm)
+        for (texts, _, _), score in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, score)
+        return found
+
+    def _scores(
+        self, pairs: list[tuple[list[int], list[int]]], quiet: bool
+    ) -> list[tuple[float, bool]]:
+        """Score continuations of contexts, both token ids; a long context loses its beginning.
+
+        Raises ConfigError: a continuation is too long.
+        """
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > self._longest:
+            raise ConfigError(
+                f"A continuation has {longest} tokens, of at most {self._longest}. Raise "
+                "--max_length, if the model takes more."
+            )
         most = self._longest + 1
-        sequences = [(context + continuation)[-most:] for _, context, continuation in requests]
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        for group in self._groups(sequences, _padded, disable_tqdm):
+        sequences = [((before or [self._run.end_id]) + after)[-most:] for before, after in pairs]
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        for group in self._groups(sequences, quiet):
             length = min(_padded(max(len(sequences[i]) for i in group) - 1), self._longest)
             ids_BT = np.zeros((self._size, length + 1), np.int32)
             for row, index in enumerate(group):
@@ -87,66 +115,64 @@ class JtokLM(TemplateLM):
             scores = _score(self._config, self._params, ids_BT[:, :-1], ids_BT[:, 1:])
             nats_BT, likeliest_BT = map(np.asarray, scores)
             for row, index in enumerate(group):
-                texts, _, continuation = requests[index]
                 end = len(sequences[index]) - 1
-                part = slice(max(0, end - len(continuation)), end)
+                part = slice(end - len(pairs[index][1]), end)
                 total = -nats_BT[row, part].sum(dtype=np.float64)
                 found[index] = float(total), bool(likeliest_BT[row, part].all())
-                self.cache_hook.add_partial("loglikelihood", texts, found[index])
         return found
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log-probability of whole texts, in windows of the training length."""
-        windows, owners = [], []
+        """Return the log-probability of whole texts, in windows of the longest length."""
+        pairs, owners = [], []
         for owner, text in enumerate(request.args[0] for request in requests):
             ids = self.tok_encode(text, add_special_tokens=False)
-            pairs = get_rolling_token_windows(ids, self.prefix_token_id, self._longest, 1)
-            for context, continuation in map(make_disjoint_window, pairs):
-                windows.append((("", text), context, continuation))
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self._longest, 1)
+            for pair in map(make_disjoint_window, windows):
+                pairs.append(pair)
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        found = self._loglikelihood_tokens(windows, disable_tqdm)
-        for owner, (value, _) in zip(owners, found, strict=True):
+        for owner, (value, _) in zip(owners, self._scores(pairs, disable_tqdm), strict=True):
             totals[owner] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return a continuation of each context, up to where a task says that it ends."""
-        found, wanted = [""] * len(requests), [_wanted(request.args[1]) for request in requests]
-        for options in dict.fromkeys(wanted):
-            chosen = [index for index, one in enumerate(wanted) if one == options]
-            tokens, sampling, ends = options
+        found, groups = [""] * len(requests), collections.defaultdict(list)
+        before = collections.Counter()
+        for index, (context, options) in enumerate(request.args for request in requests):
+            wanted = _wanted(options, min(MAX_TOKENS, self._longest // 2))
+            groups[wanted, before[context, wanted]].append(index)  # repeats differ by their seed
+            before[context, wanted] += 1
+        for ((tokens, sampling, ends), seed), chosen in groups.items():
             most = self._longest - tokens
             if most < 1:
                 raise ConfigError(
-                    f"A task wants {tokens} tokens of text; the run was trained on "
-                    f"{self._longest} at a time. Lower its max_gen_toks with --gen_kwargs."
+                    f"A task wants {tokens} tokens of text, of {self._longest} in all. Lower its "
+                    "max_gen_toks with --gen_kwargs, or raise --max_length."
                 )
-            prompts = {i: self.tok_encode(requests[i].args[0])[-most:] for i in chosen}
-            prompts = {i: ids or [self._run.end_id] for i, ids in prompts.items()}
-            groups = self._groups([prompts[i] for i in chosen], _padded, disable_tqdm)
-            for group in ([chosen[place] for place in places] for places in groups):
+            prompts = [self.tok_encode(requests[index].args[0])[-most:] for index in chosen]
+            prompts = [ids or [self._run.end_id] for ids in prompts]
+            for places in self._groups(prompts, disable_tqdm):
                 made = generate(
-                    self._run.config.model, self._params, [prompts[i] for i in group],
-                    tokens=tokens, sampling=sampling, seed=0, end_id=self._run.end_id,
+                    self._run.config.model, self._params, [prompts[i] for i in places],
+                    tokens=tokens, sampling=sampling, seed=seed, end_id=self._run.end_id,
                 )  # fmt: skip
-                for index, ids in zip(group, made.tolist(), strict=True):
-                    text = self._run.continuation(prompts[index], ids)
-                    found[index] = _up_to(text, ends)
-                    self.cache_hook.add_partial(
-                        "generate_until", requests[index].args, found[index]
-                    )
+                for place, ids in zip(places, made.tolist(), strict=True):
+                    index = chosen[place]
+                    found[index] = _up_to(self._run.continuation(prompts[place], ids), ends)
+                    arguments = requests[index].args
+                    self.cache_hook.add_partial("generate_until", arguments, found[index])
         return found
 
-    def _groups(
-        self, sequences: list[list[int]], key: Callable[[int], int], quiet: bool
-    ) -> Iterable[list[int]]:
+    def _groups(self, sequences: list[list[int]], quiet: bool) -> Iterable[list[int]]:
         """Yield the places of sequences of about one length, batch_size at a time, long first."""
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         with tqdm(total=len(order), desc="Running requests", disable=quiet) as bar:
-            for _, alike in itertools.groupby(order, key=lambda i: key(len(sequences[i]) - 1)):
+            for _, alike in itertools.groupby(order, key=lambda i: _padded(len(sequences[i]) - 1)):
                 alike = list(alike)
                 for first in range(0, len(alike), self._size):
                     group = alike[first : first + self._size]
@@ -177,14 +203,17 @@ def _padded(length: int) -> int:
     return size
 
 
-def _wanted(options: dict) -> tuple[int, Sampling, tuple[str, ...]]:
-    """Return (tokens, sampling, ends of the text) that a task asks for."""
-    until = options.get("until") or ()
+def _wanted(options: dict, tokens: int) -> tuple[int, Sampling, tuple[str, ...]]:
+    """Return (tokens, sampling, ends of the text) that a task asks for; `tokens` if it does not."""
+    given = {name: value for name, value in options.items() if value is not None}
+    until = given.get("until", ())
     until = (until,) if isinstance(until, str) else tuple(until)
-    tokens = int(options.get("max_gen_toks", options.get("max_new_tokens", MAX_TOKENS)))
-    if not options.get("do_sample", options.get("temperature", 0) > 0):
+    tokens = int(given.get("max_gen_toks", given.get("max_new_tokens", tokens)))
+    if not given.get("do_sample", given.get("temperature", 0) > 0):
         return tokens, Sampling(temperature=0.0), until
-    asked = {name: options[name] for name in ("temperature", "top_k", "top_p") if name in options}
+    asked = {name: given[name] for name in ("temperature", "top_k", "top_p") if name in given}
+    if "top_k" in asked:
+        asked["top_k"] = max(0, asked["top_k"])  # -1: all, elsewhere
     return tokens, Sampling(**asked), until
 
 

@@ -5,7 +5,7 @@
     python -m jtok_jax.lm_eval --workdir=runs/quickstart --tasks=lambada_openai,hellaswag
     python -m jtok_jax.lm_eval --workdir=runs/quickstart --tasks=own --include_path=my_tasks
 
-Needs pip install 'jtok_jax[lm-eval]'. Tasks fetch their data, but those that name local files.
+Needs pip install -e '.[lm-eval]'. Tasks fetch their data, but those that name local files.
 """
 
 import argparse
@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--include_path", help="folder with tasks of your own, as YAML")
     option("--step", default="newest", help="of a checkpoint; or newest, best (newest)")
     option("--batch_size", type=int, default=16, help="texts at a time (16)")
+    option("--max_length", type=int, default=0, help="tokens of a text; default: train.seq_len")
     option("--num_fewshot", type=int, help="examples before each question; default: the task's")
     option("--limit", type=float, help="documents of each task; below 1: a share; default: all")
     option("--gen_kwargs", help="of generated texts, such as max_gen_toks=64")
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
             importlib.import_module(f"lm_eval.{name}") for name in ("evaluator", "tasks", "utils")
         )
     except ImportError as error:
-        raise ConfigError(f"{error}. Run pip install 'jtok_jax[lm-eval]'.") from error
+        raise ConfigError(f"{error}. Run pip install -e '.[lm-eval]'.") from error
     known = tasks.TaskManager(include_path=options.include_path)
     names = options.tasks.split(",")
     if unknown := set(names) - set(known.all_tasks):
@@ -52,7 +53,11 @@ def run(options: argparse.Namespace) -> None:
             "harness; --include_path adds your own."
         )
     model = harness.JtokLM(
-        options.workdir, options.step, options.batch_size, not options.no_bos_token
+        options.workdir,
+        options.step,
+        options.batch_size,
+        not options.no_bos_token,
+        options.max_length,
     )
     results = evaluator.simple_evaluate(
         model,

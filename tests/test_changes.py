@@ -17,7 +17,7 @@ from train import train
 
 __all__ = ["config", "finished", "workdir"]  # fixtures
 
-ALLOWED = {"train.allow_changes": True}
+ALLOWED = {"train.allow_changes": "optimizer.learning_rate,schedule,train"}
 DECAY = {
     "train.steps": 14, "schedule.steps": 14, "schedule.kind": "wsd", "schedule.decay_fraction": 0.3,
     "optimizer.learning_rate": 1e-3, "train.batch_size": 2, "train.grad_accumulation": 2,
@@ -41,8 +41,10 @@ def read(monkeypatch) -> list:
 def test_a_run_goes_on_with_another_rate_and_batch_and_says_so(config, workdir, read, capsys):
     """It was trained for 11 steps of 4 sequences; 3 steps of 2 follow them."""
     new = changed(config, DECAY)
-    with pytest.raises(ConfigError, match=r"(?s)batch_size: 4 in the run, 2 now.*allow_changes"):
+    with pytest.raises(ConfigError, match=r"(?s)batch_size: 4 in the run, 2 now.*allow_changes="):
         train(new, workdir)
+    with pytest.raises(ConfigError, match=r"batch_size: 4 in the run, 2 now"):
+        train(changed(new, {"train.allow_changes": "schedule,optimizer.learning_rate"}), workdir)
     train(changed(new, ALLOWED), workdir)
     said = "changed: optimizer.learning_rate: 0.003 in the run, 0.001 now"
     assert said in capsys.readouterr().out
@@ -66,7 +68,7 @@ def test_a_changed_run_that_is_stopped_equals_one_that_is_not(config, workdir, t
     train(changed(new, {"checkpoint.every": 1, "checkpoint.keep": 9}), workdir)
     for step in range(14, 21):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    train(changed(new, {"train.allow_changes": False}), workdir)
+    train(changed(new, {"train.allow_changes": ""}), workdir)
     for left, right in zip(records(alone), records(workdir), strict=True):
         assert left["step"] == right["step"]
         assert left.get("loss") == right.get("loss")
@@ -77,12 +79,38 @@ def test_a_changed_run_that_is_stopped_equals_one_that_is_not(config, workdir, t
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("train.seed", 1), ("train.seq_len", 8), ("model.norm_eps", 1e-5),
+    ("train.seed", 1), ("train.seq_len", 8), ("model.norm_eps", 1e-5), ("optimizer.b1", 0.8),
     ("optimizer.tables.kind", "rowwise_adam"), ("optimizer.frozen", "backbone"),
-    ("optimizer.tables.overrides", "jtok.kind=adamw"),
+    ("optimizer.tables.weight_decay", 0.1),
 ])  # fmt: skip
 def test_what_a_run_is_cannot_change(config, workdir, field, value):
     before = (workdir / "config.json").read_text()
     with pytest.raises(ConfigError, match=r"belongs to a run with another configuration"):
         train(changed(config, ALLOWED | {"train.steps": 12, field: value}), workdir)
     assert (workdir / "config.json").read_text() == before
+    with pytest.raises(ConfigError, match=rf"allow_changes names '{field}'; a run can change"):
+        changed(config, {"train.allow_changes": field})
+
+
+def test_random_sequences_depend_on_the_batch(config, tmp_path):
+    start = changed(config, ALLOWED | {"data.source": "synthetic", "data.path": ""})
+    start = changed(start, {"train.steps": 1, "schedule.steps": 2})
+    train(start, tmp_path)
+    with pytest.raises(ConfigError, match=r"batch_size: 4 in the run, 2 now"):
+        train(changed(start, {"train.steps": 2, "train.batch_size": 2}), tmp_path)
+
+
+def test_a_change_that_fails_leaves_the_run_as_it_was(config, workdir, monkeypatch):
+    """Both the old command and the new one go on."""
+    new = changed(config, ALLOWED | {"train.steps": 12, "schedule.steps": 11})
+    new = changed(new, {"optimizer.learning_rate": 1e-3})
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "compile", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(new, workdir)
+    assert not (workdir / "history.json").exists()
+    other = shutil.copytree(workdir, workdir.with_name("other"))
+    train(changed(new, {"optimizer.learning_rate": 3e-3, "train.allow_changes": ""}), workdir)
+    assert not (workdir / "history.json").exists()
+    train(new, other)
+    assert json.loads((other / "history.json").read_text())[0]["after_step"] == 11

@@ -4,6 +4,7 @@
 
 import dataclasses
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from small import small_recipe, write_documents
 from test_data import hexes, run_config
 
 from jtok_jax.data import manifest
-from jtok_jax.data.loader import open_source, train_batches
+from jtok_jax.data.loader import Mixture, open_source, train_batches
 from jtok_jax.data.windows import Windows
 from jtok_jax.errors import DataError
 from jtok_jax.prepare import prepare
@@ -40,9 +41,9 @@ def mixed_config(*parts, **changes):
 
 
 def test_shares_are_exact_and_every_corpus_keeps_its_own_order(corpus, other):
-    config = mixed_config((corpus, 0.7), (other, 0.3), batch_size=10, steps=300)
-    source = open_source(config)
-    rows = np.concatenate([source.sequences(step) for step in range(1, 301)])
+    config = mixed_config((corpus, 0.7), (other, 0.3), batch_size=10)
+    source, steps = open_source(config), range(1, 301)
+    rows = np.concatenate([source.sequences(step) for step in steps])
     place = {}
     for name, folder in (("a", corpus), ("b", other)):
         alone = open_source(run_config(folder, batch_size=10))
@@ -52,8 +53,20 @@ def test_shares_are_exact_and_every_corpus_keeps_its_own_order(corpus, other):
     for name, folder, share in (("a", corpus, 7), ("b", other, 3)):
         assert ((found == name).reshape(300, 10).sum(1) == share).all()  # of every batch
         alone = open_source(run_config(folder, batch_size=share))
-        wanted = np.concatenate([alone.sequences(step) for step in range(1, 301)])
+        wanted = np.concatenate([alone.sequences(step) for step in steps])
         np.testing.assert_array_equal(rows[found == name], wanted)
+
+
+@pytest.mark.parametrize("parts", [[7, 3], [62, 38], [1000, 1009], [1, 2, 5], [1]])
+def test_shares_stay_exact_for_ever(parts):
+    whole = sum(parts)
+    mixture = Mixture([1000] * len(parts), parts, seed=0)
+    for block in (0, 1, 999, 10**9):
+        found = [mixture[block * whole + place][0] for place in range(whole)]
+        assert np.bincount(found).tolist() == parts
+    counted = np.cumsum(np.eye(len(parts))[found], axis=0)  # never far from even
+    even = np.arange(1, whole + 1)[:, None] * np.array(parts) / whole
+    assert np.abs(counted - even).max() <= len(parts) / 2
 
 
 def test_a_mixture_goes_on_at_any_step(corpus, other):
@@ -76,7 +89,7 @@ def test_all_held_out_sets_are_validated_once(corpus, other):
 def test_the_fingerprint_is_of_shares_and_contents(corpus, other):
     print_of = lambda *parts: open_source(mixed_config(*parts)).fingerprint
     base = print_of((corpus, 0.7), (other, 0.3))
-    assert base == print_of((corpus, 7), (other, 3))
+    assert base == print_of((corpus, 7), (other, 3)) == print_of((corpus, "0.70"), (other, "0.3"))
     assert base != print_of((corpus, 0.6), (other, 0.4))
     assert base != print_of((other, 0.7), (corpus, 0.3))
     alone = open_source(run_config(corpus)).fingerprint
@@ -91,10 +104,34 @@ def test_documents_held_out_by_different_rules_are_told(corpus, other, tmp_path)
     assert "may train in another" in open_source(mixed_config((corpus, 1), (more, 1))).note
 
 
-@pytest.mark.parametrize("weights", ["{}:1,{}", "{}:1,{}:0", "{}:1,{}:-2", "{}:1,{}:inf", "{},{}"])
+@pytest.mark.parametrize(
+    "weights", ["{}:1,{}", "{}:1,{}:0", "{}:1,{}:-2", "{}:1,{}:inf", "{},{}", "{0}:1,{0}:2"]
+)
 def test_weights_that_are_none_are_refused(corpus, other, weights):
     with pytest.raises(DataError, match=r"expected a folder, or several with weights above 0"):
         open_source(run_config(weights.format(corpus, other)))
+
+
+def test_a_share_that_would_never_be_read_is_refused(corpus, other):
+    with pytest.raises(DataError, match=r"a mixture of 1,000,000,001 parts, of at most 100,000"):
+        open_source(mixed_config((corpus, 1), (other, 1e-9)))
+
+
+def test_a_comma_in_the_name_of_a_folder_is_one(corpus, tmp_path):
+    folder = shutil.copytree(corpus, tmp_path / "a, b" / "c")
+    assert (
+        open_source(run_config(folder)).fingerprint == open_source(run_config(corpus)).fingerprint
+    )
+    assert manifest.absolute_path(str(folder)) == str(folder)
+
+
+def test_ids_of_another_vocabulary_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.tile(np.arange(60), 90).astype(np.uint16))
+    for size in (66, 70):
+        recipe = small_recipe(tmp_path, ids="uint16", end_id=65, vocab_size=size)
+        prepare(replace(recipe, input=str(tmp_path / "a.npy")), tmp_path / str(size))
+    with pytest.raises(DataError, match=r"another tokenizer"):
+        open_source(mixed_config((tmp_path / "66", 1), (tmp_path / "70", 1)))
 
 
 def test_another_tokenizer_is_refused(corpus, tmp_path):

@@ -79,7 +79,7 @@ class PreparedSource:
                 "pass --config.data.path=FOLDER, or use --config.data.source=synthetic."
             )
         parts = manifest.parse_mixture(config.data.path)
-        folders, weights = [folder for folder, _ in parts], [weight for _, weight in parts]
+        folders, counts = [folder for folder, _ in parts], [count for _, count in parts]
         found = [prepared.open_corpus(folder, config) for folder in folders]
         self.manifest = found[0]
         self.end_id = self.manifest.end_id
@@ -93,8 +93,8 @@ class PreparedSource:
             for split in ("train", "valid")
         )
         self._batch_size, self._eval_size = config.train.batch_size, config.evaluation.batch_size
-        self._order = _mixed(self._train, weights, config.train.seed)
-        self.fingerprint = prepared.fingerprint(found, weights)
+        self._order = Mixture([len(one) for one in self._train], counts, config.train.seed)
+        self.fingerprint = prepared.fingerprint(found, counts)
         self._choose_evaluated(config.evaluation.max_sequences)
         self.valid_bytes = self._text_bytes([prepared.text_bytes(one) for one in found])
 
@@ -119,7 +119,9 @@ class PreparedSource:
         decode, found = tokenizer.load_tokenizer(self.tokenizer).decode, 0
         for corpus, index, targets in zip(self._corpus, self._index, self._targets, strict=True):
             ids = self._valid[corpus][int(index)][1 : targets + 1]
-            found += len(decode(ids[ids != self.end_id].tolist()).encode())
+            for document in np.split(ids, np.flatnonzero(ids == self.end_id)):  # before its end
+                text = decode(document[document != self.end_id].tolist())
+                found += len(text.encode())
         return found
 
     def sequences(self, step: int, rows: Rows = None) -> np.ndarray:
@@ -146,13 +148,27 @@ class PreparedSource:
         return ids
 
 
-def _mixed(corpora: list[Windows], weights: list[float], seed: int) -> grain.MapDataset:
-    """Return (corpus, sequence) by place, without end: each corpus in an order of its own."""
-    orders = []
-    for corpus, windows in enumerate(corpora):
-        order = grain.MapDataset.range(len(windows)).seed(seed).shuffle().repeat()
-        orders.append(order.map(lambda index, corpus=corpus: (corpus, int(index))))
-    return grain.MapDataset.mix(orders, weights)
+class Mixture:
+    """(corpus, sequence) by place, without end; each corpus in an order of its own.
+
+    Of every sum(parts) places in a row, from a multiple on, each corpus has exactly its parts,
+    spread evenly.
+    """
+
+    def __init__(self, sizes: list[int], parts: list[int], seed: int):
+        self._orders = [
+            grain.MapDataset.range(size).seed(seed).shuffle().repeat() for size in sizes
+        ]
+        self._parts, corpora = np.array(parts), np.repeat(np.arange(len(parts)), parts)
+        own = np.concatenate([np.arange(count) for count in parts])  # places of a corpus
+        chosen = np.argsort((own + 0.5) / self._parts[corpora], kind="stable")
+        self._corpora, self._own = corpora[chosen], own[chosen]
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        block, place = divmod(place, len(self._corpora))
+        corpus = int(self._corpora[place])
+        own = block * int(self._parts[corpus]) + int(self._own[place])
+        return corpus, int(self._orders[corpus][own])
 
 
 class SyntheticSource:

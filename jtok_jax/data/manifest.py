@@ -3,14 +3,17 @@
 """manifest.json: what a prepared corpus holds, with the hashes that protect it."""
 
 import dataclasses
+import fractions
 import hashlib
 import json
+import math
 import pathlib
 
 from jtok_jax.errors import DataError
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
+MOST_PARTS = 100_000  # of a mixture
 BY_HASH = "by hash"  # how documents are held out, if equal ones are in every corpus
 
 
@@ -66,31 +69,44 @@ class Manifest:
         }
 
 
-def parse_mixture(path: str) -> list[tuple[pathlib.Path, float]]:
-    """Return (folder, weight) of every corpus in a data.path: FOLDER, or A:0.7,B:0.3.
+def parse_mixture(path: str) -> list[tuple[pathlib.Path, int]]:
+    """Return (folder, parts) of every corpus in a data.path: FOLDER, or A:0.7,B:0.3.
 
-    Raises DataError: of several corpora one has no weight, or a weight is not above 0.
+    Parts are whole numbers without a common divisor: 7 and 3.
+
+    Raises DataError: of several corpora one has no weight, or a weight is not above 0, one folder
+    is named twice, or a share is below one in `MOST_PARTS`.
     """
-    if "," not in path:
-        return [(pathlib.Path(path), 1.0)]
-    parts = [part.strip().rpartition(":") for part in path.split(",")]
+    if "," not in path or pathlib.Path(path).is_dir():
+        return [(pathlib.Path(path), 1)]
     try:
-        found = [(pathlib.Path(folder), float(weight)) for folder, _, weight in parts]
-        if not all(0 < weight < float("inf") for _, weight in found):
+        parts = [part.strip().rpartition(":") for part in path.split(",")]
+        weights = [fractions.Fraction(weight) for _, _, weight in parts]
+        folders = [pathlib.Path(folder) for folder, _, _ in parts]
+        if min(weights) <= 0 or len(set(folders)) < len(folders):
             raise ValueError
-        return found
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise DataError(
-            f"data.path is {path!r}; expected a folder, or several with weights above 0: "
-            "data/web:0.7,data/code:0.3."
+            f"data.path is {path!r}; expected a folder, or several with weights above 0, each "
+            "once: data/web:0.7,data/code:0.3."
         ) from None
+    whole = math.lcm(*(weight.denominator for weight in weights))
+    counts = [int(weight * whole) for weight in weights]
+    counts = [count // math.gcd(*counts) for count in counts]
+    if sum(counts) > MOST_PARTS:
+        raise DataError(
+            f"data.path is {path!r}: a mixture of {sum(counts):,} parts, of at most "
+            f"{MOST_PARTS:,}. Round the weights."
+        )
+    return list(zip(folders, counts, strict=True))
 
 
 def absolute_path(path: str) -> str:
     """Return a data.path that names the same corpora from every folder."""
-    if "," not in path:
-        return str(pathlib.Path(path).absolute()) if path else ""
-    return ",".join(f"{folder.absolute()}:{weight}" for folder, weight in parse_mixture(path))
+    parts = parse_mixture(path)
+    if len(parts) == 1:
+        return str(parts[0][0].absolute()) if path else ""
+    return ",".join(f"{folder.absolute()}:{count}" for folder, count in parts)
 
 
 def lost_share(counts: dict[str, int]) -> float:

@@ -34,7 +34,7 @@ def compare(corpora: list[Manifest], folders: list[pathlib.Path]) -> str:
     Raises DataError: their token ids do not mean the same.
     """
     for one, folder in zip(corpora, folders, strict=True):
-        for name in ("tokenizer_sha256", "end_id"):
+        for name in ("tokenizer_sha256", "end_id", "vocab_size"):
             if getattr(one, name) != getattr(corpora[0], name):
                 raise DataError(
                     f"{folder} was cut by another tokenizer than {folders[0]}, so their ids do not "
@@ -49,15 +49,15 @@ def compare(corpora: list[Manifest], folders: list[pathlib.Path]) -> str:
     )
 
 
-def fingerprint(corpora: list[Manifest], weights: list[float]) -> dict[str, str]:
-    """Return what training depends on: tokenizer, windows and the shares of the mixture."""
+def fingerprint(corpora: list[Manifest], parts: list[int]) -> dict[str, str]:
+    """Return what training depends on: tokenizer, windows and the parts of the mixture."""
     alone = [one.fingerprint() for one in corpora]
     if len(corpora) == 1:
         return alone[0]
-    shares = [f"{weight / sum(weights):.6g} of " for weight in weights]
+    train = [f"{count} of {one['train']}" for count, one in zip(parts, alone, strict=True)]
     return {
         "tokenizer": alone[0]["tokenizer"],
-        "train": ", ".join(share + one["train"] for share, one in zip(shares, alone, strict=True)),
+        "train": ", ".join(train),
         "valid": ", ".join(one["valid"] for one in alone),
     }
 

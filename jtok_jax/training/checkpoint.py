@@ -93,6 +93,10 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    def has_changed(self, step: int) -> bool:
+        """Return whether the configuration is another since the checkpoint of `step`."""
+        return bool(self.history) and self.history[-1]["after_step"] == step
+
     def is_ranked(self) -> bool:
         """Return whether the newest checkpoint has a validation that is finite."""
         latest = self._checkpointer.latest

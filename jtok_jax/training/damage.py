@@ -7,6 +7,7 @@ import json
 import logging
 import pathlib
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -14,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jtok_jax.errors import CheckpointError, DamagedError
 
+REMOVED_SECONDS = 0.5  # what it may take to remove one
 METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"  # Orbax's files of a checkpoint
 
 
@@ -31,7 +33,7 @@ def reading(folder: pathlib.Path, step: int) -> Iterator[None]:
         _silence_coroutines()
         if isinstance(root, jax.errors.JaxRuntimeError):  # of a device, such as its memory
             raise root from None
-        if not (folder / str(step)).exists():
+        if _is_removed(folder / str(step), root):
             raise CheckpointError(
                 f"Checkpoint {folder / str(step)} was removed while it was read: the run keeps "
                 "those that checkpoint.keep and its like say. Read another."
@@ -77,6 +79,14 @@ def _without_coroutines(unraisable) -> None:
 def _line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200].rstrip(" .:[")
+
+
+def _is_removed(path: pathlib.Path, error: BaseException) -> bool:
+    """Return whether a checkpoint goes, file by file, rather than lacks one."""
+    missing = isinstance(error, FileNotFoundError) or "NOT_FOUND" in str(error)
+    if missing and path.exists():
+        time.sleep(REMOVED_SECONDS)
+    return not path.exists()
 
 
 def _is_damage(error: BaseException) -> bool:

@@ -5,7 +5,8 @@
 import json
 import pathlib
 
-from jtok_jax.config import Config
+from jtok_jax.checks import names
+from jtok_jax.config import CHANGEABLE, Config
 from jtok_jax.config_dict import completed, differences, flatten, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, DataError
 
@@ -21,16 +22,13 @@ MAY_CHANGE = (
     "train.compiler_options", "train.max_unique_ids", "train.start_seconds",
     "train.heartbeat_seconds", "train.allow_changes",
 )  # fmt: skip
-# What may change with train.allow_changes: the state keeps its shape.
-CHANGEABLE = (
-    "optimizer.", "schedule.", "train.batch_size", "train.grad_accumulation", "train.z_loss",
-)  # fmt: skip
-FIXED = "optimizer.frozen", "optimizer.tables.kind", "optimizer.tables.overrides"
 HISTORY_FILE = "history.json"
 
 
 def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
-    """Write the configuration into a fresh workdir, or compare it if there is a checkpoint.
+    """Write the configuration into a workdir, after comparing it if there is a checkpoint.
+
+    What differs from the run's, as train.allow_changes says, is written with the next checkpoint.
 
     Raises:
         ConfigError: the workdir belongs to a run with another configuration.
@@ -42,9 +40,16 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
             f"{workdir} holds parameters alone, nothing to go on from. Start a run from them: "
             f"another --workdir, with --config=configs/pretrained.py:{workdir}"
         )
+    changes = []
     if path.exists() and any((workdir / CHECKPOINTS).glob("*")):  # else nothing would be lost
-        require_same_config(_saved_config(path), config, workdir)
-    _keep(path, (json.dumps(to_dict(config), indent=1) + "\n").encode())
+        changes = require_same_config(_saved_config(path), config, workdir)
+    if not changes:
+        keep_config(workdir, config)
+
+
+def keep_config(workdir: pathlib.Path, config: Config) -> None:
+    """Write the configuration that a run has."""
+    _keep(workdir / CONFIG_FILE, (json.dumps(to_dict(config), indent=1) + "\n").encode())
 
 
 def keep_tokenizer(workdir: pathlib.Path, path: pathlib.Path | None) -> None:
@@ -54,9 +59,8 @@ def keep_tokenizer(workdir: pathlib.Path, path: pathlib.Path | None) -> None:
 
 
 def keep_history(workdir: pathlib.Path, history: list[dict]) -> None:
-    """Write what was changed in a run, and after which steps, if anything was."""
-    if history:
-        _keep(workdir / HISTORY_FILE, (json.dumps(history, indent=1) + "\n").encode())
+    """Write what was changed in a run, and after which steps."""
+    _keep(workdir / HISTORY_FILE, (json.dumps(history, indent=1) + "\n").encode())
 
 
 def _keep(path: pathlib.Path, content: bytes) -> None:
@@ -77,7 +81,7 @@ def _saved_config(path: pathlib.Path) -> dict:
 
 
 def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> list[str]:
-    """Return the differences that train.allow_changes takes, a line each.
+    """Return the differences that train.allow_changes names, a line each.
 
     Raises ConfigError with a diff if `saved` would give other numbers than `config` otherwise.
     """
@@ -86,12 +90,13 @@ def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> l
     new["schedule.steps"] = config.schedule_steps
     lines = differences(old, new, "in the run", "now")
     lines = [line for line in lines if not line.startswith(MAY_CHANGE)]
-    allowed = [line for line in lines if line.startswith(CHANGEABLE) and not line.startswith(FIXED)]
-    if lines == allowed and (config.train.allow_changes or not lines):
-        return allowed
+    if all(_is_allowed(line.partition(":")[0], config) for line in lines):
+        return lines
     advice = "Use the same values, or another --workdir."
-    if lines == allowed:
-        advice += "\nOr go on with these values from here on: --config.train.allow_changes=true"
+    fields = [line.partition(":")[0] for line in lines]
+    if set(fields) <= set(CHANGEABLE) and config.data.source != "synthetic":
+        flag = f"--config.train.allow_changes={','.join(fields)}"
+        advice += f"\nOr go on with the new values from here on: {flag}"
     if any("schedule.steps" in line for line in lines):
         kept = f"--config.schedule.steps={old['schedule.steps']}"
         lines.append(f"(to train longer on the same schedule, pass {kept})")
@@ -100,6 +105,13 @@ def require_same_config(saved: dict, config: Config, workdir: pathlib.Path) -> l
         + "".join(f"  {line}\n" for line in lines)
         + f"Nothing was changed. {advice}"
     )
+
+
+def _is_allowed(field: str, config: Config) -> bool:
+    if field == "train.batch_size" and config.data.source == "synthetic":
+        return False  # whose sequences depend on it
+    allowed = names(config.train.allow_changes)
+    return field in CHANGEABLE and any(f"{field}.".startswith(f"{name}.") for name in allowed)
 
 
 def require_same_data(saved: dict, now: dict, workdir: pathlib.Path) -> None:

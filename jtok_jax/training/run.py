@@ -34,7 +34,13 @@ from jtok_jax.training.metrics import (
     step_record,
 )
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.resume import CHECKPOINTS, claim_workdir, keep_history, keep_tokenizer
+from jtok_jax.training.resume import (
+    CHECKPOINTS,
+    claim_workdir,
+    keep_config,
+    keep_history,
+    keep_tokenizer,
+)
 from jtok_jax.training.state import TrainState, abstract_state, init_state
 from jtok_jax.training.step import StepMetrics, jit_train_step, make_eval_step, make_health_step
 from jtok_jax.training.warm_start import begin_with, require_same_words
@@ -124,7 +130,7 @@ class Run:
         self.first_step, self.validation_due = self._begin()
         self._timer, self._data_wait = Timer(config), 0.0
         self._writers: list[Writer] = []
-        self._tracing = False
+        self._tracing = self._changed = False
         self._pending: _Pending | None = None
         self._val_loss: float | None = None  # after the newest step that was reported
 
@@ -148,11 +154,10 @@ class Run:
             return state
         state = self._restore()
         self.hosts.say(f"resumed at step {self.first_step - 1}")
-        self._source.offset, history = self.checkpoints.offset, self.checkpoints.history
-        if history and history[-1]["after_step"] == self.first_step - 1:
-            self.hosts.say("changed: " + "; ".join(history[-1]["changes"]))
-        if self.hosts.lead:
-            keep_history(self.workdir, history)
+        self._source.offset = self.checkpoints.offset
+        self._changed = self.checkpoints.has_changed(self.first_step - 1)
+        if self._changed:
+            self.hosts.say("changed: " + "; ".join(self.checkpoints.history[-1]["changes"]))
         return state
 
     def _begin(self) -> tuple[int, bool]:
@@ -321,8 +326,12 @@ class Run:
                 self.checkpoints.wait()
             with self._stall.waiting_for(f"completed save at step {step}"):
                 self.checkpoints.save(state, step, val_loss=self._val_loss)
-                if self._is_last(step) or self.stop.agreed:
+                if self._is_last(step) or self.stop.agreed or self._changed:
                     self.checkpoints.wait()
+        if self._changed and self.hosts.lead:  # from now on the old values are those that differ
+            keep_config(self.workdir, self.config)
+            keep_history(self.workdir, self.checkpoints.history)
+        self._changed = False
 
     def raise_if_stopped(self, step: int) -> None:
         """Raise Preempted if a signal asked to stop, unless the run has ended anyway."""
