@@ -4,6 +4,7 @@
 
 import os
 import pathlib
+import shutil
 
 from pythons import FAST_TO_COMPILE
 
@@ -18,6 +19,8 @@ import jax
 import pytest
 from drawn import FIRST, SEED, left_out
 from small import prepare_small_corpus
+
+from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 CACHE = ROOT / ".pytest_cache" / "xla"
@@ -44,3 +47,17 @@ def pytest_terminal_summary(terminalreporter):
 def corpus(tmp_path_factory):
     """A small prepared corpus: 40 documents of made-up words, windows of 64 tokens."""
     return prepare_small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """Workdir of a finished run of the module's `config`."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(config, folder)
+    return folder
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy of it, which a test may change."""
+    return shutil.copytree(finished, tmp_path / "run")

@@ -8,14 +8,14 @@ import shutil
 import numpy as np
 import pytest
 from test_config import changed
-from test_train_loop import config, finished, records, workdir
+from test_train_loop import config, records
 
 from jtok_jax.data.loader import open_source
 from jtok_jax.errors import ConfigError
 from jtok_jax.training import run as run_module
 from train import train
 
-__all__ = ["config", "finished", "workdir"]  # fixtures
+__all__ = ["config"]  # a fixture
 
 ALLOWED = {"train.allow_changes": "optimizer.learning_rate,schedule,train"}
 DECAY = {

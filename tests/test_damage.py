@@ -35,18 +35,6 @@ def config(corpus):
     return changed(start, {"checkpoint.every": 4})
 
 
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished")
-    train(config, workdir)
-    return workdir
-
-
-@pytest.fixture
-def workdir(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 def flip_a_bit(folder, number: int = 0) -> None:
     """Flip one bit of the arrays of a checkpoint."""
     path = max(

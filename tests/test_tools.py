@@ -47,11 +47,6 @@ def finished(corpus, tmp_path_factory):
     return workdir
 
 
-@pytest.fixture
-def workdir(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 def last_record(workdir) -> dict:
     return json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
 

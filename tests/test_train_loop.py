@@ -44,19 +44,6 @@ def config(corpus):
     return changed(start, changes)
 
 
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
-    """Workdir of a finished run; tests copy it before they change anything."""
-    workdir = tmp_path_factory.mktemp("finished")
-    train(config, workdir)
-    return workdir
-
-
-@pytest.fixture
-def workdir(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 def records(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
