@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from pythons import oldest
 from test_config import changed
 from test_train_loop import config, records
 
@@ -16,6 +17,7 @@ from jtok_jax.training import run as run_module
 from train import train
 
 __all__ = ["config"]  # a fixture
+pytestmark = oldest
 
 ALLOWED = {"train.allow_changes": "optimizer.learning_rate,schedule,train"}
 DECAY = {

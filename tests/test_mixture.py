@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from pythons import oldest
 from small import small_recipe, write_documents
 from test_data import hexes, run_config
 
@@ -18,6 +19,7 @@ from jtok_jax.errors import DataError
 from jtok_jax.prepare import prepare
 
 replace = dataclasses.replace
+pytestmark = oldest
 
 
 @pytest.fixture(scope="module")
