@@ -13,7 +13,7 @@ import importlib
 import json
 import pathlib
 
-from jtok_jax.errors import ConfigError, exit_on_error
+from jtok_jax.errors import ConfigError, DataError, exit_on_error
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,6 +45,10 @@ def run(options: argparse.Namespace) -> None:
         )
     except ImportError as error:
         raise ConfigError(f"{error}. Run pip install -e '.[lm-eval]'.") from error
+    if options.include_path and not pathlib.Path(options.include_path).is_dir():
+        raise ConfigError(f"--include_path={options.include_path} is not a folder.")
+    if options.output:  # before hours of scoring
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     known = tasks.TaskManager(include_path=options.include_path)
     names = options.tasks.split(",")
     if unknown := set(names) - set(known.all_tasks):
@@ -59,14 +63,18 @@ def run(options: argparse.Namespace) -> None:
         not options.no_bos_token,
         options.max_length,
     )
-    results = evaluator.simple_evaluate(
-        model,
-        tasks=names,
-        task_manager=known,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        gen_kwargs=options.gen_kwargs,
-    )
+    try:
+        results = evaluator.simple_evaluate(
+            model,
+            tasks=names,
+            task_manager=known,
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            gen_kwargs=options.gen_kwargs,
+        )
+    except FileNotFoundError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"The data of {options.tasks} is not there: {reason}") from error
     print(utils.make_table(results))
     if options.output:
         text = json.dumps(results, indent=1, default=str, ensure_ascii=False)

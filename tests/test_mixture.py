@@ -15,7 +15,7 @@ from test_data import hexes, run_config
 from jtok_jax.data import manifest
 from jtok_jax.data.loader import Mixture, open_source, train_batches
 from jtok_jax.data.windows import Windows
-from jtok_jax.errors import DataError
+from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.prepare import prepare
 
 replace = dataclasses.replace
@@ -110,12 +110,12 @@ def test_documents_held_out_by_different_rules_are_told(corpus, other, tmp_path)
     "weights", ["{}:1,{}", "{}:1,{}:0", "{}:1,{}:-2", "{}:1,{}:inf", "{},{}", "{0}:1,{0}:2"]
 )
 def test_weights_that_are_none_are_refused(corpus, other, weights):
-    with pytest.raises(DataError, match=r"expected a folder, or several with weights above 0"):
+    with pytest.raises(ConfigError, match=r"expected a folder, or several with weights above 0"):
         open_source(run_config(weights.format(corpus, other)))
 
 
 def test_a_share_that_would_never_be_read_is_refused(corpus, other):
-    with pytest.raises(DataError, match=r"a mixture of 1,000,000,001 parts, of at most 100,000"):
+    with pytest.raises(ConfigError, match=r"a mixture of 1,000,000,001 parts, of at most 100,000"):
         open_source(mixed_config((corpus, 1), (other, 1e-9)))
 
 

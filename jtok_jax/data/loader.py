@@ -85,6 +85,7 @@ class PreparedSource:
         self.end_id = self.manifest.end_id
         self.tokenizer = folders[0] / tokenizer.FILE_NAME if found[0].tokenizer_sha256 else None
         self.note = prepared.compare(found, folders)
+        prepared.check_vocabulary(found[0], folders[0], config.model.vocab_size)
         self._vocab_size, self._seq_len = config.model.vocab_size, config.train.seq_len
         allow_open_files(sum(len(one.train.shards) + len(one.valid.shards) for one in found))
         places = list(zip(folders, found, strict=True))

@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 
-from jtok_jax.errors import DataError
+from jtok_jax.errors import ConfigError, DataError
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -74,7 +74,7 @@ def parse_mixture(path: str) -> list[tuple[pathlib.Path, int]]:
 
     Parts are whole numbers without a common divisor: 7 and 3.
 
-    Raises DataError: of several corpora one has no weight, or a weight is not above 0, one folder
+    Raises ConfigError: of several corpora one has no weight, or a weight is not above 0, one folder
     is named twice, or a share is below one in `MOST_PARTS`.
     """
     if "," not in path or pathlib.Path(path).is_dir():
@@ -86,7 +86,7 @@ def parse_mixture(path: str) -> list[tuple[pathlib.Path, int]]:
         if min(weights) <= 0 or len(set(folders)) < len(folders):
             raise ValueError
     except (ValueError, ZeroDivisionError):
-        raise DataError(
+        raise ConfigError(
             f"data.path is {path!r}; expected a folder, or several with weights above 0, each "
             "once: data/web:0.7,data/code:0.3."
         ) from None
@@ -94,7 +94,7 @@ def parse_mixture(path: str) -> list[tuple[pathlib.Path, int]]:
     counts = [int(weight * whole) for weight in weights]
     counts = [count // math.gcd(*counts) for count in counts]
     if sum(counts) > MOST_PARTS:
-        raise DataError(
+        raise ConfigError(
             f"data.path is {path!r}: a mixture of {sum(counts):,} parts, of at most "
             f"{MOST_PARTS:,}. Round the weights."
         )

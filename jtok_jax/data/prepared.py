@@ -13,19 +13,23 @@ LOSSLESS = 0.001  # of a text may be lost before its bits a byte mean nothing
 
 
 def open_corpus(folder: pathlib.Path, config: Config) -> Manifest:
-    """Return the manifest of a corpus. Raises DataError: it is damaged, or not of this model."""
-    found, vocab_size = manifest.read_manifest(folder), config.model.vocab_size
+    """Return the manifest of a corpus. Raises DataError: it is damaged."""
+    found = manifest.read_manifest(folder)
+    path, digest = folder / tokenizer.FILE_NAME, found.tokenizer_sha256
+    if digest and not (path.is_file() and manifest.file_sha256(path) == digest):
+        raise DataError(f"{path} is not the tokenizer the shards were written with.")
+    manifest.verify_shards(folder, found, hashes=config.data.verify == "hash")
+    return found
+
+
+def check_vocabulary(found: Manifest, folder: pathlib.Path, vocab_size: int) -> None:
+    """Raise DataError where a model has fewer rows than a corpus has ids."""
     if found.vocab_size > vocab_size:
         raise DataError(
             f"The tokenizer of {folder} has {found.vocab_size} entries, model.vocab_size is "
             f"{vocab_size}: ids up to {found.vocab_size - 1} would index past the "
             f"tables. Pass --config.model.vocab_size={found.vocab_size} or more."
         )
-    path, digest = folder / tokenizer.FILE_NAME, found.tokenizer_sha256
-    if digest and not (path.is_file() and manifest.file_sha256(path) == digest):
-        raise DataError(f"{path} is not the tokenizer the shards were written with.")
-    manifest.verify_shards(folder, found, hashes=config.data.verify == "hash")
-    return found
 
 
 def compare(corpora: list[Manifest], folders: list[pathlib.Path]) -> str:

@@ -156,7 +156,7 @@ class Run:
         self.hosts.say(f"resumed at step {self.first_step - 1}")
         self._source.offset = self.checkpoints.offset
         self._changed = self.checkpoints.has_changed(self.first_step - 1)
-        if self._changed:
+        if self._changed and not self.is_finished():
             self.hosts.say("changed: " + "; ".join(self.checkpoints.history[-1]["changes"]))
         return state
 

@@ -47,7 +47,7 @@ def begin_with(config: Config, mesh: Mesh, params: Params, say: Callable[[str], 
         value = read(name).astype(wanted[name].dtype)
         taken[name] = jax.device_put(value, place(name, value.shape))
     own = sorted(wanted.keys() - taken.keys())
-    say(f"begins with {what}: {len(taken)} parameters; as configured: {', '.join(own) or 'none'}")
+    say(f"begins with {what}: {len(taken)} parameters; new ones: {', '.join(own) or 'none'}")
     return params | to_stored(config.model, taken)
 
 
