@@ -59,7 +59,7 @@ CHOICES = [" bad", " cab gad", "e", " fed</s>"]
 
 @pytest.fixture(scope="module")
 def results(finished, tmp_path_factory):
-    """What one call says of three tasks, in a process of its own: the harness warns a lot."""
+    """One call scores three tasks, in a process of its own: the harness warns a lot."""
     folder = tmp_path_factory.mktemp("tasks")
     run = load(finished)
     docs = [
@@ -99,7 +99,7 @@ def _nats(run, context: list[int], continuation: list[int]) -> float:
 
 
 def _logits(run, ids: list[int]) -> np.ndarray:
-    """Of the token after `ids`; what stands behind them for one program's sake is not seen."""
+    """Return those of the token after `ids`; padding behind them is not seen."""
     ids_BT = np.array([ids + [0] * (32 - len(ids))], np.int32)
     hidden_D = _hidden(run.config.model, run.params, ids_BT)[0, len(ids) - 1].astype("float32")
     logits_V = np.asarray(hidden_D @ run.params["head"], np.float64)

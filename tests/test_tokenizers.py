@@ -40,7 +40,7 @@ def bytes_with_an_end_that_is_not_special():
 
 
 def byte_fallback():
-    """As Llama 2 has it: bytes stand in for what has no token of its own."""
+    """Bytes stand in for what has no token of its own, as in Llama 2."""
     tokens = ["<unk>", END, *(f"<0x{byte:02X}>" for byte in range(256)), "a", "e", "ae"]
     vocab = {token: index for index, token in enumerate(tokens)}
     model = models.BPE(vocab, [("a", "e")], unk_token="<unk>", byte_fallback=True)
