@@ -26,11 +26,11 @@ def reading(folder: pathlib.Path, step: int) -> Iterator[None]:
     Orbax is silent meanwhile: it logs a traceback per leaf, and the error says it once.
     """
     logging.disable(logging.CRITICAL)
+    _silence_coroutines()
     try:
         yield
     except Exception as error:
         root = _root(error)
-        _silence_coroutines()
         if isinstance(root, jax.errors.JaxRuntimeError):  # of a device, such as its memory
             raise root from None
         if _is_removed(folder / str(step), root):
