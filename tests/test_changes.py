@@ -114,5 +114,11 @@ def test_a_change_that_fails_leaves_the_run_as_it_was(config, workdir, monkeypat
     other = shutil.copytree(workdir, workdir.with_name("other"))
     train(changed(new, {"optimizer.learning_rate": 3e-3, "train.allow_changes": ""}), workdir)
     assert not (workdir / "history.json").exists()
+    before = (other / "config.json").read_text()
     train(new, other)
+    after = (other / "config.json").read_text()
+    assert after != before
+    (other / "config.json").write_text(before)  # as a kill right after the save leaves it
+    train(new, other)
+    assert (other / "config.json").read_text() == after
     assert json.loads((other / "history.json").read_text())[0]["after_step"] == 11

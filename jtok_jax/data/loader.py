@@ -177,7 +177,7 @@ class SyntheticSource:
 
     VALID_BATCHES = 4
     tokenizer = end_id = None
-    note, offset = "", 0  # the latter would change the fingerprint before it is anything else
+    note, offset = "", 0  # a run of these keeps its batch size
 
     def __init__(self, config: Config):
         self._config = config

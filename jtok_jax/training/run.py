@@ -158,6 +158,8 @@ class Run:
         self._changed = self.checkpoints.has_changed(self.first_step - 1)
         if self._changed and not self.is_finished():
             self.hosts.say("changed: " + "; ".join(self.checkpoints.history[-1]["changes"]))
+        if not self._changed and self.hosts.lead:  # else a kill after a change would keep the old
+            keep_config(self.workdir, self.config)
         return state
 
     def _begin(self) -> tuple[int, bool]:
