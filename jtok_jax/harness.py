@@ -3,7 +3,6 @@
 """A run as a model of EleutherAI's lm-evaluation-harness; importing this registers it as "jtok"."""
 
 import collections
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from jtok_jax.data.encoding import encode_text
 from jtok_jax.errors import ConfigError
 from jtok_jax.inference.cache import logits
-from jtok_jax.inference.generator import for_inference, for_mesh, generate
+from jtok_jax.inference.generator import for_inference, for_texts, generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.loading import load
 from jtok_jax.model.params import bind
@@ -61,9 +60,7 @@ class JtokLM(TemplateLM):
         self._run, self._size, self._begin = load(workdir, step=step), batch_size, add_bos_token
         model = self._run.config.model
         self._params = for_inference(model, dict(self._run.params))
-        self._config = for_mesh(model, self._params)
-        if self._config.attention == "splash":  # asked for windows: texts have other lengths
-            self._config = dataclasses.replace(self._config, attention="auto")
+        self._config = for_texts(model, self._params)
         self._longest = max_length or self._run.config.train.seq_len
 
     @property

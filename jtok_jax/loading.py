@@ -2,7 +2,6 @@
 # Copyright 2026 The jtok_jax authors
 """A trained run in Python: its model, tokenizer and configuration; losses and text."""
 
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from jtok_jax.data import manifest, tokenizer
 from jtok_jax.data.encoding import encode_text
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.inference.cache import logits
-from jtok_jax.inference.generator import for_inference, for_mesh, generate
+from jtok_jax.inference.generator import for_inference, for_texts, generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.model.params import Params, bind
 from jtok_jax.model.placement import over_all
@@ -47,9 +46,7 @@ class LoadedRun(NamedTuple):
     def logits(self, text: str) -> np.ndarray:
         """Return float32 [T, V]: row i predicts the token after the first i + 1 of `encode`."""
         ids_BT = jnp.asarray([self.encode(text)], jnp.int32)
-        config = for_mesh(self.config.model, self.params)
-        if config.attention == "splash":  # asked for windows: a text has another length
-            config = dataclasses.replace(config, attention="auto")
+        config = for_texts(self.config.model, self.params)
         return np.asarray(_logits(config, self.params, ids_BT)[0])
 
     def token_losses(self, text: str) -> list[tuple[str, float]]:

@@ -85,7 +85,7 @@ def generate(
         ids_BT[row, : len(prompt)] = prompt
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     capacity = -(-(padded + tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    mesh, config = _mesh_of(params), for_mesh(config, params)
+    mesh, config = _mesh_of(params), for_texts(config, params)
     logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh)
     sampling = sampling.without_neutral(config.vocab_size)
     keys = _keys_of(prompts, seed)
@@ -101,13 +101,15 @@ def generate(
     return np.stack([np.asarray(ids_B) for ids_B in drawn], axis=1)
 
 
-def for_mesh(config: ModelConfig, params: Params) -> ModelConfig:
-    """Return options that the compiler can split, if `params` lie on several devices.
+def for_texts(config: ModelConfig, params: Params) -> ModelConfig:
+    """Return options for texts of any length, which the compiler can split over several devices.
 
-    Kernels are for one device, or for a part in shard_map.
+    Kernels are for one device, or for a part in shard_map. "splash" was asked for windows: a text
+    of another length takes what fits it.
     """
     if _mesh_of(params) is None:
-        return config
+        attention = "auto" if config.attention == "splash" else config.attention
+        return dataclasses.replace(config, attention=attention)
     jtok = dataclasses.replace(config.jtok, implementation="xla")
     return dataclasses.replace(config, jtok=jtok, attention="chunked")
 
