@@ -26,7 +26,7 @@ def reading(folder: pathlib.Path, step: int) -> Iterator[None]:
     Orbax is silent meanwhile: it logs a traceback per leaf, and the error says it once.
     """
     logging.disable(logging.CRITICAL)
-    _silence_coroutines()
+    _silence_leftovers()
     try:
         yield
     except Exception as error:
@@ -61,8 +61,12 @@ def _root(error: BaseException) -> BaseException:
     return _root(earlier) if earlier else error
 
 
-def _silence_coroutines() -> None:
-    """Print nothing of Orbax's coroutines: a failed read leaves one, with a trace, an array."""
+def _silence_leftovers() -> None:
+    """Print nothing of the coroutines and tasks that a failed read of Orbax leaves, one an array.
+
+    They are told when Python frees them, which may be long after the read.
+    """
+    logging.getLogger("asyncio").addFilter(_is_no_leftover)  # the same one twice counts once
     before = sys.unraisablehook
     if before is not _without_coroutines:
         _without_coroutines.before = before
@@ -74,6 +78,11 @@ def _without_coroutines(unraisable) -> None:
     of_orbax = code is not None and "orbax" in code.co_filename
     if not of_orbax and "Event loop is closed" not in str(unraisable.exc_value):
         _without_coroutines.before(unraisable)
+
+
+def _is_no_leftover(record: logging.LogRecord) -> bool:
+    of_tensorstore = record.exc_info and "zarr" in str(record.exc_info[1])
+    return not (of_tensorstore and "never retrieved" in record.getMessage())
 
 
 def _line(error: BaseException) -> str:
