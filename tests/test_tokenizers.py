@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Tokenizers of every model, judged by their ids: ends of documents, unknown and lost text."""
 
+import numpy as np
 import pytest
 import tokenizers
 from small import small_recipe, write_documents
@@ -11,7 +12,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from jtok_jax.data import manifest
 from jtok_jax.data.encoding import TextEncoder, encode_text
 from jtok_jax.data.loader import open_source
-from jtok_jax.data.tokenizer import end_token_id, load_tokenizer, train_tokenizer
+from jtok_jax.data.tokenizer import (
+    end_token_id,
+    load_tokenizer,
+    token_bytes,
+    train_tokenizer,
+)
 from jtok_jax.errors import DataError
 from jtok_jax.loading import LoadedRun
 from jtok_jax.prepare import prepare
@@ -120,6 +126,19 @@ def test_bpe_dropout_is_turned_off(tmp_path):
     assert len({tuple(made.encode(text).ids) for _ in range(5)}) > 1
     again = load_tokenizer(tmp_path / "tokenizer.json")
     assert len({tuple(again.encode(text).ids) for _ in range(5)}) == 1
+
+
+def test_the_bytes_of_a_token_are_what_it_decodes_to():
+    """Also of added tokens whose characters stand for bytes, and of those beyond them."""
+    made = bytes_with_an_end_that_is_not_special()
+    made.add_tokens(["\u00e9t\u00e9", "\u4e00 \u00e9", "two words"])
+    pieces, rng = token_bytes(made), np.random.default_rng(0)
+    assert len(pieces) == made.get_vocab_size()
+    for length in [1] * len(pieces) + [7] * 300:
+        ids = rng.integers(len(pieces), size=length).tolist()
+        decoded = b"".join(pieces[one] for one in ids).decode(errors="replace")
+        assert decoded == made.decode(ids, skip_special_tokens=False)
+    assert token_bytes(byte_fallback()) is token_bytes(words()) is None
 
 
 def test_an_end_token_that_texts_need_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import itertools
 import tokenizers
 
 from jtok_jax.data.manifest import lost_share
-from jtok_jax.data.tokenizer import unknown_id
+from jtok_jax.data.tokenizer import token_bytes, unknown_id
 from jtok_jax.errors import DataError
 
 ENOUGH = 1 << 20  # bytes after which too large a loss ends a preparation before its end
@@ -43,7 +43,9 @@ class TextEncoder:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, end_id: int, *, max_lost: float):
         self._tokenizer, self._end_id, self._max_lost = tokenizer, end_id, max_lost
-        self._unknown = unknown_id(tokenizer)
+        self._unknown, self._bytes = unknown_id(tokenizer), token_bytes(tokenizer)
+        if self._bytes and self._unknown is not None:
+            self._bytes[self._unknown] = b""  # as `decode` does
         self._end_token = tokenizer.id_to_token(end_id)
         self.counts = {"train": collections.Counter(), "valid": collections.Counter()}
 
@@ -57,12 +59,27 @@ class TextEncoder:
         for index, ids in enumerate(found):
             if self._end_id in ids:
                 found[index] = encode_text(self._tokenizer, texts[index], self._end_id)
-        decoded = self.decode(found)
-        for split, text, ids, again in zip(splits, texts, found, decoded, strict=True):
-            size, ends = len(text.encode()), text.count(self._end_token)
-            self._count(split, ids, bytes=size, lost=_difference(text, again), ends=ends)
+        lost = self._lost(texts, found)
+        for split, text, ids, missing in zip(splits, texts, found, lost, strict=True):
+            ends = text.count(self._end_token)
+            self._count(split, ids, bytes=len(text.encode()), lost=missing, ends=ends)
         self.check(ENOUGH)
         return found
+
+    def _lost(self, texts: list[str], found: list[list[int]]) -> list[int]:
+        """Return the bytes that each text and what its ids decode to do not have in common."""
+        pairs = list(zip(texts, found, strict=True))
+        if self._bytes:  # twice as fast as decoding all
+            join = lambda ids: b"".join(map(self._bytes.__getitem__, ids))
+            same = [join(ids) == text.encode() for text, ids in pairs]
+        else:
+            same = [False] * len(pairs)
+        others = [ids for (_, ids), equal in zip(pairs, same, strict=True) if not equal]
+        decoded = iter(self.decode(others))
+        return [
+            0 if equal else _difference(text, next(decoded))
+            for text, equal in zip(texts, same, strict=True)
+        ]
 
     def measure(self, split: str, ids: list[int]) -> int:
         """Return the bytes of the text that ids made elsewhere decode to."""
@@ -72,11 +89,9 @@ class TextEncoder:
 
     def decode(self, batch: list[list[int]]) -> list[str]:
         """Return the text the ids hold: what is unknown is left out."""
-        known = [
-            [one for one in ids if one != self._unknown] if self._unknown in ids else ids
-            for ids in batch
-        ]
-        return self._tokenizer.decode_batch(known, skip_special_tokens=False)
+        if self._unknown is not None:
+            batch = [[one for one in ids if one != self._unknown] for ids in batch]
+        return self._tokenizer.decode_batch(batch, skip_special_tokens=False)
 
     def check(self, enough: int = 0) -> None:
         """Refuse a tokenizer that loses too much of at least `enough` bytes of a split."""
@@ -103,7 +118,8 @@ class TextEncoder:
         )
 
     def _count(self, split: str, ids: list[int], **more: int) -> None:
-        self.counts[split].update(tokens=len(ids), unknown=ids.count(self._unknown), **more)
+        unknown = 0 if self._unknown is None else ids.count(self._unknown)
+        self.counts[split].update(tokens=len(ids), unknown=unknown, **more)
 
 
 def _difference(text: str, other: str) -> int:

@@ -77,6 +77,24 @@ def unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
     return model.get("unk_id") if token is None else tokenizer.token_to_id(token)
 
 
+def token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes] | None:
+    """Return the bytes that each id decodes to; None if decoding is more than to join them.
+
+    A byte-level decoder reads characters that stand for bytes, and any other token as its text.
+    """
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return None
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    beyond = (char for char in alphabet if ord(char) > 255)  # for bytes that cannot be printed
+    byte_of = {chr(one) if chr(one) in alphabet else next(beyond): one for one in range(256)}
+    vocabulary = tokenizer.get_vocab()
+    found = [b""] * (max(vocabulary.values()) + 1)
+    for token, place in vocabulary.items():
+        plain = all(char in byte_of for char in token)
+        found[place] = bytes(map(byte_of.get, token)) if plain else token.encode()
+    return found
+
+
 def end_token_id(tokenizer: tokenizers.Tokenizer, end_token: str) -> int:
     """Return the id of the token between documents. Raises DataError if there is no such token."""
     token_id = tokenizer.token_to_id(end_token)

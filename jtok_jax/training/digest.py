@@ -7,9 +7,9 @@ however an array is split. A word that changes always changes it; several at onc
 probability of 2^-32. They are computed where the arrays are: copies to the host are covered too.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,16 @@ from jtok_kernels.rounding import entry_places
 
 GOLDEN = 0x9E3779B9
 PIECE = 16 << 20  # bytes
+FOLD = 8  # rows
 
 
 def digests(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
-    """Return the digest of every array by its name; waits for them, one after the other.
-
-    Arrays of NumPy are read piece by piece: they may lie in files.
-    """
-    return {
-        name: sum(int(_digest(*part)) for part in _parts(value)) % (1 << 32)
+    """Return the digest of every array by its name; waits for them."""
+    found = {
+        name: _of_pieces(value) if isinstance(value, np.ndarray) else _of_device(value)
         for name, value in leaves.items()
     }
+    return {name: int(value) for name, value in found.items()}
 
 
 def text_digest(values: object) -> str:
@@ -37,19 +36,30 @@ def text_digest(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _parts(value: jax.Array | np.ndarray) -> Iterator[tuple[jax.Array | np.ndarray, np.uint32]]:
-    """Yield the parts of an array, each with the place of its first entry."""
-    if isinstance(value, jax.Array) or value.nbytes <= PIECE:
-        yield value, np.uint32(0)
-        return
-    rows = max(1, PIECE * len(value) // value.nbytes)
+def _of_device(value: jax.Array) -> jax.Array:
+    whole = len(value.sharding.device_set) == 1  # else rows to fold may lie on several
+    return _digest(value, np.uint32(0), fold=whole)
+
+
+def _of_pieces(value: np.ndarray) -> int:
+    """Return the digest of an array that may lie in a file, and be larger than memory."""
+    if value.nbytes <= PIECE:
+        return int(_digest(value, np.uint32(0), fold=True))
+    rows, size, total = max(1, PIECE * len(value) // value.nbytes), value.size // len(value), 0
     for row in range(0, len(value), rows):
-        yield value[row : row + rows], np.uint32(row * (value.size // len(value)) % (1 << 32))
+        first = np.uint32(row * size % (1 << 32))
+        total += int(_digest(value[row : row + rows], first, fold=True))
+    return total % (1 << 32)
 
 
-@jax.jit
-def _digest(array: jax.Array, first: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="fold")
+def _digest(array: jax.Array, first: jax.Array, *, fold: bool) -> jax.Array:
     size = array.dtype.itemsize
     words = jax.lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[size])
     places = (entry_places(words.shape) + first) * jnp.uint32(GOLDEN)
-    return mixed(words.astype(jnp.uint32) ^ places).sum(dtype=jnp.uint32)
+    hashed = mixed(words.astype(jnp.uint32) ^ places)
+    # XLA for CPUs adds arrays by vectors, but to a sum one number at a time: 5 times slower.
+    if fold and array.ndim > 1 and array.shape[-2] % FOLD == 0:
+        hashed = hashed.reshape(-1, FOLD, array.shape[-1])
+        hashed = sum(hashed[:, row] for row in range(FOLD))
+    return hashed.sum(dtype=jnp.uint32)
