@@ -247,9 +247,20 @@ class MeshConfig:
     table_columns: str = "auto"
     table_experts: str = ""  # the n_e tables of JTok-M
     table_rows: str = ""
+    # device | host: tables and what their optimizer keeps of rows lie in host memory, and the
+    # rows of a step on the device.
+    table_memory: str = "device"
+    table_prefetch: int = 1  # steps whose rows are read ahead, of tables in host memory
 
     def __post_init__(self):
         at_least(self, "mesh", 1, "fsdp", "expert", "tensor")
+        at_least(self, "mesh", 0, "table_prefetch")
+        one_of(self.table_memory, "mesh.table_memory", ("device", "host"))
+        if self.table_memory == "host" and names(self.table_rows):
+            raise ConfigError(
+                f"mesh.table_rows is {self.table_rows!r}, and tables are in host memory: of their "
+                "rows only those of a step are on devices. Split columns, or tables of a layer."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,6 +318,15 @@ class Config:
                 "optimizer.frozen is backbone, and there is nothing else to train. Set "
                 "model.jtok.kind or model.arms.names."
             )
+        if self.mesh.table_memory == "host":
+            tables = self.optimizer.tables
+            for owner in self.model.table_owners:
+                if tables.of(owner).kind == "adamw":
+                    raise ConfigError(
+                        f"optimizer.tables.kind of {owner} is adamw, which changes every row in "
+                        "every step; tables in host memory need lazy_adam, rowwise_adam or "
+                        "rowwise_adagrad."
+                    )
         save, validate = self.checkpoint.every, self.evaluation.every
         if self.checkpoint.keep_best and save % validate and validate % save:
             raise ConfigError(

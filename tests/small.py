@@ -97,7 +97,9 @@ def gradients(config: Config, params: dict, ids: jax.Array, targets: jax.Array):
     microbatches = [step._split(config, array) for array in (ids, targets)]
     plans = rows.make_plans(config, microbatches[0], None)
     backbone, tables = make_optimizer(config).split(params)
-    losses, grads, row_grads = step._gradients(config, backbone, tables, *microbatches, plans, None)
+    losses, grads, row_grads = step._gradients(
+        config, backbone, tables, *microbatches, None, plans, None
+    )
     told = declared_tables(config.model)
     dense = {
         name: dense_gradient(

@@ -15,7 +15,7 @@ from jtok_jax.model.params import declared_tables, init_params, init_rows
 from jtok_jax.model.variables import _normal_rows
 
 EVERYTHING = with_every_table(
-    dataclasses.replace(DENSE, jtok=dataclasses.replace(JTOK_M, num_tables=3))
+    dataclasses.replace(DENSE, jtok=dataclasses.replace(JTOK_M, num_tables=3, table_init_std=0.02))
 )
 
 

@@ -76,21 +76,24 @@ class Exchange(NamedTuple):
         spec = NamedSharding(self.mesh, P(None, *self._tables_spec()))
         return jax.lax.with_sharding_constraint(row_grads, spec)
 
-    def update(self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, **scalars):
+    def update(
+        self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, rounding_ids_U,
+        **scalars,
+    ):  # fmt: skip
         """Return the result of `update_rows` on every device's part."""
         layout = self.layout
         shard = Shard(columns=layout.columns, rows=layout.rows, experts=layout.experts)
 
-        def local(tables, state, unique_U, row_grads, key, scalars):
+        def local(tables, state, unique_U, row_grads, key, ids_U, scalars):
             return jtok_kernels.update_rows(
                 optimizer, tables, state, unique_U, row_grads, **scalars, rounding_key=key,
-                shard=shard, implementation=self.implementation,
+                rounding_ids_U=ids_U, shard=shard, implementation=self.implementation,
             )  # fmt: skip
 
         spec = P(None, *self._tables_spec())
         of_state = {name: P(*spec[: value.ndim]) for name, value in state.items()}
-        in_specs = spec, of_state, P(layout.rows or None), spec, P(), P()
-        arguments = tables, state, unique_U, row_grads, rounding_key, scalars
+        in_specs = spec, of_state, P(layout.rows or None), spec, P(), P(), P()
+        arguments = tables, state, unique_U, row_grads, rounding_key, rounding_ids_U, scalars
         return self._map(local, in_specs, (spec, of_state))(*arguments)
 
     # ------------------------------------------------------------------ in every layer

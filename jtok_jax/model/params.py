@@ -74,6 +74,14 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return {"/".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}
 
 
+def initial_options() -> dict[str, object] | None:
+    """Return the compiler options of programs that draw initial values; others round otherwise.
+
+    Run once: on CPUs compiling the random draws in full would take longer than all else.
+    """
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def init_rows(config: ModelConfig, key: jax.Array, ids: dict[str, jax.Array]) -> Params:
     """Return rows of every table as `init_params` draws them; no array of a table's size is made.

@@ -13,12 +13,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import jtok_kernels
+import numpy as np
 from jtok_kernels import RowPlan, mixed
 
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.variables import Table
 from jtok_jax.streams import IdStream
 
+ROWS = "rows"  # the leaf of a table itself, beside those of its optimizer
 GOLDEN = 0x9E3779B9  # sets the hash functions of a stream apart
 
 
@@ -27,6 +29,26 @@ class Rows(NamedTuple):
 
     plans: dict[str, RowPlan]  # by `plan_key`
     grads: dict[str, jax.Array]  # zeros by table, see `zero_row_grads`; their cotangents count
+
+
+class SomeRows(NamedTuple):
+    """The rows of one batch, of tables that are held in host memory.
+
+    They stand for the tables: what is looked up is the place of an id among the rows that are here.
+    """
+
+    places: dict[str, jax.Array]  # by stream; int32, as `stream_ids` gives ids
+    ids: dict[str, jax.Array]  # by stream; int32 [U], ascending; the number of rows where none is
+    # By table and leaf: its "rows", and what its optimizer keeps of them; [U, G, (M,) D] or
+    # [U, G, (M,)]. An id is one run of memory here.
+    leaves: dict[str, dict[str, jax.Array]]
+
+    def stacks(self) -> dict[str, dict[str, jax.Array]]:
+        """Return the leaves with the axes of a stack of tables, [G, (M,) U (, D)]."""
+        return {
+            name: {leaf: as_stack(value, leaves[ROWS]) for leaf, value in leaves.items()}
+            for name, leaves in self.leaves.items()
+        }
 
 
 class Lookup(NamedTuple):
@@ -109,9 +131,13 @@ def make_reader(
     before_BC: jax.Array | None,
     training: Rows | None,
     exchanges: dict[str, Exchange],
+    places: dict[str, jax.Array] | None,
 ) -> Reader:
-    """Return the reader of a batch; ids of every stream that a table reads are made once."""
-    ids, of_group = {}, {}
+    """Return the reader of a batch; ids of every stream that a table reads are made once.
+
+    places: what takes the place of these ids, see `SomeRows`.
+    """
+    ids, of_group = dict(places or {}), {}
     for name, table in tables.items():
         if table.stream not in ids:
             ids[table.stream] = stream_ids(streams[table.stream], ids_BT, before_BC)
@@ -123,7 +149,7 @@ def make_reader(
 
 
 def stream_ids(
-    stream: IdStream, ids_BT: jax.Array, before_BC: jax.Array | None = None
+    stream: IdStream, ids_BT: jax.Array, before_BC: jax.Array | None = None, *, xp=jnp
 ) -> jax.Array:
     """Return int32 ids [B, T], or [B, T, heads], in [0, stream.num_rows).
 
@@ -132,36 +158,50 @@ def stream_ids(
     Args:
         before_BC: int32, as many ids before the first as the longest n-gram reads, each plus 1,
             and 0 where there is none. None: nothing comes before.
+        xp: the module that computes, `jax.numpy`, or `numpy` where ids are wanted on the host.
     """
     if stream.order == 1:
         return ids_BT
     length, reach = ids_BT.shape[1], stream.order - 1
-    ids = ids_BT.astype(jnp.uint32) + 1
+    ids = ids_BT.astype(np.uint32) + 1
     if before_BC is None:
-        ids = jnp.pad(ids, ((0, 0), (reach, 0)))
+        ids = xp.pad(ids, ((0, 0), (reach, 0)))
     else:
-        ids = jnp.concatenate([before_BC[:, -reach:].astype(jnp.uint32), ids], axis=1)
-    hashed, parts = jnp.zeros_like(ids_BT, jnp.uint32), _within_documents(stream, ids, length)
+        ids = xp.concatenate([before_BC[:, -reach:].astype(np.uint32), ids], axis=1)
+    hashed, parts = xp.zeros_like(ids_BT, np.uint32), _within_documents(stream, ids, length, xp)
     for part in parts:
         hashed = mixed(part ^ hashed)
-    rows = jnp.uint32(stream.rows)
+    rows = np.uint32(stream.rows)
     if stream.heads == 1:
-        return (hashed % rows).astype(jnp.int32)
-    heads = jnp.arange(stream.heads, dtype=jnp.uint32)
-    by_head = mixed(hashed[..., None] ^ (heads * jnp.uint32(GOLDEN))) % rows
-    return (by_head + heads * rows).astype(jnp.int32)
+        return (hashed % rows).astype(np.int32)
+    heads = xp.arange(stream.heads, dtype=np.uint32)
+    by_head = mixed(hashed[..., None] ^ (heads * np.uint32(GOLDEN))) % rows
+    return (by_head + heads * rows).astype(np.int32)
 
 
-def _within_documents(stream: IdStream, ids: jax.Array, length: int) -> list[jax.Array]:
+def _within_documents(stream: IdStream, ids: jax.Array, length: int, xp) -> list[jax.Array]:
     """Return the ids that an n-gram reads, the oldest first; 0 for those of another document."""
     parts = [ids[:, first : first + length] for first in range(stream.order)]
     if stream.document_id < 0:
         return parts
-    own, found = jnp.ones_like(parts[0], bool), []
+    own, found = xp.ones_like(parts[0], bool), []
     for part in reversed(parts):
-        found.append(jnp.where(own, part, 0))
-        own &= part != stream.document_id + 1
+        found.append(xp.where(own, part, xp.zeros_like(part)))
+        own = own & (part != stream.document_id + 1)
     return found[::-1]
+
+
+def as_stack(leaf: jax.Array, table: jax.Array) -> jax.Array:
+    """Return a leaf of a table by rows, [U, G, (M,) (D)], as a stack has it: [G, (M,) U (, D)].
+
+    table: the leaf `ROWS`, in either form: it tells how many axes there are.
+    """
+    return jnp.moveaxis(leaf, 0, table.ndim - 2)
+
+
+def as_rows(leaf: jax.Array, table: jax.Array) -> jax.Array:
+    """Return the inverse of `as_stack`."""
+    return jnp.moveaxis(leaf, table.ndim - 2, 0)
 
 
 def following(ids_BT: jax.Array, lengths_B: jax.Array, context: int) -> jax.Array:

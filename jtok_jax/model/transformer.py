@@ -175,6 +175,7 @@ class Transformer(nnx.Module):
         *,
         training: Rows | None = None,
         before_BC: jax.Array | None = None,
+        places: dict[str, jax.Array] | None = None,
         positions_BT: jax.Array | None = None,
         attend: Callable[..., AttentionResult] | None = None,
         cache: Sequence | None = None,
@@ -187,6 +188,7 @@ class Transformer(nnx.Module):
             ids_BT: int32 in [0, V); not checked here.
             training: for gradients of tables by unique row. None: tables get dense gradients.
             before_BC: ids before the first, for tables by n-gram; see `tables.stream_ids`.
+            places: of `tables.SomeRows`, where the tables are the rows of this batch alone.
             positions_BT: int32; default 0, 1, ... in every sequence.
             attend: (query, key, value, cache of the layer) -> AttentionResult; default causal.
             cache: of every layer what `attend` is handed, layers being traced one by one.
@@ -200,7 +202,9 @@ class Transformer(nnx.Module):
         attend = attend or _attend_causally(config, mesh, segments_BT)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
         streams = config.id_streams
-        reader = make_reader(self.named_tables, streams, ids_BT, before_BC, training, exchanges)
+        reader = make_reader(
+            self.named_tables, streams, ids_BT, before_BC, training, exchanges, places
+        )
         in_layers = reader.in_layers
         partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)

@@ -24,6 +24,7 @@ from jtok_jax.config import Config
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from jtok_jax.model.params import to_logical, to_stored
+from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import METRICS, open_checkpointer, reading
 from jtok_jax.training.digest import PIECE, digests, text_digest
 from jtok_jax.training.resume import (
@@ -102,10 +103,19 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return latest is not None and bool(latest.metrics)
 
-    def save(self, state: TrainState, step: int, *, val_loss: float | None = None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        *,
+        tables: HostTables | None = None,
+        val_loss: float | None = None,
+    ) -> None:
         """Start writing `state`; returns once the arrays may change.
 
-        val_loss: by which checkpoint.keep_best ranks it; None or not finite: it is not ranked.
+        Args:
+            tables: those in host memory, under the names they have in a state; waits for the save.
+            val_loss: by which checkpoint.keep_best ranks it; None or not finite: it is not ranked.
 
         Raises:
             CheckpointError: the save before this one failed.
@@ -113,7 +123,7 @@ class Checkpoints:
         """
         self.wait()
         state = _logical(state)
-        broken = non_finite(state.params)
+        broken = non_finite(state.params) + sorted(tables.broken if tables else ())
         if broken:
             raise NonFiniteError(
                 f"Step {step}: parameters are not finite ({', '.join(broken)}). Not saved; last "
@@ -121,13 +131,16 @@ class Checkpoints:
             )
         finite = val_loss is not None and math.isfinite(val_loss)
         metrics = {RANKED_BY: val_loss} if finite else None
-        leaves = named_leaves(state)
+        leaves = named_leaves(state) | (tables.by_name() if tables else {})
         metadata = self._metadata(leaves, step)
-        with self._failure(step):
+        options = _in_pieces(leaves) if tables else {}
+        with self._failure(step), ocp.Context(**options):
             response = self._checkpointer.save_async(
                 step, leaves, metrics=metrics, custom_metadata=metadata
             )
         self._pending = step, response
+        if tables:  # a copy of them may not fit
+            self.wait()
 
     def save_params(self, params: dict[str, jax.Array | np.ndarray]) -> None:
         """Write logical parameters without a state, as step 0: a run can start from them.
@@ -136,19 +149,7 @@ class Checkpoints:
             CheckpointError: the folder cannot be written.
         """
         leaves = {PARAMS + name: value for name, value in params.items()}
-        # Arrays may lie in files, and be larger than memory. OCDBT would hold the largest thrice.
-        saving = ocp.options.ArrayOptions.Saving
-        storage = saving.StorageOptions(chunk_byte_size=PIECE)
-        options = {
-            "array_options": ocp.options.ArrayOptions(
-                saving=saving(storage_options=storage, use_ocdbt=False)
-            ),
-            "memory_options": ocp.options.MemoryOptions(
-                write_concurrent_bytes=max(value.nbytes for value in leaves.values()) + 1,
-                deepcopy_host_arrays=False,
-            ),
-        }
-        with self._failure(0), ocp.Context(**options):
+        with self._failure(0), ocp.Context(**_in_pieces(leaves)):
             self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves, 0))
 
     def _metadata(self, leaves: dict[str, jax.Array | np.ndarray], step: int) -> dict[str, object]:
@@ -225,8 +226,10 @@ class Checkpoints:
                 f"{what} intact. Free space or mend the folder, then run the same command again."
             ) from error
 
-    def restore(self, abstract: TrainState) -> TrainState:
+    def restore(self, abstract: TrainState, tables: HostTables | None = None) -> TrainState:
         """Return the newest state, in the shardings of `abstract`, after comparing everything.
+
+        tables: those in host memory, which are filled.
 
         Raises:
             ConfigError: the run was made with another configuration.
@@ -243,10 +246,27 @@ class Checkpoints:
         self.history = saved.get("history", []) + [entry] * bool(changes)
         self.offset = sequences_seen(found) - step * self._config.train.batch_size
         logical = _logical(abstract)
-        wanted = named_leaves(logical)
-        leaves = load_leaves(self._checkpointer, found, wanted)
+        wanted, held = named_leaves(logical), tables.by_name() if tables else {}
+        leaves = load_leaves(self._checkpointer, found, wanted | held)
+        for name, value in held.items():
+            value[...] = leaves.pop(name)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
+
+
+def _in_pieces(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, object]:
+    """Return Orbax's options for arrays in files, or larger than half of the memory: no copies.
+
+    OCDBT would hold the largest thrice.
+    """
+    saving = ocp.options.ArrayOptions.Saving
+    storage = saving.StorageOptions(chunk_byte_size=PIECE)
+    arrays = ocp.options.ArrayOptions(saving=saving(storage_options=storage, use_ocdbt=False))
+    largest = max(value.nbytes for value in leaves.values())
+    memory = ocp.options.MemoryOptions(
+        write_concurrent_bytes=largest + 1, deepcopy_host_arrays=False
+    )
+    return {"array_options": arrays, "memory_options": memory}
 
 
 class _FailureLog(logging.Filter):

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jtok_kernels import mixed
-from jtok_kernels.rounding import entry_places
 
 GOLDEN = 0x9E3779B9
 PIECE = 16 << 20  # bytes
@@ -45,19 +44,28 @@ def _of_pieces(value: np.ndarray) -> int:
     """Return the digest of an array that may lie in a file, and be larger than memory."""
     if value.nbytes <= PIECE:
         return int(_digest(value, np.uint32(0), fold=True))
-    rows, size, total = max(1, PIECE * len(value) // value.nbytes), value.size // len(value), 0
-    for row in range(0, len(value), rows):
-        first = np.uint32(row * size % (1 << 32))
-        total += int(_digest(value[row : row + rows], first, fold=True))
+    axis = int(np.argmax(value.strides))  # so that a piece is a run of memory
+    length, total = value.shape[axis], 0
+    size = max(1, PIECE * length // value.nbytes)
+    for first in range(0, length, size):
+        part = value[(slice(None),) * axis + (slice(first, first + size),)]
+        total += int(_digest(part, np.uint32(first), fold=True, axis=axis, length=length))
     return total % (1 << 32)
 
 
-@functools.partial(jax.jit, static_argnames="fold")
-def _digest(array: jax.Array, first: jax.Array, *, fold: bool) -> jax.Array:
-    size = array.dtype.itemsize
-    words = jax.lax.bitcast_convert_type(array, {2: jnp.uint16, 4: jnp.uint32}[size])
-    places = (entry_places(words.shape) + first) * jnp.uint32(GOLDEN)
-    hashed = mixed(words.astype(jnp.uint32) ^ places)
+@functools.partial(jax.jit, static_argnames=("fold", "axis", "length"))
+def _digest(
+    array: jax.Array, first: jax.Array, *, fold: bool, axis: int = 0, length: int | None = None
+) -> jax.Array:
+    """Return the digest of a part of an array, which begins at `first` of `length` along `axis`."""
+    word = {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(array, word)
+    places = jnp.zeros(array.shape, jnp.uint32)
+    for one, size in enumerate(array.shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, one)
+        own = one == axis
+        places = places * jnp.uint32(length if own and length else size) + along + first * own
+    hashed = mixed(words.astype(jnp.uint32) ^ (places * jnp.uint32(GOLDEN)))
     # XLA for CPUs adds arrays by vectors, but to a sum one number at a time: 5 times slower.
     if fold and array.ndim > 1 and array.shape[-2] % FOLD == 0:
         hashed = hashed.reshape(-1, FOLD, array.shape[-1])

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jtok_jax.data.loader import Source
 from jtok_jax.mesh import put_batch, rows_here
 from jtok_jax.model.params import Params
+from jtok_jax.model.tables import SomeRows
 
 
 class Validation(NamedTuple):
@@ -40,11 +41,13 @@ def evaluate(
     batch_size: int,
     waiting_for: Callable[[str], AbstractContextManager] = contextlib.nullcontext,
     stop: Callable[[], object] = lambda: None,
+    rows_of: Callable[[np.ndarray], SomeRows] | None = None,
 ) -> Validation | None:
     """Return the validation of `params`; `eval_step` is that of `make_eval_step`, jitted.
 
     Args:
         waiting_for: context in which a batch is read and computed: `StallWatch.waiting_for`.
+        rows_of: `RowFeed.fetch`, of tables in host memory.
         stop: asked before every batch, such as `StopSignal.reached`; if so, None is returned.
     """
     nats = weight = 0.0
@@ -57,7 +60,8 @@ def evaluate(
             if batch is None:
                 break
             arrays = [put_batch(mesh, array, size=batch_size) for array in batch]
-            sums = eval_step(params, *arrays)
+            rows = [rows_of(batch.ids_BT)] if rows_of else []
+            sums = eval_step(params, *arrays, *rows)
             nats += float(np.asarray(sums.nats))
             weight += float(np.asarray(sums.weight))
     size = source.valid_bytes or math.nan

@@ -22,16 +22,24 @@ from jtok_jax.model.transformer import Parallel
 from jtok_jax.training.optimizer import Optimizer
 
 
+def rows_on_device(config: Config, name: str) -> int:
+    """Return how many rows of a table a training step has: all, or room for those of the batch."""
+    table = declared_tables(config.model)[name]
+    if config.mesh.table_memory == "host":
+        return config.unique_rows(table.stream)
+    return table.shape[-2]
+
+
 def parallel_reads(config: Config, mesh: Mesh) -> Parallel | None:
     """Return how a step reads its tables on several devices; None on one."""
     if mesh.size == 1:
         return None
     dtype, chosen = config.model.compute_dtype, table_operations(config, mesh)
     layouts = table_layouts(config, mesh)
-    exchanges = {
-        name: Exchange(mesh, layouts[name], table.shape, dtype, chosen[name].name)
-        for name, table in declared_tables(config.model).items()
-    }
+    exchanges = {}
+    for name, table in declared_tables(config.model).items():
+        shape = *table.shape[:-2], rows_on_device(config, name), table.shape[-1]
+        exchanges[name] = Exchange(mesh, layouts[name], shape, dtype, chosen[name].name)
     return Parallel(exchanges, mesh)
 
 
@@ -40,22 +48,33 @@ def _exchange(parallel: Parallel | None, name: str) -> Exchange | None:
     return parallel.exchanges.get(name) if parallel else None
 
 
-def make_plans(config: Config, ids_NBT: jax.Array, parallel: Parallel | None) -> dict[str, RowPlan]:
-    """Return one plan for all microbatches of a step, for each stream, see `plan_key`."""
+def make_plans(
+    config: Config,
+    ids_NBT: jax.Array,
+    parallel: Parallel | None,
+    places: dict[str, jax.Array] | None = None,
+) -> dict[str, RowPlan]:
+    """Return one plan for all microbatches of a step, for each stream, see `plan_key`.
+
+    places: of `SomeRows`, [N, B, T] as `ids_NBT`, where the tables are the rows of the step alone.
+    """
     plans, count = {}, ids_NBT.shape[0]
     for name, table in declared_tables(config.model).items():
         exchange = _exchange(parallel, name)
         key = plan_key(table.stream, exchange)
         if key in plans:
             continue
-        stream = config.model.id_streams[table.stream]
-        ids = stream_ids(stream, ids_NBT.reshape(-1, ids_NBT.shape[-1]))
-        room = config.unique_rows(table.stream)
-        if exchange:
+        if places:
+            ids = places[table.stream]
+        else:
+            stream = config.model.id_streams[table.stream]
+            ids = stream_ids(stream, ids_NBT.reshape(-1, ids_NBT.shape[-1]))
             ids = ids.reshape(*ids_NBT.shape, *ids.shape[2:])
+        room, num_rows = config.unique_rows(table.stream), rows_on_device(config, name)
+        if exchange:
             plans[key] = exchange.plan(ids, max_unique=room)
         else:
-            plans[key] = row_plan(ids.reshape(count, -1), num_rows=table.shape[-2], max_unique=room)
+            plans[key] = row_plan(ids.reshape(count, -1), num_rows=num_rows, max_unique=room)
     return plans
 
 
@@ -98,12 +117,14 @@ def update_tables(
     parallel: Parallel | None,
     *,
     rounding_key: jax.Array,
+    rounding_ids: dict[str, jax.Array] | None,
     learning_rate: jax.Array,
     **scalars,
 ) -> tuple[Params, dict[str, object]]:
     """Return tables and states of their optimizer after a step, both by table.
 
     Args:
+        rounding_ids: by stream, see `update_rows`; None: the plan's.
         learning_rate: of the backbone; every table has its multiplier.
         scalars: step, grad_scale and apply of `update_rows`.
     """
@@ -122,6 +143,7 @@ def update_tables(
         new_params[name], new_states[name] = update(
             optimizer.rows[name], params[name], states[name],
             plans[plan_key(table.stream, exchange)].unique_U, grads, rounding_key=key,
+            rounding_ids_U=rounding_ids and rounding_ids[table.stream],
             learning_rate=learning_rate * options.learning_rate_multiplier, **scalars,
         )  # fmt: skip
     return new_params, new_states

@@ -22,6 +22,8 @@ from jtok_jax.lock import LOCK_FILE, locked
 from jtok_jax.mesh import check_batches, make_mesh, put_batch, replicated, rows_here, split_batch
 from jtok_jax.model.params import Params
 from jtok_jax.model.placement import describe, table_operations
+from jtok_jax.store.feed import RowFeed
+from jtok_jax.store.tables import HostTables
 from jtok_jax.training import guards
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
@@ -122,10 +124,14 @@ class Run:
             keep_tokenizer(workdir, self._source.tokenizer)
         self._print_model()
         self._optimizer = make_optimizer(config)
-        self.train_step = jit_train_step(config, self._optimizer, self._mesh)
+        self._step = jit_train_step(config, self._optimizer, self._mesh)
         everywhere = replicated(self._mesh)
-        self.health_step = jax.jit(make_health_step(config, self._mesh), out_shardings=everywhere)
+        self._health_step = jax.jit(make_health_step(config, self._mesh), out_shardings=everywhere)
         self._eval_step = jax.jit(make_eval_step(config, self._mesh), out_shardings=everywhere)
+        self._tables = self._feed = None
+        if config.mesh.table_memory == "host":
+            self._tables = HostTables(config.model, self._optimizer.rows)
+            self._feed = RowFeed(config, self._mesh, self._tables)
         self.checkpoints = self._open_checkpoints()
         self.first_step, self.validation_due = self._begin()
         self._timer, self._data_wait = Timer(config), 0.0
@@ -147,6 +153,8 @@ class Run:
         self.hosts.agree("data and checkpoint", self._source.fingerprint | facts, DataError)
         if self.first_step == 1:
             state = init_state(self.config, self._optimizer, self._mesh)
+            if self._tables:
+                self._tables.initialise(jax.random.key(self.config.train.seed))
             if self.config.init_from:
                 with self._stall.waiting_for(f"parameters of {self.config.init_from}"):
                     params = begin_with(self.config, self._mesh, state.params, self.hosts.say)
@@ -178,7 +186,7 @@ class Run:
         while True:
             try:
                 with self._stall.waiting_for(f"restored checkpoint of step {self.first_step - 1}"):
-                    return self.checkpoints.restore(abstract)
+                    return self.checkpoints.restore(abstract, self._tables)
             except DamagedError as error:
                 self.checkpoints.close()
                 self._set_aside(error)
@@ -222,6 +230,8 @@ class Run:
 
     def close_checkpoints(self) -> None:
         """Wait for the last save."""
+        if self._feed:
+            self._feed.close()
         with self._stall.waiting_for("end of the last save"):
             self.checkpoints.close()
 
@@ -230,13 +240,14 @@ class Run:
         train = self.config.train
         shape, split = (train.batch_size, train.seq_len), split_batch(self._mesh)
         ids_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+        rows = [self._feed.abstract_rows()] if self._feed else []
         began = time.perf_counter()
         self.hosts.say("compiling the step ...")
         # For the state itself, not its shapes: an executable takes the very layouts it was made
         # for, and raises where a jitted function would compile again.
         with self._stall.waiting_for("compiled step"):
-            self.train_step = self.train_step.lower(state, ids_BT, ids_BT).compile()
-            self.health_step = self.health_step.lower(state.params, ids_BT).compile()
+            self._step = self._step.lower(state, ids_BT, ids_BT, *rows).compile()
+            self._health_step = self._health_step.lower(state.params, ids_BT, *rows).compile()
         self.hosts.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
     def validate_first(self, state: TrainState) -> None:
@@ -259,19 +270,39 @@ class Run:
 
     # ------------------------------------------------------------------ the loop
 
-    def batches(self) -> Iterator[tuple[int, tuple[jax.Array, jax.Array]]]:
-        """Yield every step to take with its ids and targets, int32 [B, T], read ahead."""
+    def batches(self) -> Iterator[tuple[int, tuple]]:
+        """Yield every step to take with what it takes, read ahead.
+
+        That are ids and targets, int32 [B, T], and of tables in host memory their `SomeRows`.
+        """
         size, first = self.config.train.batch_size, self.first_step
         rows = rows_here(self._mesh, size)
         batches = train_batches(self._source, self.config, rows, first_step=first)
+        batches = ((batch, ()) for batch in batches)
+        if self._feed:
+            batches = self._feed.read_ahead(batches, first_step=first)
         self._timer.start()
         for step in range(first, self.config.train.steps + 1):
             self._profile(step)
             began = time.perf_counter()
             with self._stall.waiting_for(f"batch for step {step}"):
-                batch = next(batches)
+                batch, some = next(batches)
             self._data_wait = time.perf_counter() - began
-            yield step, tuple(put_batch(self._mesh, array, size=size) for array in batch)
+            arrays = [put_batch(self._mesh, array, size=size) for array in batch]
+            yield step, (*arrays, *some)
+
+    def take_step(self, state: TrainState, batch: tuple) -> tuple[TrainState, StepMetrics]:
+        """Return the state after a step that is queued; the device works on it."""
+        if not self._feed:
+            return self._step(state, *batch)
+        state, leaves, metrics = self._step(state, *batch)
+        self._feed.give_back(leaves)
+        return state, metrics
+
+    def health(self, state: TrainState, batch: tuple) -> dict[str, jax.Array]:
+        """Return what docs/runs.md calls health, before a step on `batch`."""
+        ids_BT, _, *some = batch
+        return self._health_step(state.params, ids_BT, *some)
 
     def _profile(self, step: int) -> None:
         """Begin a trace before the first step of profile.steps, and end it after the last."""
@@ -327,7 +358,9 @@ class Run:
             with self._stall.waiting_for(f"end of the save before step {step}"):
                 self.checkpoints.wait()
             with self._stall.waiting_for(f"completed save at step {step}"):
-                self.checkpoints.save(state, step, val_loss=self._val_loss)
+                if self._feed:
+                    self._feed.settle()
+                self.checkpoints.save(state, step, tables=self._tables, val_loss=self._val_loss)
                 if self._is_last(step) or self.stop.agreed or self._changed:
                     self.checkpoints.wait()
         if self._changed and self.hosts.lead:  # from now on the old values are those that differ
@@ -372,6 +405,7 @@ class Run:
             batch_size=self.config.evaluation.batch_size,
             waiting_for=self._stall.waiting_for,
             stop=self.stop.reached,
+            rows_of=self._feed and self._feed.fetch,
         )
         if validation is None:
             return {}

@@ -10,13 +10,20 @@ from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import replicated
-from jtok_jax.model.params import Params, declared, init_params, to_stored
+from jtok_jax.model.params import (
+    Params,
+    declared,
+    declared_tables,
+    init_params,
+    initial_options,
+    to_stored,
+)
 from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.training.optimizer import Optimizer
 
 
 class TrainState(NamedTuple):
-    """State of a run after `step` steps."""
+    """State of a run after `step` steps; but for tables in host memory, which a store holds."""
 
     step: jax.Array  # int32
     params: Params
@@ -30,9 +37,7 @@ def init_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     build = _builder(config, optimizer)
     key = jax.random.key(config.train.seed)
     shardings = state_shardings(config, optimizer, mesh)
-    # Run once: on CPUs compiling the random draws in full would take longer than all else.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(build, out_shardings=shardings, compiler_options=options)(key)
+    return jax.jit(build, out_shardings=shardings, compiler_options=initial_options())(key)
 
 
 def abstract_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
@@ -80,7 +85,12 @@ def _builder(config: Config, optimizer: Optimizer):
         zero = jnp.zeros((), jnp.int32)
         # Moments are float32 whatever the parameters are, as the gradients are.
         masters = {name: value.astype(jnp.float32) for name, value in params.items()}
-        stored = to_stored(config.model, params)
-        return TrainState(zero, stored, optimizer.init(masters), zero, zero)
+        opt_state = optimizer.init(masters)
+        if config.mesh.table_memory == "host":
+            for name in declared_tables(config.model):
+                del params[name]
+                scalars = {leaf: x for leaf, x in opt_state[name].items() if not x.ndim}
+                opt_state[name] = scalars
+        return TrainState(zero, to_stored(config.model, params), opt_state, zero, zero)
 
     return build

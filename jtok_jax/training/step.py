@@ -16,7 +16,7 @@ from jtok_jax.config import Config
 from jtok_jax.mesh import BATCH, num_shards, split_batch
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind, declared_tables
-from jtok_jax.model.tables import Rows
+from jtok_jax.model.tables import ROWS, Rows, SomeRows, as_rows
 from jtok_jax.model.transformer import Parallel
 from jtok_jax.training import rows
 from jtok_jax.training.compiler import compiler_options
@@ -56,9 +56,12 @@ def make_train_step(
     """
     rate, parallel = schedule(config), parallel_reads(config, mesh)
 
-    def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array):
-        microbatches = _split(config, ids_BT), _split(config, targets_BT)
-        plans = rows.make_plans(config, microbatches[0], parallel)
+    def step(
+        state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array, some: SomeRows | None = None
+    ):
+        places, rounding_ids = (some.places, some.ids) if some else (None, None)
+        microbatches = jax.tree.map(lambda x: _split(config, x), (ids_BT, targets_BT, places))
+        plans = rows.make_plans(config, microbatches[0], parallel, microbatches[2])
         split = optimizer.split(state.params)
         losses, *grads = _gradients(config, *split, *microbatches, plans, parallel)
         norm = optax.tree.norm(grads)
@@ -66,7 +69,7 @@ def make_train_step(
         accepted = state.step - state.bad_steps
         scale = _clip_scale(norm, config.optimizer.clip_norm)
         params, opt_state = _update(
-            config, optimizer, state, grads, scale, plans, accepted, finite, parallel
+            config, optimizer, state, grads, scale, plans, accepted, finite, parallel, rounding_ids
         )
         new = TrainState(
             step=state.step + 1,
@@ -88,10 +91,46 @@ def make_train_step(
     return step
 
 
+def make_step_of_rows(
+    config: Config, optimizer: Optimizer, mesh: Mesh
+) -> Callable[..., tuple[TrainState, dict[str, dict[str, jax.Array]], StepMetrics]]:
+    """Return step(state, ids_BT, targets_BT, some) -> (state, leaves of the rows, metrics).
+
+    For tables in host memory: the step of `make_train_step` on the rows of its batch. The state
+    lacks tables, and of their optimizer holds scalars alone.
+    """
+    whole_step = make_train_step(config, optimizer, mesh)
+
+    def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array, some: SomeRows):
+        stacks = some.stacks()
+        tables = {name: leaves.pop(ROWS) for name, leaves in stacks.items()}
+        states = {name: state.opt_state[name] | leaves for name, leaves in stacks.items()}
+        whole = state._replace(params=state.params | tables, opt_state=state.opt_state | states)
+        new, metrics = whole_step(whole, ids_BT, targets_BT, some)
+        leaves = {
+            name: {leaf: as_rows(whole[leaf], whole[ROWS]) for leaf in some.leaves[name]}
+            for name in tables
+            for whole in [{ROWS: new.params[name]} | new.opt_state[name]]
+        }
+        scalars = {
+            name: {leaf: new.opt_state[name][leaf] for leaf in state.opt_state[name]}
+            for name in tables
+        }
+        new = new._replace(
+            params={name: new.params[name] for name in state.params},
+            opt_state=new.opt_state | scalars,
+        )
+        return new, leaves, metrics
+
+    return step
+
+
 def jit_train_step(
     config: Config, optimizer: Optimizer, mesh: Mesh, *, platform: str | None = None
 ) -> Callable:
-    """Return `make_train_step` as a run compiles it: the state is donated and stays where it lies.
+    """Return the step as a run compiles it: the state is donated and stays where it lies.
+
+    That is `make_train_step`, or for tables in host memory `make_step_of_rows`.
 
     Args:
         platform: of the devices of `mesh`; None: that of this process.
@@ -99,10 +138,16 @@ def jit_train_step(
     Raises:
         ConfigError: the compiler does not take train.compiler_options.
     """
+    shardings = state_shardings(config, optimizer, mesh)
+    if config.mesh.table_memory == "host":
+        step, donated = make_step_of_rows(config, optimizer, mesh), (0, 3)
+        results = shardings, None, None
+    else:
+        step, donated, results = make_train_step(config, optimizer, mesh), 0, (shardings, None)
     return jax.jit(
-        make_train_step(config, optimizer, mesh),
-        donate_argnums=0,
-        out_shardings=(state_shardings(config, optimizer, mesh), None),
+        step,
+        donate_argnums=donated,
+        out_shardings=results,
         compiler_options=compiler_options(config, mesh, platform or jax.default_backend()),
     )
 
@@ -133,6 +178,7 @@ def _update(
     accepted: jax.Array,
     finite: jax.Array,
     parallel: Parallel | None,
+    rounding_ids: dict[str, jax.Array] | None,
 ) -> tuple[Params, dict[str, object]]:
     """Return parameters and optimizer state after one more accepted step, or as they were."""
     backbone, others = optimizer.split(state.params)
@@ -147,6 +193,7 @@ def _update(
     new_tables, states = rows.update_tables(
         config, optimizer, others, state.opt_state, row_grads, plans, parallel,
         rounding_key=key,
+        rounding_ids=rounding_ids,
         step=accepted + 1,
         learning_rate=schedule(config)(accepted),
         grad_scale=scale,
@@ -172,12 +219,18 @@ def _stored(params: Params, like: Params, key: jax.Array) -> Params:
 
 
 def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
-    """Return step(params, ids_BT, targets_BT, weights_BT) -> sums over the weighted tokens."""
+    """Return step(params, ids_BT, targets_BT, weights_BT) -> sums over the weighted tokens.
+
+    Of tables in host memory the rows of the batch are another argument.
+    """
     parallel = parallel_reads(config, mesh)
 
-    def step(params: Params, ids_BT, targets_BT, weights_BT) -> LossSums:
+    def step(
+        params: Params, ids_BT, targets_BT, weights_BT, some: SomeRows | None = None
+    ) -> LossSums:
+        params, places = _with_rows(params, some)
         model = bind(config.model, params)
-        hidden = model(ids_BT, parallel=parallel).hidden_BTD
+        hidden = model(ids_BT, parallel=parallel, places=places).hidden_BTD
         return _loss_of(config, hidden, model.head_DV, targets_BT, weights_BT, parallel)[1]
 
     return step
@@ -190,21 +243,34 @@ def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.
     """
     parallel = parallel_reads(config, mesh)
 
-    def step(params: Params, ids_BT: jax.Array) -> dict[str, jax.Array]:
-        some = ids_BT[:: ids_BT.shape[0] // num_shards(mesh, BATCH)]
-        some = jax.lax.with_sharding_constraint(some, split_batch(mesh))
-        return bind(config.model, params)(some, parallel=parallel, with_health=True).health
+    def step(
+        params: Params, ids_BT: jax.Array, some: SomeRows | None = None
+    ) -> dict[str, jax.Array]:
+        params, places = _with_rows(params, some)
+        shorter = lambda x: jax.lax.with_sharding_constraint(
+            x[:: ids_BT.shape[0] // num_shards(mesh, BATCH)], split_batch(mesh)
+        )
+        ids_BT, places = jax.tree.map(shorter, (ids_BT, places))
+        model = bind(config.model, params)
+        return model(ids_BT, parallel=parallel, places=places, with_health=True).health
 
     return step
 
 
+def _with_rows(params: Params, some: SomeRows | None) -> tuple[Params, dict | None]:
+    if some is None:
+        return params, None
+    tables = {name: leaves[ROWS] for name, leaves in some.stacks().items()}
+    return params | tables, some.places
+
+
 def _split(config: Config, array_BT: jax.Array) -> jax.Array:
-    """Return [N, B / N, T], one entry a microbatch.
+    """Return [N, B / N, T, ...], one entry a microbatch.
 
     Its sequences are strided, so that a batch split over devices stays where it is.
     """
     count = config.train.grad_accumulation
-    return array_BT.reshape(-1, count, array_BT.shape[1]).swapaxes(0, 1)
+    return array_BT.reshape(-1, count, *array_BT.shape[1:]).swapaxes(0, 1)
 
 
 def _gradients(
@@ -213,6 +279,7 @@ def _gradients(
     others: Params,
     ids_NBT: jax.Array,
     targets_NBT: jax.Array,
+    places: dict[str, jax.Array] | None,
     plans: dict[str, RowPlan],
     parallel: Parallel | None,
 ) -> tuple[_Losses, Params, Params]:
@@ -223,13 +290,13 @@ def _gradients(
     zeros_of_rows = rows.zero_row_grads(config, plans, parallel)
     value_and_grad = jax.value_and_grad(_loss, argnums=(0, 1), has_aux=True)
 
-    def microbatch(ids, targets, orders):
+    def microbatch(ids, targets, places, orders):
         mine = {key: plan._replace(order=orders[key]) for key, plan in plans.items()}
-        arguments = config, others, ids, targets, mine, parallel
+        arguments = config, others, ids, targets, places, mine, parallel
         (_, losses), grads = value_and_grad(backbone, zeros_of_rows, *arguments)
         return losses, grads
 
-    arrays = ids_NBT, targets_NBT, {key: plan.order for key, plan in plans.items()}
+    arrays = ids_NBT, targets_NBT, places, {key: plan.order for key, plan in plans.items()}
     count = config.train.grad_accumulation
     first = jax.tree.map(lambda x: x[0], arrays)
     if count == 1:
@@ -246,9 +313,10 @@ def _gradients(
     return losses, backbone_grads, stacked
 
 
-def _loss(backbone, row_grads, config: Config, others, ids_BT, targets_BT, plans, parallel):
+def _loss(backbone, row_grads, config: Config, others, ids_BT, targets_BT, places, plans, parallel):
     model = bind(config.model, backbone | others)
-    output = model(ids_BT, training=Rows(plans, row_grads), parallel=parallel)
+    training = Rows(plans, row_grads)
+    output = model(ids_BT, training=training, parallel=parallel, places=places)
     ones = jnp.ones(targets_BT.shape, jnp.float32)
     mean, sums = _loss_of(config, output.hidden_BTD, model.head_DV, targets_BT, ones, parallel)
     total = (

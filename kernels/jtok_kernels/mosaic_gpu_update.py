@@ -26,8 +26,9 @@ def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, scalar
     count = of.grads.size // dim
     grads = of.grads.reshape(-1, num_unique, dim)
     at_random = table.dtype == jnp.bfloat16 and seed is not None
+    ids_U = of.unique_U if of.rounding_ids_U is None else of.rounding_ids_U
 
-    def body(unique, grads, integers, floats, words, table, *state):
+    def body(unique, ids, grads, integers, floats, words, table, *state):
         load = gpu.loader(table, grads)
         step, num_grads = integers[0], integers[1]
         scalars = Scalars(step, floats[0], floats[1])
@@ -48,7 +49,7 @@ def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, scalar
                     old = dict(zip(names, map(read, state), strict=True))
                     new_row, new = optimizer.update(read(table), old, floats[2] * g, scalars)
                     if at_random:
-                        row_seed = row_seeds(words, number, row)
+                        row_seed = row_seeds(words, number, ids[u])
                         new_row = round_at_random(new_row, row_seed, gpu.iota(table, grads))
                     table[number, row] = new_row.astype(table.dtype)
                     for name, ref in zip(names, state, strict=True):
@@ -67,6 +68,6 @@ def update_kernel(gpu: MosaicGpu, optimizer, table, arrays, of: RowGrads, scalar
     flat = lambda x: x.reshape(-1, *x.shape[table.ndim - 2 :])
     refs = [jax.new_ref(flat(value)) for value in values]
     run = gpu.kernel(body, (), grid=pl.cdiv(count, ROWS), axis="n", barriers=True)
-    run(of.unique_U, grads, integers, floats, words, *refs)
+    run(of.unique_U, ids_U, grads, integers, floats, words, *refs)
     new = [jax.freeze(ref).reshape(value.shape) for ref, value in zip(refs, values, strict=True)]
     return new[0], dict(zip(names, new[1:], strict=True))

@@ -9,6 +9,7 @@ repeat from step to step, no more.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Seed = jax.Array  # uint32 [2], of a step
 
@@ -59,7 +60,10 @@ def entry_places(shape: tuple[int, ...]) -> jax.Array:
 
 
 def mixed(x):
-    """Return the finalizer of MurmurHash3 of uint32: every bit in changes every bit out."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    """Return the finalizer of MurmurHash3 of uint32: every bit in changes every bit out.
+
+    Of an array of NumPy it is one of NumPy.
+    """
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

@@ -36,6 +36,7 @@ class RowGrads(NamedTuple):
     grads: jax.Array  # [..., U, D]
     grad_scale: jax.Array  # float32
     apply: jax.Array | bool
+    rounding_ids_U: jax.Array | None = None
 
 
 def mean_of_row(values: jax.Array) -> jax.Array:

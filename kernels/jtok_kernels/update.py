@@ -41,6 +41,7 @@ def update_rows(
     grad_scale: jax.Array | float = 1.0,
     apply: jax.Array | bool = True,
     rounding_key: jax.Array | None = None,
+    rounding_ids_U: jax.Array | None = None,
     shard: Shard | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, State]:
@@ -57,6 +58,8 @@ def update_rows(
         apply: False leaves everything as it was.
         rounding_key: rounds a bfloat16 table up or down at random, right on average; None rounds
             to the nearest, where a change below 1/512 of an entry is lost. float32: no effect.
+        rounding_ids_U: int32 [U], ids that random rounding depends on, where the table holds some
+            rows of a larger one; None: `unique_U`.
         shard: for a part of the tables, as everything above is then: ids count from its first row.
             What is one number a row is the same on all devices that share its columns.
         implementation: one of `IMPLEMENTATIONS`; None chooses by platform. A dense optimizer, a
@@ -74,7 +77,7 @@ def update_rows(
         counters = {name: jnp.where(apply, value, state[name]) for name, value in new.items()}
     scalars = Scalars(jnp.int32(step), jnp.float32(learning_rate), total)
     seed = None if rounding_key is None else jax.random.key_data(rounding_key).reshape(-1)[:2]
-    of = RowGrads(unique_U, row_grads, jnp.float32(grad_scale), apply)
+    of = RowGrads(unique_U, row_grads, jnp.float32(grad_scale), apply, rounding_ids_U)
     rounding = _rounding(table, seed, shard or Shard())
     if optimizer.dense:
         return _update_all(optimizer, table, state, of, scalars, rounding)
@@ -165,7 +168,8 @@ def _update_touched(
         # Else XLA may read old rows again for a later scatter, from a copy of the whole table.
         rows, old = jax.lax.optimization_barrier((rows, old))
         new_rows, new = optimizer.update(as_float(rows), old, of.grad_scale * grads, scalars, mean)
-        new_rows = rounding(new_rows, number, target_U)
+        ids_U = target_U if of.rounding_ids_U is None else of.rounding_ids_U
+        new_rows = rounding(new_rows, number, ids_U)
         used = anywhere(jnp.any(grads != 0, axis=-1))
         table = _set(table, lead, target_U, used, rows, new_rows)
         arrays = {

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Brings the rows of tables in host memory to the devices, ahead of the steps that need them.
+
+    batch t + 1 --stream_ids, unique--> ids --HostTables.read--> rows --device_put--> SomeRows
+    step t --> new rows of t --merge into the rows of t + 1--> step t + 1
+                            \\--HostTables.write--> store
+
+One thread reads and writes in the order that both were asked for. A batch read ahead lacks what
+steps under way will change of its rows: their results are merged on the device, in order. So the
+rows of a step are those it would have found on the device, whatever is read ahead.
+"""
+
+import collections
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jtok_jax.config import Config
+from jtok_jax.data.loader import Batch, check_unique
+from jtok_jax.mesh import put_batch, replicated, split_batch
+from jtok_jax.model.params import declared_tables
+from jtok_jax.model.placement import table_layouts
+from jtok_jax.model.tables import SomeRows, stream_ids
+from jtok_jax.store.tables import HostTables
+
+Ids = dict[str, np.ndarray]  # by stream; int32, ascending, each once
+DeviceLeaves = dict[str, dict[str, jax.Array]]  # by table and leaf
+
+
+class _Ready(NamedTuple):
+    """Rows of a batch on the devices, and what they lack."""
+
+    ids: Ids
+    rows: SomeRows
+    # For each step under way when they were read, the earliest first: the place of every row in
+    # the result of that step, -1 where it is not there; int32 [U] by stream.
+    places: list[dict[str, jax.Array]]
+
+
+class RowFeed:
+    """Hands rows of one store to the steps on a mesh, and takes the new ones back."""
+
+    def __init__(self, config: Config, mesh: Mesh, store: HostTables):
+        self._config, self._mesh, self._store = config, mesh, store
+        self._tables = declared_tables(config.model)
+        streams = {table.stream for table in self._tables.values()}
+        self._streams = {name: config.model.id_streams[name] for name in sorted(streams)}
+        self._shardings = row_shardings(config, mesh)
+        self._thread = ThreadPoolExecutor(1, "rows")
+        depth = config.mesh.table_prefetch
+        self._earlier = collections.deque(maxlen=depth)  # ids of the batches read last
+        self._results = collections.deque(maxlen=depth)  # leaves of the last steps
+        self._taken: Ids = {}  # ids of the step under way
+        self._last_write = self._thread.submit(lambda: None)
+        self._merge = jax.jit(_merge, donate_argnums=0)
+
+    def fetch(self, ids_BT: np.ndarray) -> SomeRows:
+        """Return the rows of a batch that changes none, after all changes under way."""
+        self.settle()
+        room = {
+            name: min(stream.num_rows, ids_BT.size * stream.heads)
+            for name, stream in self._streams.items()
+        }
+        return self._thread.submit(lambda: self._put(*self._unique(ids_BT), room)).result()
+
+    def read_ahead(
+        self, batches: Iterator[tuple[Batch, tuple]], *, first_step: int
+    ) -> Iterator[tuple[Batch, tuple[SomeRows]]]:
+        """Yield each batch with its rows; before the next, those a step makes are given back.
+
+        Raises:
+            DataError: a batch has more different ids than train.max_unique_ids.
+        """
+        step, ahead = first_step, collections.deque()
+        for batch, _ in batches:
+            ahead.append((batch, self._thread.submit(self._read, batch.ids_BT, step)))
+            step += 1
+            if len(ahead) > self._config.mesh.table_prefetch:
+                yield self._finish(*ahead.popleft())
+        while ahead:
+            yield self._finish(*ahead.popleft())
+
+    def give_back(self, leaves: DeviceLeaves) -> None:
+        """Write the rows that a step made of those it was handed, as soon as they are there."""
+        if self._last_write.done():
+            self._last_write.result()  # raises what it failed of
+        self._results.append(leaves)
+        self._last_write = self._thread.submit(self._store.write, self._taken, leaves)
+
+    def abstract_rows(self) -> SomeRows:
+        """Return shapes, dtypes and shardings of the rows of a training step."""
+        train, place = self._config.train, jax.ShapeDtypeStruct
+        everywhere, split = replicated(self._mesh), split_batch(self._mesh)
+        room = {name: self._config.unique_rows(name) for name in self._streams}
+        heads = {name: (one.heads,) * (one.heads > 1) for name, one in self._streams.items()}
+        shape = train.batch_size, train.seq_len
+        leaves = {
+            name: {
+                leaf: place(
+                    (room[self._tables[name].stream], *value.shape[1:]), value.dtype,
+                    sharding=self._shardings[name][value.ndim],
+                )
+                for leaf, value in of_table.items()
+            }
+            for name, of_table in self._store.leaves.items()
+        }  # fmt: skip
+        return SomeRows(
+            places={name: place((*shape, *heads[name]), np.int32, sharding=split) for name in room},
+            ids={
+                name: place((size,), np.int32, sharding=everywhere) for name, size in room.items()
+            },
+            leaves=leaves,
+        )
+
+    def settle(self) -> None:
+        """Wait until all that was given back is in the store. Raises what failed on the way."""
+        self._last_write.result()
+
+    def close(self) -> None:
+        """Forget what is read ahead, and end the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    # ------------------------------------------------------------------ on the thread
+
+    def _read(self, ids_BT: np.ndarray, step: int) -> _Ready:
+        places, ids = self._unique(ids_BT)
+        if "token" in ids:
+            check_unique(len(ids["token"]), self._config, step)
+        room = {name: self._config.unique_rows(name) for name in self._streams}
+        rows = self._put(places, ids, room)
+        sources = [
+            _found_in(earlier, rows_of, room)
+            for earlier, rows_of in ((e, ids) for e in self._earlier)
+        ]
+        self._earlier.append(ids)
+        return _Ready(ids, rows, [jax.device_put(one, replicated(self._mesh)) for one in sources])
+
+    def _unique(self, ids_BT: np.ndarray) -> tuple[dict[str, np.ndarray], Ids]:
+        """Return for each stream the place of every id among the unique ones, and these."""
+        places, unique = {}, {}
+        for name, stream in self._streams.items():
+            ids = stream_ids(stream, ids_BT, xp=np)
+            used = np.zeros(stream.num_rows, bool)  # a sort would take thirty times as long
+            used[ids] = True
+            unique[name] = np.flatnonzero(used).astype(np.int32)
+            place = np.empty(stream.num_rows, np.int32)
+            place[unique[name]] = np.arange(len(unique[name]), dtype=np.int32)
+            places[name] = place[ids]
+        return places, unique
+
+    def _put(self, places: dict[str, np.ndarray], ids: Ids, room: Mapping[str, int]) -> SomeRows:
+        padded = {
+            name: np.pad(
+                ids[name], (0, room[name] - len(ids[name])), constant_values=stream.num_rows
+            )
+            for name, stream in self._streams.items()
+        }
+        leaves = self._store.read(padded)
+        shardings = {
+            name: {leaf: self._shardings[name][value.ndim] for leaf, value in of_table.items()}
+            for name, of_table in leaves.items()
+        }
+        return SomeRows(
+            places={name: put_batch(self._mesh, one) for name, one in places.items()},
+            ids=jax.device_put(padded, replicated(self._mesh)),
+            leaves=jax.device_put(leaves, shardings),
+        )
+
+    # ------------------------------------------------------------------ before a step
+
+    def _finish(self, batch: Batch, reading) -> tuple[Batch, tuple[SomeRows]]:
+        ready = reading.result()
+        leaves = ready.rows.leaves
+        results = list(self._results)[len(self._results) - len(ready.places) :]
+        for places, result in zip(ready.places, results, strict=True):
+            of_table = {name: places[table.stream] for name, table in self._tables.items()}
+            leaves = self._merge(leaves, result, of_table)
+        self._taken = ready.ids
+        return batch, (ready.rows._replace(leaves=leaves),)
+
+
+def row_shardings(config: Config, mesh: Mesh) -> dict[str, dict[int, NamedSharding]]:
+    """Return by table and number of axes how rows [U, G, (M,) D] and [U, G, (M,)] lie on a mesh."""
+    found = {}
+    for name, layout in table_layouts(config, mesh).items():
+        axes = len(declared_tables(config.model)[name].shape)
+        experts = [layout.experts or None] if axes == 4 else []
+        per_row = P(None, None, *experts)
+        found[name] = {
+            axes - 1: NamedSharding(mesh, per_row),
+            axes: NamedSharding(mesh, P(*per_row, layout.columns or None)),
+        }
+    return found
+
+
+def _found_in(earlier: Ids, ids: Ids, room: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Return the place of every id among earlier ones, -1 where it is not; int32 [room]."""
+    found = {}
+    for name, wanted in ids.items():
+        place = np.searchsorted(earlier[name], wanted).clip(max=len(earlier[name]) - 1)
+        there = np.where(earlier[name][place] == wanted, place, -1).astype(np.int32)
+        found[name] = np.pad(there, (0, room[name] - len(there)), constant_values=-1)
+    return found
+
+
+def _merge(
+    leaves: DeviceLeaves, result: DeviceLeaves, places: dict[str, jax.Array]
+) -> DeviceLeaves:
+    """Return rows, in place of which stand those of `result` that are at one of `places`."""
+
+    def merged(row, new, place_U):
+        there = (place_U >= 0).reshape(-1, *[1] * (row.ndim - 1))
+        return jnp.where(there, new[place_U], row)
+
+    return {
+        name: {
+            leaf: merged(row, result[name][leaf], places[name]) for leaf, row in of_table.items()
+        }
+        for name, of_table in leaves.items()
+    }
