@@ -77,7 +77,7 @@ class Exchange(NamedTuple):
         return jax.lax.with_sharding_constraint(row_grads, spec)
 
     def update(
-        self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, rounding_ids_U,
+        self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, rounding_ids_U=None,
         **scalars,
     ):  # fmt: skip
         """Return the result of `update_rows` on every device's part."""

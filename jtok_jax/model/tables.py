@@ -39,16 +39,8 @@ class SomeRows(NamedTuple):
 
     places: dict[str, jax.Array]  # by stream; int32, as `stream_ids` gives ids
     ids: dict[str, jax.Array]  # by stream; int32 [U], ascending; the number of rows where none is
-    # By table and leaf: its "rows", and what its optimizer keeps of them; [U, G, (M,) D] or
-    # [U, G, (M,)]. An id is one run of memory here.
+    # By table and leaf: its "rows", and what its optimizer keeps of them; [G, (M,) U (, D)].
     leaves: dict[str, dict[str, jax.Array]]
-
-    def stacks(self) -> dict[str, dict[str, jax.Array]]:
-        """Return the leaves with the axes of a stack of tables, [G, (M,) U (, D)]."""
-        return {
-            name: {leaf: as_stack(value, leaves[ROWS]) for leaf, value in leaves.items()}
-            for name, leaves in self.leaves.items()
-        }
 
 
 class Lookup(NamedTuple):
@@ -189,19 +181,6 @@ def _within_documents(stream: IdStream, ids: jax.Array, length: int, xp) -> list
         found.append(xp.where(own, part, xp.zeros_like(part)))
         own = own & (part != stream.document_id + 1)
     return found[::-1]
-
-
-def as_stack(leaf: jax.Array, table: jax.Array) -> jax.Array:
-    """Return a leaf of a table by rows, [U, G, (M,) (D)], as a stack has it: [G, (M,) U (, D)].
-
-    table: the leaf `ROWS`, in either form: it tells how many axes there are.
-    """
-    return jnp.moveaxis(leaf, 0, table.ndim - 2)
-
-
-def as_rows(leaf: jax.Array, table: jax.Array) -> jax.Array:
-    """Return the inverse of `as_stack`."""
-    return jnp.moveaxis(leaf, table.ndim - 2, 0)
 
 
 def following(ids_BT: jax.Array, lengths_B: jax.Array, context: int) -> jax.Array:

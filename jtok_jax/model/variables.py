@@ -91,7 +91,9 @@ def normal(
         rows: int32 [U], to draw these along the last axis but one and no others; None: all.
     """
     key = rngs.params()
-    if rows is not None:
+    if rows is not None and not std:
+        value = jnp.zeros((*shape[:-2], rows.size, shape[-1]))
+    elif rows is not None:
         # Nothing stands between the two products: XLA makes one of them, here as in the whole.
         value = jnp.where(rows[:, None] < shape[-2], std * _normal_rows(key, shape, rows), 0)
     else:

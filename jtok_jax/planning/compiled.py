@@ -13,18 +13,17 @@ import shutil
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError, JtokError
-from jtok_jax.mesh import AUTO, AXES, mesh_shape, split_batch
+from jtok_jax.mesh import AUTO, AXES, mesh_shape
 from jtok_jax.planning.topology import Topology
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import abstract_state
-from jtok_jax.training.step import jit_train_step
+from jtok_jax.training.step import jit_train_step, step_arguments
 
 # A GpuTargetConfigProto of one H100 SXM, from its data sheet and CUDA's device properties.
 H100 = """
@@ -128,11 +127,10 @@ def compile_for_topology(config: Config, topology: Topology) -> jax.stages.Compi
     devices = absent_devices(name, topology.devices, topology.hosts).reshape(shape)
     mesh = Mesh(devices, AXES, axis_types=AUTO)
     optimizer = make_optimizer(config)
-    size = config.train.batch_size, config.train.seq_len
-    batch = jax.ShapeDtypeStruct(size, jnp.int32, sharding=split_batch(mesh))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), not_cached():
         step = jit_train_step(config, optimizer, mesh, platform=topology.chip.platform)
-        lowered = step.lower(abstract_state(config, optimizer, mesh), batch, batch)
+        state = abstract_state(config, optimizer, mesh)
+        lowered = step.lower(*step_arguments(config, optimizer, mesh, state))
         try:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:

@@ -27,6 +27,7 @@ from jtok_jax.model.splash import SAVED
 from jtok_jax.model.tables import Rows
 from jtok_jax.model.variables import Weight
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.store.rows import bytes_of_step
 from jtok_jax.training.optimizer import groups, make_optimizer
 from jtok_jax.training.rows import make_plans, parallel_reads, row_gradient_bytes, zero_row_grads
 from jtok_jax.training.state import abstract_state
@@ -81,6 +82,7 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     row_grads = shapes.sums * sum(map(shapes.row_grads, shapes.tables))
     parts = [
         *_state(_what_state_depends_on(config), mesh),
+        Part("rows of tables in host memory", _rows_of_steps(shapes), "state"),
         Part("gradients of the backbone", shapes.sums * shapes.trained * 4, "gradients"),
         Part("gradients of rows", row_grads, "gradients"),
         Part("backbone in the compute dtype", _cast_weights(shapes), "residuals"),
@@ -147,7 +149,8 @@ def _what_state_depends_on(config: Config) -> Config:
 @functools.cache
 def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
     """Return the parts of the state; exact, but for what a TPU pads of narrow arrays."""
-    state = abstract_state(config, make_optimizer(config), mesh)
+    optimizer = make_optimizer(config)
+    state = abstract_state(config, optimizer, mesh)
     kinds = (("backbone", "AdamW moments"), ("tables", "row optimizer"))
     sizes, tables = dict.fromkeys(sum(kinds, ()), 0), declared_tables(config.model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -156,6 +159,18 @@ def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
         kind = kinds[any(key in tables for key in keys)][moment]
         sizes[kind] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return tuple(Part(name, size, "state") for name, size in sizes.items())
+
+
+def _rows_of_steps(shapes: _Shapes) -> int:
+    """Return bytes of the rows of tables in host memory: of the step, and those around it.
+
+    Some are read ahead, some are the results of steps before; one of these is being written.
+    """
+    config = shapes.config
+    if config.mesh.table_memory != "host":
+        return 0
+    once = bytes_of_step(config, shapes.mesh, make_optimizer(config).rows)
+    return once * (2 + 2 * config.mesh.table_prefetch)
 
 
 def _plan(shapes: _Shapes) -> int:

@@ -19,19 +19,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch, check_unique
-from jtok_jax.mesh import put_batch, replicated, split_batch
+from jtok_jax.mesh import put_batch, replicated
 from jtok_jax.model.params import declared_tables
-from jtok_jax.model.placement import table_layouts
-from jtok_jax.model.tables import SomeRows, stream_ids
+from jtok_jax.model.tables import ROWS, SomeRows, stream_ids
+from jtok_jax.store.rows import Leaves, by_rows, shardings_by_rows, stacked, stacked_shardings
 from jtok_jax.store.tables import HostTables
 
 Ids = dict[str, np.ndarray]  # by stream; int32, ascending, each once
-DeviceLeaves = dict[str, dict[str, jax.Array]]  # by table and leaf
 
 
 class _Ready(NamedTuple):
@@ -52,14 +50,18 @@ class RowFeed:
         self._tables = declared_tables(config.model)
         streams = {table.stream for table in self._tables.values()}
         self._streams = {name: config.model.id_streams[name] for name in sorted(streams)}
-        self._shardings = row_shardings(config, mesh)
         self._thread = ThreadPoolExecutor(1, "rows")
         depth = config.mesh.table_prefetch
         self._earlier = collections.deque(maxlen=depth)  # ids of the batches read last
         self._results = collections.deque(maxlen=depth)  # leaves of the last steps
         self._taken: Ids = {}  # ids of the step under way
         self._last_write = self._thread.submit(lambda: None)
-        self._merge = jax.jit(_merge, donate_argnums=0)
+        # Programs of their own: within the step a transposition changes what XLA fuses, and bits.
+        shardings = stacked_shardings(config, mesh, store.whole)
+        self._by_rows = shardings_by_rows(shardings)
+        self._to_stacks = jax.jit(stacked, out_shardings=shardings)
+        self._to_rows = jax.jit(by_rows, out_shardings=self._by_rows)
+        self._merge = jax.jit(_merge, out_shardings=shardings, donate_argnums=0)
 
     def fetch(self, ids_BT: np.ndarray) -> SomeRows:
         """Return the rows of a batch that changes none, after all changes under way."""
@@ -87,37 +89,13 @@ class RowFeed:
         while ahead:
             yield self._finish(*ahead.popleft())
 
-    def give_back(self, leaves: DeviceLeaves) -> None:
+    def give_back(self, leaves: Leaves) -> None:
         """Write the rows that a step made of those it was handed, as soon as they are there."""
         if self._last_write.done():
             self._last_write.result()  # raises what it failed of
         self._results.append(leaves)
-        self._last_write = self._thread.submit(self._store.write, self._taken, leaves)
-
-    def abstract_rows(self) -> SomeRows:
-        """Return shapes, dtypes and shardings of the rows of a training step."""
-        train, place = self._config.train, jax.ShapeDtypeStruct
-        everywhere, split = replicated(self._mesh), split_batch(self._mesh)
-        room = {name: self._config.unique_rows(name) for name in self._streams}
-        heads = {name: (one.heads,) * (one.heads > 1) for name, one in self._streams.items()}
-        shape = train.batch_size, train.seq_len
-        leaves = {
-            name: {
-                leaf: place(
-                    (room[self._tables[name].stream], *value.shape[1:]), value.dtype,
-                    sharding=self._shardings[name][value.ndim],
-                )
-                for leaf, value in of_table.items()
-            }
-            for name, of_table in self._store.leaves.items()
-        }  # fmt: skip
-        return SomeRows(
-            places={name: place((*shape, *heads[name]), np.int32, sharding=split) for name in room},
-            ids={
-                name: place((size,), np.int32, sharding=everywhere) for name, size in room.items()
-            },
-            leaves=leaves,
-        )
+        new = self._to_rows(leaves)
+        self._last_write = self._thread.submit(self._store.write, self._taken, new)
 
     def settle(self) -> None:
         """Wait until all that was given back is in the store. Raises what failed on the way."""
@@ -162,15 +140,11 @@ class RowFeed:
             )
             for name, stream in self._streams.items()
         }
-        leaves = self._store.read(padded)
-        shardings = {
-            name: {leaf: self._shardings[name][value.ndim] for leaf, value in of_table.items()}
-            for name, of_table in leaves.items()
-        }
+        leaves = jax.device_put(self._store.read(padded), self._by_rows)
         return SomeRows(
             places={name: put_batch(self._mesh, one) for name, one in places.items()},
             ids=jax.device_put(padded, replicated(self._mesh)),
-            leaves=jax.device_put(leaves, shardings),
+            leaves=self._to_stacks(leaves),
         )
 
     # ------------------------------------------------------------------ before a step
@@ -186,20 +160,6 @@ class RowFeed:
         return batch, (ready.rows._replace(leaves=leaves),)
 
 
-def row_shardings(config: Config, mesh: Mesh) -> dict[str, dict[int, NamedSharding]]:
-    """Return by table and number of axes how rows [U, G, (M,) D] and [U, G, (M,)] lie on a mesh."""
-    found = {}
-    for name, layout in table_layouts(config, mesh).items():
-        axes = len(declared_tables(config.model)[name].shape)
-        experts = [layout.experts or None] if axes == 4 else []
-        per_row = P(None, None, *experts)
-        found[name] = {
-            axes - 1: NamedSharding(mesh, per_row),
-            axes: NamedSharding(mesh, P(*per_row, layout.columns or None)),
-        }
-    return found
-
-
 def _found_in(earlier: Ids, ids: Ids, room: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Return the place of every id among earlier ones, -1 where it is not; int32 [room]."""
     found = {}
@@ -210,18 +170,19 @@ def _found_in(earlier: Ids, ids: Ids, room: Mapping[str, int]) -> dict[str, np.n
     return found
 
 
-def _merge(
-    leaves: DeviceLeaves, result: DeviceLeaves, places: dict[str, jax.Array]
-) -> DeviceLeaves:
+def _merge(leaves: Leaves, result: Leaves, places: dict[str, jax.Array]) -> Leaves:
     """Return rows, in place of which stand those of `result` that are at one of `places`."""
 
-    def merged(row, new, place_U):
-        there = (place_U >= 0).reshape(-1, *[1] * (row.ndim - 1))
-        return jnp.where(there, new[place_U], row)
+    def merged(row, new, place_U, axis):
+        after = (1,) * (row.ndim - axis - 1)
+        return jnp.where(
+            (place_U >= 0).reshape(-1, *after), new.take(place_U, axis, mode="clip"), row
+        )
 
     return {
         name: {
-            leaf: merged(row, result[name][leaf], places[name]) for leaf, row in of_table.items()
+            leaf: merged(row, result[name][leaf], places[name], one[ROWS].ndim - 2)
+            for leaf, row in one.items()
         }
-        for name, of_table in leaves.items()
+        for name, one in leaves.items()
     }

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jtok_jax.config import Config
 from jtok_jax.config_dict import flatten, to_dict
@@ -19,7 +18,7 @@ from jtok_jax.data.manifest import absolute_path
 from jtok_jax.errors import ConfigError, DamagedError, DataError, Preempted
 from jtok_jax.hosts import Hosts, code_and_versions
 from jtok_jax.lock import LOCK_FILE, locked
-from jtok_jax.mesh import check_batches, make_mesh, put_batch, replicated, rows_here, split_batch
+from jtok_jax.mesh import check_batches, make_mesh, put_batch, replicated, rows_here
 from jtok_jax.model.params import Params
 from jtok_jax.model.placement import describe, table_operations
 from jtok_jax.store.feed import RowFeed
@@ -44,7 +43,14 @@ from jtok_jax.training.resume import (
     keep_tokenizer,
 )
 from jtok_jax.training.state import TrainState, abstract_state, init_state
-from jtok_jax.training.step import StepMetrics, jit_train_step, make_eval_step, make_health_step
+from jtok_jax.training.step import (
+    StepMetrics,
+    health_arguments,
+    jit_train_step,
+    make_eval_step,
+    make_health_step,
+    step_arguments,
+)
 from jtok_jax.training.warm_start import begin_with, require_same_words
 
 
@@ -237,17 +243,15 @@ class Run:
 
     def compile(self, state: TrainState) -> None:
         """Compile the training and the health step, so that the time of no step contains it."""
-        train = self.config.train
-        shape, split = (train.batch_size, train.seq_len), split_batch(self._mesh)
-        ids_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
-        rows = [self._feed.abstract_rows()] if self._feed else []
+        arguments = step_arguments(self.config, self._optimizer, self._mesh, state)
+        health = health_arguments(self.config, self._optimizer, self._mesh, state)
         began = time.perf_counter()
         self.hosts.say("compiling the step ...")
         # For the state itself, not its shapes: an executable takes the very layouts it was made
         # for, and raises where a jitted function would compile again.
         with self._stall.waiting_for("compiled step"):
-            self._step = self._step.lower(state, ids_BT, ids_BT, *rows).compile()
-            self._health_step = self._health_step.lower(state.params, ids_BT, *rows).compile()
+            self._step = self._step.lower(*arguments).compile()
+            self._health_step = self._health_step.lower(*health).compile()
         self.hosts.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
     def validate_first(self, state: TrainState) -> None:
@@ -295,7 +299,9 @@ class Run:
         """Return the state after a step that is queued; the device works on it."""
         if not self._feed:
             return self._step(state, *batch)
-        state, leaves, metrics = self._step(state, *batch)
+        ids_BT, targets_BT, some = batch
+        known = some._replace(leaves={})
+        state, leaves, metrics = self._step(state, some.leaves, ids_BT, targets_BT, known)
         self._feed.give_back(leaves)
         return state, metrics
 

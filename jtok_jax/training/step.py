@@ -15,9 +15,11 @@ from jtok_kernels.rounding import entry_places, round_at_random, row_seeds
 from jtok_jax.config import Config
 from jtok_jax.mesh import BATCH, num_shards, split_batch
 from jtok_jax.model.loss import LossSums, cross_entropy
-from jtok_jax.model.params import Params, bind, declared_tables
-from jtok_jax.model.tables import ROWS, Rows, SomeRows, as_rows
+from jtok_jax.model.params import Params, bind, declared_tables, to_logical, to_stored
+from jtok_jax.model.tables import ROWS, Rows, SomeRows
 from jtok_jax.model.transformer import Parallel
+from jtok_jax.model_config import ModelConfig
+from jtok_jax.store.rows import abstract_rows
 from jtok_jax.training import rows
 from jtok_jax.training.compiler import compiler_options
 from jtok_jax.training.optimizer import Optimizer, schedule
@@ -94,33 +96,32 @@ def make_train_step(
 def make_step_of_rows(
     config: Config, optimizer: Optimizer, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, dict[str, dict[str, jax.Array]], StepMetrics]]:
-    """Return step(state, ids_BT, targets_BT, some) -> (state, leaves of the rows, metrics).
+    """Return step(state, leaves, ids_BT, targets_BT, some) -> (state, leaves, metrics).
 
     For tables in host memory: the step of `make_train_step` on the rows of its batch. The state
-    lacks tables, and of their optimizer holds scalars alone.
+    lacks tables, and of their optimizer holds scalars alone. Leaves are those of `some`, apart so
+    that they can be donated.
     """
     whole_step = make_train_step(config, optimizer, mesh)
 
-    def step(state: TrainState, ids_BT: jax.Array, targets_BT: jax.Array, some: SomeRows):
-        stacks = some.stacks()
-        tables = {name: leaves.pop(ROWS) for name, leaves in stacks.items()}
-        states = {name: state.opt_state[name] | leaves for name, leaves in stacks.items()}
-        whole = state._replace(params=state.params | tables, opt_state=state.opt_state | states)
+    def step(state: TrainState, leaves, ids_BT: jax.Array, targets_BT: jax.Array, some: SomeRows):
+        tables = {name: one[ROWS] for name, one in leaves.items()}
+        states = {
+            name: state.opt_state[name] | {leaf: x for leaf, x in one.items() if leaf != ROWS}
+            for name, one in leaves.items()
+        }
+        params = state.params | to_stored(config.model, tables)
+        whole = state._replace(params=params, opt_state=state.opt_state | states)
         new, metrics = whole_step(whole, ids_BT, targets_BT, some)
-        leaves = {
-            name: {leaf: as_rows(whole[leaf], whole[ROWS]) for leaf in some.leaves[name]}
-            for name in tables
-            for whole in [{ROWS: new.params[name]} | new.opt_state[name]]
-        }
-        scalars = {
-            name: {leaf: new.opt_state[name][leaf] for leaf in state.opt_state[name]}
-            for name in tables
-        }
-        new = new._replace(
-            params={name: new.params[name] for name in state.params},
-            opt_state=new.opt_state | scalars,
-        )
-        return new, leaves, metrics
+        tables = to_logical({name: new.params[name] for name in leaves})
+        new_leaves, scalars = {}, {}
+        for name, one in leaves.items():
+            found = new.opt_state[name] | {ROWS: tables[name]}
+            new_leaves[name] = {leaf: found[leaf] for leaf in one}
+            scalars[name] = {leaf: found[leaf] for leaf in state.opt_state[name]}
+        params = {name: new.params[name] for name in state.params}
+        new = new._replace(params=params, opt_state=new.opt_state | scalars)
+        return new, new_leaves, metrics
 
     return step
 
@@ -140,7 +141,7 @@ def jit_train_step(
     """
     shardings = state_shardings(config, optimizer, mesh)
     if config.mesh.table_memory == "host":
-        step, donated = make_step_of_rows(config, optimizer, mesh), (0, 3)
+        step, donated = make_step_of_rows(config, optimizer, mesh), (0, 1)
         results = shardings, None, None
     else:
         step, donated, results = make_train_step(config, optimizer, mesh), 0, (shardings, None)
@@ -150,6 +151,27 @@ def jit_train_step(
         out_shardings=results,
         compiler_options=compiler_options(config, mesh, platform or jax.default_backend()),
     )
+
+
+def step_arguments(config: Config, optimizer: Optimizer, mesh: Mesh, state: TrainState) -> tuple:
+    """Return what `jit_train_step` is lowered with: `state`, and shapes of all else."""
+    ids_BT = _abstract_ids(config, mesh)
+    if config.mesh.table_memory != "host":
+        return state, ids_BT, ids_BT
+    some = abstract_rows(config, mesh, optimizer.rows)
+    return state, some.leaves, ids_BT, ids_BT, some._replace(leaves={})
+
+
+def health_arguments(config: Config, optimizer: Optimizer, mesh: Mesh, state: TrainState) -> tuple:
+    """Return what `make_health_step`, jitted, is lowered with."""
+    on_host = config.mesh.table_memory == "host"
+    rows = (abstract_rows(config, mesh, optimizer.rows),) * on_host
+    return state.params, _abstract_ids(config, mesh), *rows
+
+
+def _abstract_ids(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    shape = config.train.batch_size, config.train.seq_len
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split_batch(mesh))
 
 
 def batch_hash(ids_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -228,7 +250,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
     def step(
         params: Params, ids_BT, targets_BT, weights_BT, some: SomeRows | None = None
     ) -> LossSums:
-        params, places = _with_rows(params, some)
+        params, places = _with_rows(config.model, params, some)
         model = bind(config.model, params)
         hidden = model(ids_BT, parallel=parallel, places=places).hidden_BTD
         return _loss_of(config, hidden, model.head_DV, targets_BT, weights_BT, parallel)[1]
@@ -246,7 +268,7 @@ def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.
     def step(
         params: Params, ids_BT: jax.Array, some: SomeRows | None = None
     ) -> dict[str, jax.Array]:
-        params, places = _with_rows(params, some)
+        params, places = _with_rows(config.model, params, some)
         shorter = lambda x: jax.lax.with_sharding_constraint(
             x[:: ids_BT.shape[0] // num_shards(mesh, BATCH)], split_batch(mesh)
         )
@@ -257,11 +279,13 @@ def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.
     return step
 
 
-def _with_rows(params: Params, some: SomeRows | None) -> tuple[Params, dict | None]:
+def _with_rows(
+    config: ModelConfig, params: Params, some: SomeRows | None
+) -> tuple[Params, dict | None]:
     if some is None:
         return params, None
-    tables = {name: leaves[ROWS] for name, leaves in some.stacks().items()}
-    return params | tables, some.places
+    tables = {name: leaves[ROWS] for name, leaves in some.leaves.items()}
+    return params | to_stored(config, tables), some.places
 
 
 def _split(config: Config, array_BT: jax.Array) -> jax.Array:

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Shapes and places of the rows of one step, of tables in host memory; nothing is allocated.
+
+A leaf is what a table's rows are, or what its optimizer keeps of them:
+
+    by rows  [R or U, G, (M,) (D)]    as the store has it: one id is one run of memory
+    stacked  [G, (M,) R or U (, D)]   as checkpoints, devices and the step have it
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jtok_kernels import RowOptimizer
+
+from jtok_jax.config import Config
+from jtok_jax.mesh import replicated, split_batch
+from jtok_jax.model.params import declared_tables
+from jtok_jax.model.placement import table_layouts
+from jtok_jax.model.tables import ROWS, SomeRows
+from jtok_jax.model_config import ModelConfig
+
+Leaves = dict[str, dict[str, jax.Array]]  # by table and leaf; also shapes, arrays of NumPy, ...
+Optimizers = Mapping[str, RowOptimizer]  # by table
+
+
+def whole_leaves(model: ModelConfig, optimizers: Optimizers) -> Leaves:
+    """Return the shapes of all leaves that have rows, stacked; scalars belong to the state.
+
+    optimizers: {} where nothing is trained.
+    """
+    found = {}
+    for name, table in declared_tables(model).items():
+        whole = jax.ShapeDtypeStruct(table.shape, table.dtype)
+        state = jax.eval_shape(optimizers[name].init, whole) if name in optimizers else {}
+        rows = {leaf: one for leaf, one in state.items() if one.ndim}
+        found[name] = {ROWS: whole} | rows
+    return found
+
+
+def stacked(leaves: Leaves) -> Leaves:
+    """Return leaves by rows in the other form."""
+    return {
+        name: {leaf: jnp.moveaxis(x, 0, one[ROWS].ndim - 2) for leaf, x in one.items()}
+        for name, one in leaves.items()
+    }
+
+
+def by_rows(leaves: Leaves) -> Leaves:
+    """Return stacked leaves in the other form."""
+    return {
+        name: {leaf: jnp.moveaxis(x, one[ROWS].ndim - 2, 0) for leaf, x in one.items()}
+        for name, one in leaves.items()
+    }
+
+
+def stacked_shardings(config: Config, mesh: Mesh, leaves: Leaves) -> Leaves:
+    """Return the NamedSharding of every leaf of `leaves`, stacked: all rows on every device."""
+    found = {}
+    for name, layout in table_layouts(config, mesh).items():
+        axes = leaves[name][ROWS].ndim
+        spec = *(None, layout.experts or None)[: axes - 2], None, layout.columns or None
+        found[name] = {
+            leaf: NamedSharding(mesh, P(*spec[: x.ndim])) for leaf, x in leaves[name].items()
+        }
+    return found
+
+
+def shardings_by_rows(shardings: Leaves) -> Leaves:
+    """Return the shardings of the other form."""
+    moved = {}
+    for name, one in shardings.items():
+        axis = len(one[ROWS].spec) - 2
+        moved[name] = {
+            leaf: NamedSharding(x.mesh, P(None, *x.spec[:axis], *x.spec[axis + 1 :]))
+            for leaf, x in one.items()
+        }
+    return moved
+
+
+def abstract_rows(config: Config, mesh: Mesh, optimizers: Optimizers) -> SomeRows:
+    """Return shapes, dtypes and shardings of the rows of a training step."""
+    place, tables = jax.ShapeDtypeStruct, declared_tables(config.model)
+    streams = {name: config.model.id_streams[name] for name in {t.stream for t in tables.values()}}
+    room = {name: config.unique_rows(name) for name in streams}
+    whole = whole_leaves(config.model, optimizers)
+    shardings = stacked_shardings(config, mesh, whole)
+    leaves = {}
+    for name, one in whole.items():
+        axis, rows = one[ROWS].ndim - 2, room[tables[name].stream]
+        leaves[name] = {
+            leaf: place(
+                (*x.shape[:axis], rows, *x.shape[axis + 1 :]), x.dtype,
+                sharding=shardings[name][leaf],
+            )
+            for leaf, x in one.items()
+        }  # fmt: skip
+    shape, everywhere = (config.train.batch_size, config.train.seq_len), replicated(mesh)
+    return SomeRows(
+        places={
+            name: place(
+                (*shape, *(one.heads,) * (one.heads > 1)), np.int32, sharding=split_batch(mesh)
+            )
+            for name, one in streams.items()
+        },
+        ids={name: place((size,), np.int32, sharding=everywhere) for name, size in room.items()},
+        leaves=leaves,
+    )
+
+
+def bytes_of_step(config: Config, mesh: Mesh, optimizers: Optimizers) -> int:
+    """Return bytes on one device of the rows of a step, once."""
+    rows = abstract_rows(config, mesh, optimizers)
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(rows)
+    )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Tables in host memory: training, checkpoints and validation are those of tables on the device."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from pythons import OLD
+from small import KINDS, with_every_table
+from test_config import changed
+from test_data import run_config
+from test_train_loop import check_same_run
+
+from jtok_jax.errors import ConfigError, DataError, NonFiniteError
+from train import train
+
+HOST = {"mesh.table_memory": "host"}
+# Bits of a program depend on others it is compiled beside, unless code is made in one part.
+pytestmark = pytest.mark.skipif(OLD, reason="compiled here as for no user; make test-latest has it")
+
+
+@pytest.fixture(scope="module")
+def config(corpus):
+    """Eleven steps of a model with every kind of table; saves at 4, 8, 11."""
+    jtok = dataclasses.replace(KINDS["dense-jtok_m"].jtok, table_init_std=0.02)
+    model = with_every_table(dataclasses.replace(KINDS["dense-jtok_m"], jtok=jtok, vocab_size=300))
+    start = dataclasses.replace(run_config(corpus, steps=11), model=model)
+    fields = {"checkpoint.every": 4, "evaluation.every": 5, "train.log_every": 3}
+    return changed(start, fields | {"optimizer.tables.weight_decay": 0.1})
+
+
+def digests_of(workdir, step: int) -> dict[str, int]:
+    """The digest of every array of a checkpoint."""
+    path = workdir / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    return json.loads(path.read_text())["custom_metadata"]["digests"]
+
+
+def check_same(left, right, step: int):
+    """Equal records, and equal arrays of a checkpoint, moments and clocks of rows among them."""
+    check_same_run(left, right)
+    expected = digests_of(left, step)
+    assert "params/tables" in expected
+    assert digests_of(right, step) == expected
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_training_is_that_of_tables_on_the_device(config, finished, tmp_path, prefetch):
+    train(changed(config, HOST | {"mesh.table_prefetch": prefetch}), tmp_path)
+    check_same(finished, tmp_path, 11)
+
+
+@pytest.mark.parametrize("fields", [
+    {"optimizer.tables.kind": "rowwise_adagrad", "train.grad_accumulation": 2},
+    {"optimizer.tables.kind": "rowwise_adam", "model.jtok.table_dtype": "bfloat16"},
+    {"model.jtok.kind": "jtok", "optimizer.frozen": "backbone", "train.max_unique_ids": 150},
+], ids=["adagrad, accumulated", "rowwise adam, bfloat16", "frozen"])  # fmt: skip
+def test_other_optimizers_and_dtypes(config, tmp_path, fields):
+    start = changed(config, fields | {"train.steps": 5})
+    train(start, tmp_path / "device")
+    train(changed(start, HOST), tmp_path / "host")
+    check_same(tmp_path / "device", tmp_path / "host", 5)
+
+
+@pytest.mark.parametrize("there", [HOST, {}], ids=["to the host", "to the device"])
+def test_a_run_goes_on_with_its_tables_elsewhere(config, finished, tmp_path, there):
+    here = {} if there else HOST
+    workdir = tmp_path / "run"
+    if here:
+        train(changed(config, here), workdir)
+    else:
+        shutil.copytree(finished, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "11")
+    train(changed(config, there), workdir)
+    check_same(finished, workdir, 11)
+
+
+def test_a_step_that_is_not_finite_changes_no_row(config, tmp_path):
+    """Its learning rate is infinite: every parameter would be."""
+    fields = {"optimizer.tables.weight_decay": 0.0, "optimizer.learning_rate": 1e38}
+    start = changed(config, HOST | fields | {"train.max_bad_steps": 2})
+    with pytest.raises(NonFiniteError):
+        train(start, tmp_path)
+
+
+def test_more_ids_than_there_is_room_for_end_the_run(config, tmp_path):
+    start = changed(config, HOST | {"train.max_unique_ids": 9})
+    with pytest.raises(
+        DataError, match=r"Step 1 uses \d+ different ids, train.max_unique_ids is 9"
+    ):
+        train(start, tmp_path)
+
+
+def test_what_cannot_lie_in_host_memory_is_refused(config):
+    with pytest.raises(ConfigError, match="kind of jtok is adamw, which changes every row"):
+        changed(config, HOST | {"optimizer.tables.kind": "adamw"})
+    with pytest.raises(ConfigError, match=r"mesh\.table_rows is 'fsdp', and tables are in host"):
+        changed(config, HOST | {"mesh.table_rows": "fsdp"})
+    with pytest.raises(ConfigError, match=r"mesh\.table_memory is 'disk'"):
+        changed(config, {"mesh.table_memory": "disk"})
