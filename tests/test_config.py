@@ -231,6 +231,8 @@ ELSEWHERE = {
     "mesh.table_columns": "eight_devices",
     "mesh.table_experts": "eight_devices",
     "mesh.table_rows": "eight_devices",
+    "mesh.table_memory": "test_host_tables",
+    "mesh.table_prefetch": "test_host_tables",
     "logging.tensorboard": "test_train_loop",
     "logging.wandb": "test_run",
     "profile.steps": "test_run",

@@ -4,6 +4,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -13,7 +14,11 @@ from test_config import changed
 from test_data import run_config
 from test_train_loop import check_same_run
 
+from jtok_jax.config import Config, TrainConfig
 from jtok_jax.errors import ConfigError, DataError, NonFiniteError
+from jtok_jax.model_config import JtokConfig, ModelConfig
+from jtok_jax.planning.compiled import compile_for_topology, lacks, stand_in
+from jtok_jax.planning.topology import parse_topology
 from train import train
 
 HOST = {"mesh.table_memory": "host"}
@@ -99,3 +104,25 @@ def test_what_cannot_lie_in_host_memory_is_refused(config):
         changed(config, HOST | {"mesh.table_rows": "fsdp"})
     with pytest.raises(ConfigError, match=r"mesh\.table_memory is 'disk'"):
         changed(config, {"mesh.table_memory": "disk"})
+
+
+@pytest.mark.parametrize("name", ["h100:1x1", "v5p:1x1x1"])
+def test_no_device_holds_an_array_that_grows_with_a_table(name):
+    """Compiled for real ones: a step's bytes are those of its rows, whatever a table's length."""
+    memory = []
+    for rows in (65_537, 1_048_573):  # sizes that nothing else has
+        jtok = JtokConfig(kind="jtok_m", stream="pairs", table_dtype="bfloat16")
+        model = ModelConfig(
+            vocab_size=1000, model_dim=256, num_layers=2, num_heads=4, num_kv_heads=4, ffn_dim=512,
+            streams=f"pairs=2:{rows}", jtok=jtok,
+        )  # fmt: skip
+        train_config = TrainConfig(batch_size=4, seq_len=256)
+        config = changed(Config(model=model, train=train_config), HOST)
+        topology = parse_topology(name)
+        if missing := lacks(topology.chip.platform):
+            pytest.skip(f"{missing} (make test-latest)")
+        compiled = compile_for_topology(stand_in(config, topology.chip.platform), topology)
+        assert not re.search(rf"\[[\d,]*\b{rows}\b", compiled.as_text())
+        sizes = compiled.memory_analysis()
+        memory.append(sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
+    assert abs(memory[1] / memory[0] - 1) < 0.01

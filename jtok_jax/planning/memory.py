@@ -27,7 +27,7 @@ from jtok_jax.model.splash import SAVED
 from jtok_jax.model.tables import Rows
 from jtok_jax.model.variables import Weight
 from jtok_jax.model_config import ModelConfig
-from jtok_jax.store.rows import bytes_of_step
+from jtok_jax.store.rows import abstract_rows, bytes_of
 from jtok_jax.training.optimizer import groups, make_optimizer
 from jtok_jax.training.rows import make_plans, parallel_reads, row_gradient_bytes, zero_row_grads
 from jtok_jax.training.state import abstract_state
@@ -169,7 +169,7 @@ def _rows_of_steps(shapes: _Shapes) -> int:
     config = shapes.config
     if config.mesh.table_memory != "host":
         return 0
-    once = bytes_of_step(config, shapes.mesh, make_optimizer(config).rows)
+    once = bytes_of(abstract_rows(config, shapes.mesh, make_optimizer(config).rows).leaves)
     return once * (2 + 2 * config.mesh.table_prefetch)
 
 

@@ -113,9 +113,7 @@ def abstract_rows(config: Config, mesh: Mesh, optimizers: Optimizers) -> SomeRow
     )
 
 
-def bytes_of_step(config: Config, mesh: Mesh, optimizers: Optimizers) -> int:
-    """Return bytes on one device of the rows of a step, once."""
-    rows = abstract_rows(config, mesh, optimizers)
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(rows)
-    )
+def bytes_of(leaves: Leaves) -> int:
+    """Return the bytes of whole leaves, or of their parts on one device where shapes say them."""
+    here = lambda x: x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return sum(math.prod(here(x)) * x.dtype.itemsize for x in jax.tree.leaves(leaves))

@@ -2,16 +2,18 @@
 # Copyright 2026 The jtok_jax authors
 """Tables in host memory: rows, and what their optimizer keeps of them, as NumPy arrays by rows."""
 
+import pathlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jtok_jax.errors import ConfigError
 from jtok_jax.model.params import declared_tables, init_rows, initial_options
 from jtok_jax.model.tables import ROWS
 from jtok_jax.model_config import ModelConfig
-from jtok_jax.store.rows import Optimizers, whole_leaves
+from jtok_jax.store.rows import Leaves, Optimizers, bytes_of, whole_leaves
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by table and leaf
 CHUNK = 32 << 20  # bytes of rows that are drawn at once
@@ -25,18 +27,18 @@ class HostTables:
     """
 
     def __init__(self, model: ModelConfig, optimizers: Optimizers):
-        """Allocate, without a value; `optimizers` by table, {} where nothing is trained."""
+        """Allocate, without a value; `optimizers` by table, {} where nothing is trained.
+
+        Raises ConfigError: this machine has less memory left.
+        """
         self.whole, self.broken = whole_leaves(model, optimizers), set()
+        _require_memory(self.whole)
         self._model, self._tables = model, declared_tables(model)
         self._arrays: Arrays = {}
         for name, leaves in self.whole.items():
             axis = leaves[ROWS].ndim - 2
             shape = lambda x, axis=axis: (x.shape[axis], *x.shape[:axis], *x.shape[axis + 1 :])
             self._arrays[name] = {leaf: np.empty(shape(x), x.dtype) for leaf, x in leaves.items()}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for leaves in self._arrays.values() for x in leaves.values())
 
     def initialise(self, key: jax.Array) -> None:
         """Draw the rows that `init_params` would draw, some at a time; states are zero."""
@@ -81,6 +83,26 @@ class HostTables:
                 name = f"params/{table}" if leaf == ROWS else f"opt_state/{table}/{leaf}"
                 found[name] = np.moveaxis(value, 0, axis)
         return found
+
+
+def _require_memory(leaves: Leaves) -> None:
+    wanted, there = bytes_of(leaves), _memory_left()
+    if there is not None and wanted > there:
+        raise ConfigError(
+            f"Tables in host memory take {wanted / 2**30:.1f} GiB with what their optimizer keeps, "
+            f"and {there / 2**30:.1f} GiB are left here. Take rowwise_adagrad, which keeps one "
+            "number a row, bfloat16 tables, fewer rows, or a machine with more memory."
+        )
+
+
+def _memory_left() -> int | None:
+    """Return bytes that Linux would give to a process; None elsewhere."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * found[0] if found else None
 
 
 def _take(array: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -136,6 +136,11 @@ class Run:
         self._eval_step = jax.jit(make_eval_step(config, self._mesh), out_shardings=everywhere)
         self._tables = self._feed = None
         if config.mesh.table_memory == "host":
+            if hosts.count > 1:
+                raise ConfigError(
+                    f"mesh.table_memory is host, and {hosts.count} processes share this run; "
+                    "tables in host memory are for one process with any number of devices."
+                )
             self._tables = HostTables(config.model, self._optimizer.rows)
             self._feed = RowFeed(config, self._mesh, self._tables)
         self.checkpoints = self._open_checkpoints()
@@ -164,6 +169,7 @@ class Run:
             if self.config.init_from:
                 with self._stall.waiting_for(f"parameters of {self.config.init_from}"):
                     params = begin_with(self.config, self._mesh, state.params, self.hosts.say)
+                self._refuse_tables(params)
                 state = state._replace(params=params)
             return state
         state = self._restore()
@@ -175,6 +181,15 @@ class Run:
         if not self._changed and self.hosts.lead:  # else a kill after a change would keep the old
             keep_config(self.workdir, self.config)
         return state
+
+    def _refuse_tables(self, params: Params) -> None:
+        both = [name for name in params if self._tables and name in self._tables.whole]
+        if both:
+            raise ConfigError(
+                f"init_from has tables ({', '.join(both)}), and mesh.table_memory is host: they "
+                "cannot be begun with there. Train with mesh.table_memory=device, save, and go on "
+                "with host: a checkpoint fits both."
+            )
 
     def _begin(self) -> tuple[int, bool]:
         """Return the step after the newest checkpoint, and whether that lacks its validation."""

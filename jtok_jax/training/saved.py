@@ -80,8 +80,9 @@ def _load_params(
         number = _choose_step(checkpointer, step, folder)
         found = read_metadata(checkpointer, number)
         config = config_of(found)
-        if choose:
-            config = dataclasses.replace(config, mesh=choose(config))
+        mesh_config = choose(config) if choose else config.mesh
+        on_device = dataclasses.replace(mesh_config, table_memory="device")
+        config = dataclasses.replace(config, mesh=on_device)
         place, mesh = _placing(config, alone=choose is None)
         config = anywhere(config, mesh)
         names = abstract_params(config.model)
