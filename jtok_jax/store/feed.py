@@ -140,7 +140,7 @@ class RowFeed:
             )
             for name, stream in self._streams.items()
         }
-        leaves = jax.device_put(self._store.read(padded), self._by_rows)
+        leaves = jax.device_put(self._store.read(ids, room), self._by_rows)
         return SomeRows(
             places={name: put_batch(self._mesh, one) for name, one in places.items()},
             ids=jax.device_put(padded, replicated(self._mesh)),

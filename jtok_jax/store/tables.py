@@ -57,12 +57,13 @@ class HostTables:
                 into = self._arrays[name][ROWS][first : first + step]
                 into[...] = np.moveaxis(np.asarray(value), -2, 0)[: len(into)]
 
-    def read(self, ids: Mapping[str, np.ndarray]) -> Arrays:
-        """Return the rows of int32 ids [U] by stream; those beyond a table stand for nothing."""
-        return {
-            name: {leaf: _take(x, ids[self._tables[name].stream]) for leaf, x in leaves.items()}
-            for name, leaves in self._arrays.items()
-        }
+    def read(self, ids: Mapping[str, np.ndarray], room: Mapping[str, int]) -> Arrays:
+        """Return the rows of int32 ids [U] by stream, and zeros up to the room of each."""
+        found = {}
+        for name, leaves in self._arrays.items():
+            stream = self._tables[name].stream
+            found[name] = {leaf: _take(x, ids[stream], room[stream]) for leaf, x in leaves.items()}
+        return found
 
     def write(self, ids: Mapping[str, np.ndarray], rows: Mapping[str, Mapping]) -> None:
         """Take the first len(ids) of `rows` as the rows of `ids`, each once and in the tables."""
@@ -105,10 +106,10 @@ def _memory_left() -> int | None:
     return 1024 * found[0] if found else None
 
 
-def _take(array: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    out = np.empty((len(ids), *array.shape[1:]), array.dtype)
+def _take(array: np.ndarray, ids: np.ndarray, room: int) -> np.ndarray:
+    out = np.zeros((room, *array.shape[1:]), array.dtype)  # pages that are not written cost nothing
     # "clip" writes into `out`; the default copies once more, to leave it whole where an id is bad.
-    np.take(_words(array), ids, axis=0, out=_words(out), mode="clip")
+    np.take(_words(array), ids, axis=0, out=_words(out[: len(ids)]), mode="clip")
     return out
 
 

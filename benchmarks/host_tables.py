@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Training with tables in host memory beside tables on the device: python benchmarks/host_tables.py
+
+Steps of train.py at the shapes of the quickstart, on random ids with a Zipf-like frequency. Every
+round runs a few steps of each arm, in an order that rotates; a ratio is the median over rounds of
+the ratio within a round (10th to 90th percentile). Losses of all arms must be equal.
+
+Before it: bytes that a step moves each way, and how fast rows are read and written beside a copy.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import shlex
+import sys
+import time
+
+import jax
+import numpy as np
+from timing import percentiles, record, say
+
+from jtok_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from jtok_jax.config import TableOptimizerConfig as TableOptimizer
+from jtok_jax.data.loader import make_batch, open_source
+from jtok_jax.mesh import make_mesh, put_batch
+from jtok_jax.model_config import JtokConfig, ModelConfig
+from jtok_jax.store.feed import RowFeed
+from jtok_jax.store.rows import abstract_rows, bytes_of
+from jtok_jax.store.tables import HostTables
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import init_state
+from jtok_jax.training.step import jit_train_step, step_arguments
+
+BATCHES = 16  # distinct batches, taken in turn
+
+
+class Arm:
+    """A run with its tables at one place; `take` steps it."""
+
+    def __init__(self, config: Config, batches):
+        self.mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
+        self.state, self.losses, self.seconds = init_state(config, optimizer, self.mesh), [], []
+        arguments = step_arguments(config, optimizer, self.mesh, self.state)
+        self._step = jit_train_step(config, optimizer, self.mesh).lower(*arguments).compile()
+        batches = ((batch, ()) for batch in itertools.cycle(batches))
+        self.feed = None
+        if config.mesh.table_memory == "host":
+            tables = HostTables(config.model, optimizer.rows)
+            tables.initialise(jax.random.key(config.train.seed))
+            self.feed = RowFeed(config, self.mesh, tables)
+            batches = self.feed.read_ahead(batches, first_step=1)
+        self._batches = batches
+
+    def take(self, steps: int) -> None:
+        """Take some steps, and wait for all that they change."""
+        began = time.perf_counter()
+        for _ in range(steps):
+            batch, some = next(self._batches)
+            arrays = [put_batch(self.mesh, array) for array in batch]
+            if self.feed:
+                (some,) = some
+                known = some._replace(leaves={})
+                self.state, leaves, metrics = self._step(self.state, some.leaves, *arrays, known)
+                self.feed.give_back(leaves)
+            else:
+                self.state, metrics = self._step(self.state, *arrays)
+            self.losses.append(metrics.loss)
+        if self.feed:
+            self.feed.settle()
+        jax.block_until_ready(self.state)
+        self.seconds.append(time.perf_counter() - began)
+
+
+def make_config(options, kind: str) -> Config:
+    """The shapes of the quickstart, with as many rows as asked for."""
+    jtok = JtokConfig(kind=kind, stream="ids", table_dtype=options.table_dtype)
+    if options.rows == 4096:
+        jtok = dataclasses.replace(jtok, stream="token")
+    streams = "" if options.rows == 4096 else f"ids=2:{options.rows}"
+    return Config(
+        model=ModelConfig(compute_dtype="float32", jtok=jtok, streams=streams),
+        optimizer=OptimizerConfig(tables=TableOptimizer(kind=options.optimizer)),
+        train=TrainConfig(batch_size=options.batch, seq_len=options.seq_len),
+        data=DataConfig(source="synthetic"),
+    )
+
+
+def rates(config: Config, options) -> None:
+    """Print GB/s of reading and writing the rows of a step, and of a copy as large."""
+    optimizer = make_optimizer(config)
+    tables = HostTables(config.model, optimizer.rows)
+    tables.initialise(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    size = abstract_rows(config, make_mesh(config.mesh), optimizer.rows)
+    room = {name: x.shape[0] for name, x in size.ids.items()}
+    draw = lambda name, count: np.sort(
+        rng.choice(config.model.id_streams[name].num_rows, count, replace=False)
+    ).astype(np.int32)
+    times = {"read": [], "write": [], "copy": []}
+    source = np.ones(1 << 28, np.float32)  # 1 GiB, so that a copy finds nothing in a cache
+    for number in range(options.rounds):
+        ids = {name: draw(name, count) for name, count in room.items()}
+        began = time.perf_counter()
+        rows = tables.read(ids, room)
+        times["read"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        tables.write(ids, rows)
+        times["write"].append(time.perf_counter() - began)
+        flat = [x for one in rows.values() for x in one.values()]
+        size = sum(x.nbytes for x in flat) // 4
+        first = number * size % (len(source) - size)
+        began = time.perf_counter()
+        np.copyto(np.zeros(size, np.float32), source[first : first + size])
+        times["copy"].append(time.perf_counter() - began)
+    moved = sum(x.nbytes for x in flat)
+    for name, seconds in times.items():
+        rate = moved / np.median(seconds) / 1e9
+        say(f"  {name:6} {rate:6.2f} GB/s of {moved / 1e6:.1f} MB")
+        record(benchmark="host_tables", what=name, rows=options.rows, gb_per_s=rate)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    option = parser.add_argument
+    option("--kinds", default="jtok,jtok_m")
+    option("--rows", type=int, default=65536, help="of a table; 4096: by token, else pairs of ids")
+    option("--optimizer", default="lazy_adam")
+    option("--table_dtype", default="float32")
+    option("--batch", type=int, default=8)
+    option("--seq_len", type=int, default=256)
+    option("--steps", type=int, default=8, help="of each arm in a round")
+    option("--rounds", type=int, default=12)
+    option("--prefetch", default="0,1", help="steps read ahead, of one arm each")
+    options = parser.parse_args()
+    say(f"$ python {shlex.join(sys.argv)}\n{jax.__version__}, {jax.devices()[0].device_kind}")
+    for kind in options.kinds.split(","):
+        config = make_config(options, kind)
+        source = open_source(config)
+        batches = [make_batch(source.sequences(step)) for step in range(1, BATCHES + 1)]
+        optimizer = make_optimizer(config)
+        moved = bytes_of(abstract_rows(config, make_mesh(config.mesh), optimizer.rows).leaves)
+        say(f"{kind}: at most {moved / 1e6:.1f} MB of rows and their state a step, each way")
+        rates(config, options)
+        host = lambda depth, config=config: dataclasses.replace(
+            config, mesh=MeshConfig(table_memory="host", table_prefetch=depth)
+        )
+        arms = {"device": Arm(config, batches)}
+        for depth in map(int, options.prefetch.split(",")):
+            arms[f"host, {depth} ahead"] = Arm(host(depth), batches)
+        for number in range(options.rounds + 1):  # the first is not counted
+            names = list(arms)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                arms[name].take(options.steps)
+        expected = jax.device_get(arms["device"].losses)
+        for name, arm in arms.items():
+            ratio = np.array(arm.seconds[1:]) / np.array(arms["device"].seconds[1:])
+            middle = 1e3 * np.median(arm.seconds[1:]) / options.steps
+            same = "equal" if jax.device_get(arm.losses) == expected else "OTHER"
+            say(f"  {name:15} {middle:8.1f} ms a step  {percentiles(ratio)}  losses {same}")
+            record(benchmark="host_tables", kind=kind, arm=name, ms=middle)
+
+
+if __name__ == "__main__":
+    main()
