@@ -25,8 +25,8 @@ from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch, check_unique
 from jtok_jax.mesh import put_batch, replicated
 from jtok_jax.model.params import declared_tables
-from jtok_jax.model.tables import ROWS, SomeRows, stream_ids
-from jtok_jax.store.rows import Leaves, by_rows, shardings_by_rows, stacked, stacked_shardings
+from jtok_jax.model.tables import SomeRows, stream_ids
+from jtok_jax.store.rows import Leaves, shardings_by_rows, stacked_shardings
 from jtok_jax.store.tables import HostTables
 
 Ids = dict[str, np.ndarray]  # by stream; int32, ascending, each once
@@ -56,12 +56,8 @@ class RowFeed:
         self._results = collections.deque(maxlen=depth)  # leaves of the last steps
         self._taken: Ids = {}  # ids of the step under way
         self._last_write = self._thread.submit(lambda: None)
-        # Programs of their own: within the step a transposition changes what XLA fuses, and bits.
-        shardings = stacked_shardings(config, mesh, store.whole)
-        self._by_rows = shardings_by_rows(shardings)
-        self._to_stacks = jax.jit(stacked, out_shardings=shardings)
-        self._to_rows = jax.jit(by_rows, out_shardings=self._by_rows)
-        self._merge = jax.jit(_merge, out_shardings=shardings, donate_argnums=0)
+        self._shardings = shardings_by_rows(stacked_shardings(config, mesh, store.whole))
+        self._merge = jax.jit(_merge, out_shardings=self._shardings, donate_argnums=0)
 
     def fetch(self, ids_BT: np.ndarray) -> SomeRows:
         """Return the rows of a batch that changes none, after all changes under way."""
@@ -94,8 +90,7 @@ class RowFeed:
         if self._last_write.done():
             self._last_write.result()  # raises what it failed of
         self._results.append(leaves)
-        new = self._to_rows(leaves)
-        self._last_write = self._thread.submit(self._store.write, self._taken, new)
+        self._last_write = self._thread.submit(self._store.write, self._taken, leaves)
 
     def settle(self) -> None:
         """Wait until all that was given back is in the store. Raises what failed on the way."""
@@ -140,11 +135,11 @@ class RowFeed:
             )
             for name, stream in self._streams.items()
         }
-        leaves = jax.device_put(self._store.read(ids, room), self._by_rows)
+        leaves = jax.device_put(self._store.read(ids, room), self._shardings)
         return SomeRows(
             places={name: put_batch(self._mesh, one) for name, one in places.items()},
             ids=jax.device_put(padded, replicated(self._mesh)),
-            leaves=self._to_stacks(leaves),
+            leaves=leaves,
         )
 
     # ------------------------------------------------------------------ before a step
@@ -173,16 +168,11 @@ def _found_in(earlier: Ids, ids: Ids, room: Mapping[str, int]) -> dict[str, np.n
 def _merge(leaves: Leaves, result: Leaves, places: dict[str, jax.Array]) -> Leaves:
     """Return rows, in place of which stand those of `result` that are at one of `places`."""
 
-    def merged(row, new, place_U, axis):
-        after = (1,) * (row.ndim - axis - 1)
-        return jnp.where(
-            (place_U >= 0).reshape(-1, *after), new.take(place_U, axis, mode="clip"), row
-        )
+    def merged(row, new, place_U):
+        there = (place_U >= 0).reshape(-1, *(1,) * (row.ndim - 1))
+        return jnp.where(there, new.take(place_U, 0, mode="clip"), row)
 
     return {
-        name: {
-            leaf: merged(row, result[name][leaf], places[name], one[ROWS].ndim - 2)
-            for leaf, row in one.items()
-        }
+        name: {leaf: merged(row, result[name][leaf], places[name]) for leaf, row in one.items()}
         for name, one in leaves.items()
     }

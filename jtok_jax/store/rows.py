@@ -89,13 +89,13 @@ def abstract_rows(config: Config, mesh: Mesh, optimizers: Optimizers) -> SomeRow
     streams = {name: config.model.id_streams[name] for name in {t.stream for t in tables.values()}}
     room = {name: config.unique_rows(name) for name in streams}
     whole = whole_leaves(config.model, optimizers)
-    shardings = stacked_shardings(config, mesh, whole)
+    shardings = shardings_by_rows(stacked_shardings(config, mesh, whole))
     leaves = {}
     for name, one in whole.items():
         axis, rows = one[ROWS].ndim - 2, room[tables[name].stream]
         leaves[name] = {
             leaf: place(
-                (*x.shape[:axis], rows, *x.shape[axis + 1 :]), x.dtype,
+                (rows, *x.shape[:axis], *x.shape[axis + 1 :]), x.dtype,
                 sharding=shardings[name][leaf],
             )
             for leaf, x in one.items()

@@ -19,7 +19,7 @@ from jtok_jax.model.params import Params, bind, declared_tables, to_logical, to_
 from jtok_jax.model.tables import ROWS, Rows, SomeRows
 from jtok_jax.model.transformer import Parallel
 from jtok_jax.model_config import ModelConfig
-from jtok_jax.store.rows import abstract_rows
+from jtok_jax.store.rows import abstract_rows, by_rows, stacked
 from jtok_jax.training import rows
 from jtok_jax.training.compiler import compiler_options
 from jtok_jax.training.optimizer import Optimizer, schedule
@@ -105,6 +105,7 @@ def make_step_of_rows(
     whole_step = make_train_step(config, optimizer, mesh)
 
     def step(state: TrainState, leaves, ids_BT: jax.Array, targets_BT: jax.Array, some: SomeRows):
+        leaves = stacked(leaves)
         tables = {name: one[ROWS] for name, one in leaves.items()}
         states = {
             name: state.opt_state[name] | {leaf: x for leaf, x in one.items() if leaf != ROWS}
@@ -121,7 +122,7 @@ def make_step_of_rows(
             scalars[name] = {leaf: found[leaf] for leaf in state.opt_state[name]}
         params = {name: new.params[name] for name in state.params}
         new = new._replace(params=params, opt_state=new.opt_state | scalars)
-        return new, new_leaves, metrics
+        return new, by_rows(new_leaves), metrics
 
     return step
 
@@ -284,7 +285,7 @@ def _with_rows(
 ) -> tuple[Params, dict | None]:
     if some is None:
         return params, None
-    tables = {name: leaves[ROWS] for name, leaves in some.leaves.items()}
+    tables = {name: leaves[ROWS] for name, leaves in stacked(some.leaves).items()}
     return params | to_stored(config, tables), some.places
 
 
