@@ -48,8 +48,8 @@ def train(config: Config, workdir: pathlib.Path, hosts: Hosts = ALONE) -> None:
         if run.validation_due:
             run.validate_first(state)
         for step, batch in run.batches():
-            health = run.health(state, batch) if run.log_due(step) else {}
-            state, metrics = run.take_step(state, batch)  # queued: the device works on it
+            health = run.steps.health(state, batch) if run.log_due(step) else {}
+            state, metrics = run.steps.train(state, batch)  # queued: the device works on it
             run.report(step, metrics, health)  # waits for the step before this one
             run.checkpoints.check()
             run.stop.reached()

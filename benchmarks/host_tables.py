@@ -43,13 +43,14 @@ class Arm:
         self.state, self.losses, self.seconds = init_state(config, optimizer, self.mesh), [], []
         arguments = step_arguments(config, optimizer, self.mesh, self.state)
         self._step = jit_train_step(config, optimizer, self.mesh).lower(*arguments).compile()
-        batches = ((batch, ()) for batch in itertools.cycle(batches))
-        self.feed = None
+        batches, self.feed = itertools.cycle(batches), None
         if config.mesh.table_memory == "host":
             tables = HostTables(config.model, optimizer.rows)
             tables.initialise(jax.random.key(config.train.seed))
             self.feed = RowFeed(config, self.mesh, tables)
             batches = self.feed.read_ahead(batches, first_step=1)
+        else:
+            batches = ((batch, ()) for batch in batches)
         self._batches = batches
 
     def take(self, steps: int) -> None:

@@ -15,7 +15,8 @@ SEED = int(os.environ.setdefault("LAYOUT_SEED", str(random.SystemRandom().randra
 ONE_IN = {
     "test_anatomy": 2, "test_aot": 2, "test_arguments": 3, "test_arms": 5, "test_config": 12,
     "test_document_mask": 2,
-    "test_generate": 3, "test_grouped_matmul": 3, "test_huggingface": 2, "test_jtok": 3,
+    "test_generate": 3, "test_grouped_matmul": 3, "test_host_tables": 2, "test_huggingface": 2,
+    "test_jtok": 3,
     "test_mesh": 2, "test_modulate": 12, "test_oracle": 3, "test_plan": 2, "test_planning": 3,
     "test_row_optimizers": 3, "test_signal": 2, "test_stall": 2, "test_step": 5, "test_study": 2,
     "test_study_report": 2, "test_tools_across": 4, "test_train_loop": 3, "test_warm_start": 3,

@@ -24,6 +24,7 @@ from test_data import run_config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.hosts import Hosts
 from jtok_jax.training import run as run_module
+from jtok_jax.training import steps as steps_module
 from jtok_jax.training.evaluate import Validation
 from jtok_jax.training.saved import load_params
 from train import train
@@ -49,7 +50,7 @@ def test_steps_are_compiled_before_the_loop_and_timed_without_their_health(
     config, tmp_path, monkeypatch
 ):
     """And the time left is not told before two steps were timed."""
-    real = run_module.make_health_step
+    real = steps_module.make_health_step
 
     def slow(config, mesh):
         step = real(config, mesh)
@@ -63,7 +64,7 @@ def test_steps_are_compiled_before_the_loop_and_timed_without_their_health(
     counts, told = [], []
     listener = lambda name, *_, **__: counts.append(name) if "backend_compile" in name else None
     jax.monitoring.register_event_duration_secs_listener(listener)
-    monkeypatch.setattr(run_module, "make_health_step", slow)
+    monkeypatch.setattr(steps_module, "make_health_step", slow)
     monkeypatch.setattr(Hosts, "say", lambda _, text: told.append((text, len(counts))))
     train(changed(config, {"train.log_every": 1, "evaluation.every": 100}), tmp_path)
 

@@ -187,8 +187,7 @@ class Transformer(nnx.Module):
         Args:
             ids_BT: int32 in [0, V); not checked here.
             training: for gradients of tables by unique row. None: tables get dense gradients.
-            before_BC: ids before the first, for tables by n-gram; see `tables.stream_ids`.
-            places: of `tables.SomeRows`, where the tables are the rows of this batch alone.
+            before_BC, places: of `tables.stream_ids` and `tables.SomeRows`.
             positions_BT: int32; default 0, 1, ... in every sequence.
             attend: (query, key, value, cache of the layer) -> AttentionResult; default causal.
             cache: of every layer what `attend` is handed, layers being traced one by one.
@@ -201,10 +200,8 @@ class Transformer(nnx.Module):
         exchanges, mesh = parallel or ({}, None)
         attend = attend or _attend_causally(config, mesh, segments_BT)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
-        streams = config.id_streams
-        reader = make_reader(
-            self.named_tables, streams, ids_BT, before_BC, training, exchanges, places
-        )
+        tables, streams = self.named_tables, config.id_streams
+        reader = make_reader(tables, streams, ids_BT, before_BC, training, exchanges, places)
         in_layers = reader.in_layers
         partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)

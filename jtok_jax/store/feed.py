@@ -69,7 +69,7 @@ class RowFeed:
         return self._thread.submit(lambda: self._put(*self._unique(ids_BT), room)).result()
 
     def read_ahead(
-        self, batches: Iterator[tuple[Batch, tuple]], *, first_step: int
+        self, batches: Iterator[Batch], *, first_step: int
     ) -> Iterator[tuple[Batch, tuple[SomeRows]]]:
         """Yield each batch with its rows; before the next, those a step makes are given back.
 
@@ -77,7 +77,7 @@ class RowFeed:
             DataError: a batch has more different ids than train.max_unique_ids.
         """
         step, ahead = first_step, collections.deque()
-        for batch, _ in batches:
+        for batch in batches:
             ahead.append((batch, self._thread.submit(self._read, batch.ids_BT, step)))
             step += 1
             if len(ahead) > self._config.mesh.table_prefetch:
@@ -97,8 +97,8 @@ class RowFeed:
         self._last_write.result()
 
     def close(self) -> None:
-        """Forget what is read ahead, and end the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """End the thread; what was given back is written, what is read ahead forgotten."""
+        self._thread.shutdown()
 
     # ------------------------------------------------------------------ on the thread
 
@@ -108,12 +108,9 @@ class RowFeed:
             check_unique(len(ids["token"]), self._config, step)
         room = {name: self._config.unique_rows(name) for name in self._streams}
         rows = self._put(places, ids, room)
-        sources = [
-            _found_in(earlier, rows_of, room)
-            for earlier, rows_of in ((e, ids) for e in self._earlier)
-        ]
+        found = [_found_in(earlier, ids, room) for earlier in self._earlier]
         self._earlier.append(ids)
-        return _Ready(ids, rows, [jax.device_put(one, replicated(self._mesh)) for one in sources])
+        return _Ready(ids, rows, jax.device_put(found, replicated(self._mesh)))
 
     def _unique(self, ids_BT: np.ndarray) -> tuple[dict[str, np.ndarray], Ids]:
         """Return for each stream the place of every id among the unique ones, and these."""

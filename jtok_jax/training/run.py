@@ -18,11 +18,9 @@ from jtok_jax.data.manifest import absolute_path
 from jtok_jax.errors import ConfigError, DamagedError, DataError, Preempted
 from jtok_jax.hosts import Hosts, code_and_versions
 from jtok_jax.lock import LOCK_FILE, locked
-from jtok_jax.mesh import check_batches, make_mesh, put_batch, replicated, rows_here
+from jtok_jax.mesh import check_batches, make_mesh, put_batch, rows_here
 from jtok_jax.model.params import Params
 from jtok_jax.model.placement import describe, table_operations
-from jtok_jax.store.feed import RowFeed
-from jtok_jax.store.tables import HostTables
 from jtok_jax.training import guards
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
@@ -43,14 +41,8 @@ from jtok_jax.training.resume import (
     keep_tokenizer,
 )
 from jtok_jax.training.state import TrainState, abstract_state, init_state
-from jtok_jax.training.step import (
-    StepMetrics,
-    health_arguments,
-    jit_train_step,
-    make_eval_step,
-    make_health_step,
-    step_arguments,
-)
+from jtok_jax.training.step import StepMetrics
+from jtok_jax.training.steps import Steps
 from jtok_jax.training.warm_start import begin_with, require_same_words
 
 
@@ -130,19 +122,7 @@ class Run:
             keep_tokenizer(workdir, self._source.tokenizer)
         self._print_model()
         self._optimizer = make_optimizer(config)
-        self._step = jit_train_step(config, self._optimizer, self._mesh)
-        everywhere = replicated(self._mesh)
-        self._health_step = jax.jit(make_health_step(config, self._mesh), out_shardings=everywhere)
-        self._eval_step = jax.jit(make_eval_step(config, self._mesh), out_shardings=everywhere)
-        self._tables = self._feed = None
-        if config.mesh.table_memory == "host":
-            if hosts.count > 1:
-                raise ConfigError(
-                    f"mesh.table_memory is host, and {hosts.count} processes share this run; "
-                    "tables in host memory are for one process with any number of devices."
-                )
-            self._tables = HostTables(config.model, self._optimizer.rows)
-            self._feed = RowFeed(config, self._mesh, self._tables)
+        self.steps = Steps(config, self._optimizer, self._mesh, processes=hosts.count)
         self.checkpoints = self._open_checkpoints()
         self.first_step, self.validation_due = self._begin()
         self._timer, self._data_wait = Timer(config), 0.0
@@ -164,12 +144,11 @@ class Run:
         self.hosts.agree("data and checkpoint", self._source.fingerprint | facts, DataError)
         if self.first_step == 1:
             state = init_state(self.config, self._optimizer, self._mesh)
-            if self._tables:
-                self._tables.initialise(jax.random.key(self.config.train.seed))
+            self.steps.initialise_tables()
             if self.config.init_from:
                 with self._stall.waiting_for(f"parameters of {self.config.init_from}"):
                     params = begin_with(self.config, self._mesh, state.params, self.hosts.say)
-                self._refuse_tables(params)
+                self.steps.refuse_tables(params)
                 state = state._replace(params=params)
             return state
         state = self._restore()
@@ -181,15 +160,6 @@ class Run:
         if not self._changed and self.hosts.lead:  # else a kill after a change would keep the old
             keep_config(self.workdir, self.config)
         return state
-
-    def _refuse_tables(self, params: Params) -> None:
-        both = [name for name in params if self._tables and name in self._tables.whole]
-        if both:
-            raise ConfigError(
-                f"init_from has tables ({', '.join(both)}), and mesh.table_memory is host: they "
-                "cannot be begun with there. Train with mesh.table_memory=device, save, and go on "
-                "with host: a checkpoint fits both."
-            )
 
     def _begin(self) -> tuple[int, bool]:
         """Return the step after the newest checkpoint, and whether that lacks its validation."""
@@ -207,7 +177,7 @@ class Run:
         while True:
             try:
                 with self._stall.waiting_for(f"restored checkpoint of step {self.first_step - 1}"):
-                    return self.checkpoints.restore(abstract, self._tables)
+                    return self.checkpoints.restore(abstract, self.steps.tables)
             except DamagedError as error:
                 self.checkpoints.close()
                 self._set_aside(error)
@@ -251,22 +221,16 @@ class Run:
 
     def close_checkpoints(self) -> None:
         """Wait for the last save."""
-        if self._feed:
-            self._feed.close()
+        self.steps.close()
         with self._stall.waiting_for("end of the last save"):
             self.checkpoints.close()
 
     def compile(self, state: TrainState) -> None:
         """Compile the training and the health step, so that the time of no step contains it."""
-        arguments = step_arguments(self.config, self._optimizer, self._mesh, state)
-        health = health_arguments(self.config, self._optimizer, self._mesh, state)
         began = time.perf_counter()
         self.hosts.say("compiling the step ...")
-        # For the state itself, not its shapes: an executable takes the very layouts it was made
-        # for, and raises where a jitted function would compile again.
         with self._stall.waiting_for("compiled step"):
-            self._step = self._step.lower(*arguments).compile()
-            self._health_step = self._health_step.lower(*health).compile()
+            self.steps.compile(state)
         self.hosts.say(f"compiled the step in {time.perf_counter() - began:.1f} s")
 
     def validate_first(self, state: TrainState) -> None:
@@ -297,9 +261,7 @@ class Run:
         size, first = self.config.train.batch_size, self.first_step
         rows = rows_here(self._mesh, size)
         batches = train_batches(self._source, self.config, rows, first_step=first)
-        batches = ((batch, ()) for batch in batches)
-        if self._feed:
-            batches = self._feed.read_ahead(batches, first_step=first)
+        batches = self.steps.read_ahead(batches, first_step=first)
         self._timer.start()
         for step in range(first, self.config.train.steps + 1):
             self._profile(step)
@@ -309,21 +271,6 @@ class Run:
             self._data_wait = time.perf_counter() - began
             arrays = [put_batch(self._mesh, array, size=size) for array in batch]
             yield step, (*arrays, *some)
-
-    def take_step(self, state: TrainState, batch: tuple) -> tuple[TrainState, StepMetrics]:
-        """Return the state after a step that is queued; the device works on it."""
-        if not self._feed:
-            return self._step(state, *batch)
-        ids_BT, targets_BT, some = batch
-        known = some._replace(leaves={})
-        state, leaves, metrics = self._step(state, some.leaves, ids_BT, targets_BT, known)
-        self._feed.give_back(leaves)
-        return state, metrics
-
-    def health(self, state: TrainState, batch: tuple) -> dict[str, jax.Array]:
-        """Return what docs/runs.md calls health, before a step on `batch`."""
-        ids_BT, _, *some = batch
-        return self._health_step(state.params, ids_BT, *some)
 
     def _profile(self, step: int) -> None:
         """Begin a trace before the first step of profile.steps, and end it after the last."""
@@ -379,9 +326,9 @@ class Run:
             with self._stall.waiting_for(f"end of the save before step {step}"):
                 self.checkpoints.wait()
             with self._stall.waiting_for(f"completed save at step {step}"):
-                if self._feed:
-                    self._feed.settle()
-                self.checkpoints.save(state, step, tables=self._tables, val_loss=self._val_loss)
+                self.steps.settle()
+                tables = self.steps.tables
+                self.checkpoints.save(state, step, tables=tables, val_loss=self._val_loss)
                 if self._is_last(step) or self.stop.agreed or self._changed:
                     self.checkpoints.wait()
         if self._changed and self.hosts.lead:  # from now on the old values are those that differ
@@ -419,14 +366,14 @@ class Run:
     def _validate(self, step: int, params: Params) -> dict[str, float]:
         """Return the validation of `params`, those after `step`; {} if a signal ended it."""
         validation = evaluate(
-            self._eval_step,
+            self.steps.evaluate,
             params,
             self._source,
             self._mesh,
             batch_size=self.config.evaluation.batch_size,
             waiting_for=self._stall.waiting_for,
             stop=self.stop.reached,
-            rows_of=self._feed and self._feed.fetch,
+            rows_of=self.steps.rows_of,
         )
         if validation is None:
             return {}
