@@ -211,7 +211,7 @@ def test_kernels_run_within_the_exchange(kind, name):
     def gradients(params, parallel):
         plans = rows.make_plans(config, split[0], parallel)
         parameters = make_optimizer(config).split(params)
-        return step._gradients(config, *parameters, *split, plans, parallel)
+        return step._gradients(config, *parameters, *split, None, plans, parallel)
 
     parallel = Parallel({"tables": exchange}, one_device())
     expected, found = (

@@ -133,8 +133,8 @@ class Checkpoints:
         metrics = {RANKED_BY: val_loss} if finite else None
         leaves = named_leaves(state) | (tables.by_name() if tables else {})
         metadata = self._metadata(leaves, step)
-        options = _in_pieces(leaves) if tables else {}
-        with self._failure(step), ocp.Context(**options):
+        context = ocp.Context(**_in_pieces(leaves)) if tables else contextlib.nullcontext()
+        with self._failure(step), context:
             response = self._checkpointer.save_async(
                 step, leaves, metrics=metrics, custom_metadata=metadata
             )
