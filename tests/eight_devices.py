@@ -115,7 +115,7 @@ def trajectory(config: Config, mesh: Mesh, steps: int = 3):
 
 
 def trajectory_from_host(config: Config, mesh: Mesh, steps: int = 3):
-    """As `trajectory`, of tables in host memory, and the tables as a checkpoint has them."""
+    """Train as `trajectory` does, with tables in host memory; these are returned by name."""
     optimizer, losses, norms = make_optimizer(config), [], []
     state, run = init_state(config, optimizer, mesh), Steps(config, optimizer, mesh, processes=1)
     run.initialise_tables()
