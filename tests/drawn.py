@@ -15,7 +15,7 @@ SEED = int(os.environ.setdefault("LAYOUT_SEED", str(random.SystemRandom().randra
 ONE_IN = {
     "test_anatomy": 2, "test_aot": 2, "test_arguments": 3, "test_arms": 5, "test_config": 12,
     "test_document_mask": 2,
-    "test_generate": 3, "test_grouped_matmul": 3, "test_host_tables": 2, "test_huggingface": 2,
+    "test_generate": 3, "test_grouped_matmul": 3, "test_host_tables": 3, "test_huggingface": 2,
     "test_jtok": 3,
     "test_mesh": 2, "test_modulate": 12, "test_oracle": 3, "test_plan": 2, "test_planning": 3,
     "test_row_optimizers": 3, "test_signal": 2, "test_stall": 2, "test_step": 5, "test_study": 2,
@@ -25,6 +25,7 @@ ONE_IN = {
 # Files of tests of a minute or more: first, so that no worker is left with one at the end.
 FIRST = (
     "test_hosts", "test_layouts", "test_hosts_fail", "test_resume", "test_tour", "test_lm_eval",
+    "test_host_tables",
 )  # fmt: skip
 
 
