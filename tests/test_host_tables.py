@@ -81,8 +81,8 @@ def test_a_run_goes_on_with_its_tables_elsewhere(config, finished, tmp_path, the
     check_same(finished, workdir, 11)
 
 
-def test_a_step_that_is_not_finite_changes_no_row(config, tmp_path):
-    """Its learning rate is infinite: every parameter would be."""
+def test_steps_that_are_not_finite_end_the_run(config, tmp_path):
+    """A learning rate of 1e38 makes parameters infinite."""
     fields = {"optimizer.tables.weight_decay": 0.0, "optimizer.learning_rate": 1e38}
     start = changed(config, HOST | fields | {"train.max_bad_steps": 2})
     with pytest.raises(NonFiniteError):
