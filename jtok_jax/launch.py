@@ -45,7 +45,7 @@ def recognise(
             of 1 means alone whatever the environment says.
 
     Raises:
-        ConfigError: flags contradict each other or are not enough.
+        ConfigError: flags contradict each other or are not enough, or a rank is no number.
     """
     if num_processes == 1:
         return None
@@ -78,7 +78,9 @@ def _of_flags(address: str | None, count: int | None, process: int | None) -> La
 
 def _of_environment(environment: Mapping[str, str]) -> Launch | None:
     """Return the first launcher that says it started several processes."""
-    number = lambda name: int(environment.get(name) or 0)
+    # Where libtpu finds no pod it writes warnings as values of its variables, for its children.
+    environment = {name: x for name, x in environment.items() if not x.startswith("WARNING")}
+    number = lambda name: _whole_number(name, environment.get(name) or "0")
     # Open MPI may start its own processes by srun, which leave SLURM's variables to ours.
     if number("OMPI_COMM_WORLD_SIZE") > 1:
         # From version 5 on Open MPI does not say where the first process is: mpi4py finds it.
@@ -96,8 +98,7 @@ def _of_environment(environment: Mapping[str, str]) -> Launch | None:
     if number("PMI_SIZE") > 1:
         return _with_mpi("MPI", number("PMI_SIZE"), number("PMI_RANK"), "mpi4py")
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    # Of a slice, in GKE. libtpu writes a warning there for its children where it finds none.
-    if workers and not workers.startswith("WARNING"):
+    if workers:  # of a slice, in GKE
         here, slices = workers.count(",") + 1, number("MEGASCALE_NUM_SLICES") or 1
         rank = number("TPU_WORKER_ID") + here * number("MEGASCALE_SLICE_ID")
         return Launch("TPU pod", None, here * slices, rank) if here * slices > 1 else None
@@ -108,6 +109,12 @@ def _of_environment(environment: Mapping[str, str]) -> Launch | None:
     if may_be_tpu and chips and importlib.util.find_spec("libtpu"):
         return Launch("TPU VM")  # its metadata tell whether there are others
     return None
+
+
+def _whole_number(name: str, value: str) -> int:
+    if not value.isdigit():
+        raise ConfigError(f"The environment's {name} is {value!r}; expected a whole number.")
+    return int(value)
 
 
 def _with_mpi(launcher: str, count: int, rank: int, method: str) -> Launch:

@@ -69,3 +69,9 @@ def test_what_libtpu_writes_where_it_finds_no_pod_is_no_pod():
     """A process that has loaded it hands these to its children."""
     said = "WARNING: could not determine this, please set it manually, otherwise it may not work."
     assert recognise({"TPU_WORKER_HOSTNAMES": said, "TPU_WORKER_ID": said}) is None
+    assert recognise({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": said}) is None
+
+
+def test_a_rank_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="SLURM_PROCID is 'x'; expected a whole number"):
+        recognise({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "x"})
