@@ -262,6 +262,11 @@ class MeshConfig:
                 "rows only those of a step are on devices. Split columns, or tables of a layer."
             )
 
+    def tables_in(self, memory: str) -> "MeshConfig":
+        """Return this mesh with tables in "device" or "host" memory, where rows are not split."""
+        rows = "" if memory == "host" else self.table_rows
+        return dataclasses.replace(self, table_memory=memory, table_rows=rows)
+
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:

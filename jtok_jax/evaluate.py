@@ -15,7 +15,7 @@ import pathlib
 
 import jax
 
-from jtok_jax.config import Config, TrainConfig
+from jtok_jax.config import Config, MeshConfig, TrainConfig
 from jtok_jax.config_dict import add_mesh_options, asked_mesh
 from jtok_jax.data.loader import open_source
 from jtok_jax.data.manifest import parse_mixture
@@ -24,6 +24,7 @@ from jtok_jax.hosts import Hosts, code_and_versions, joined
 from jtok_jax.launch import recognise
 from jtok_jax.mesh import check_batches, make_mesh, replicated
 from jtok_jax.model.placement import describe, fitting
+from jtok_jax.store.reader import RowReader
 from jtok_jax.training.evaluate import evaluate
 from jtok_jax.training.guards import StallWatch
 from jtok_jax.training.resume import checkpoints_of
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--workdir", required=True, type=pathlib.Path, help="folder of a run of train.py")
     option("--data", default="", help="prepared corpus; default: data.path of the run")
     option("--step", default="newest", help="of a checkpoint; or newest, best; default: newest")
+    option("--table_memory", choices=["device", "host"], help="default: as in the run")
     option("--batch_size", type=int, help="sequences at a time; default: evaluation.batch_size")
     option("--coordinator_address", help="HOST:PORT of process 0, of several")
     option("--num_processes", type=int, help="of several; 1: this one is alone")
@@ -61,9 +63,14 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
         "--config.mesh": asked and dataclasses.asdict(asked),
         "--batch_size": options.batch_size,
         "--step": options.step,
+        "--table_memory": options.table_memory,
     }
     hosts.agree("options", facts, ConfigError)
-    choose = lambda config: asked or fitting(config)
+
+    def choose(config: Config) -> MeshConfig:
+        chosen = asked or fitting(config)
+        return chosen.tables_in(options.table_memory or chosen.table_memory)
+
     saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)
     source = open_source(config)
@@ -79,8 +86,9 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     file = options.workdir / "stall-evaluate.txt"
     stall = StallWatch(file, config.train.stall_seconds, hosts.announce)
     result = evaluate(
-        eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for
-    )
+        eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for,
+        rows_of=saved.tables and RowReader(config, mesh, saved.tables).fetch,
+    )  # fmt: skip
     hosts.say(f"step {saved.step}: {result:.6f}")
 
 

@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all (0)")
     option("--top_p", type=float, default=0.95, help="only the most likely mass (0.95)")
     option("--seed", type=int, default=0)
+    option("--table_memory", choices=["device", "host"], help="default: as in the run")
     option(
         "--data", type=pathlib.Path, help="prepared corpus, for its tokenizer; default: the run's"
     )
@@ -55,7 +56,9 @@ def run(options: argparse.Namespace) -> None:
     for prompt in prompts:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds such bytes
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
-    loaded = load(options.workdir, data=options.data, step=options.step)
+    loaded = load(
+        options.workdir, data=options.data, step=options.step, table_memory=options.table_memory
+    )
     seq_len = loaded.config.train.seq_len
     longest = max((len(loaded.encode(prompt)) for prompt in prompts), default=0) + options.tokens
     if longest > seq_len:

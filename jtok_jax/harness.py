@@ -23,6 +23,7 @@ from jtok_jax.inference.generator import for_inference, for_texts, generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.loading import load
 from jtok_jax.model.params import bind
+from jtok_jax.store.rows import with_rows
 
 SHORTEST = 32  # tokens that a sequence is padded to at least
 MAX_TOKENS = 256  # of a text, where a task does not say; but half of the longest at most
@@ -40,6 +41,7 @@ class JtokLM(TemplateLM):
         add_bos_token: False: contexts begin with their first token, as the harness does for
             models of Hugging Face whose tokenizer adds none.
         max_length: tokens of a text at most; 0: those of a sequence in training.
+        table_memory: "device" or "host"; None: as in the run.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class JtokLM(TemplateLM):
         batch_size: int = 16,
         add_bos_token: bool = True,
         max_length: int = 0,
+        table_memory: str | None = None,
         **ignored,  # device and other arguments that the harness has for every model
     ):
         super().__init__()
@@ -57,7 +60,8 @@ class JtokLM(TemplateLM):
             raise ConfigError(
                 f"batch_size is {batch_size}, max_length {max_length}; expected at least 1 and 0."
             )
-        self._run, self._size, self._begin = load(workdir, step=step), batch_size, add_bos_token
+        self._run = load(workdir, step=step, table_memory=table_memory)
+        self._size, self._begin = batch_size, add_bos_token
         model = self._run.config.model
         self._params = for_inference(model, dict(self._run.params))
         self._config = for_texts(model, self._params)
@@ -109,7 +113,9 @@ class JtokLM(TemplateLM):
             ids_BT = np.zeros((self._size, length + 1), np.int32)
             for row, index in enumerate(group):
                 ids_BT[row, : len(sequences[index])] = sequences[index]
-            scores = _score(self._config, self._params, ids_BT[:, :-1], ids_BT[:, 1:])
+            reader = self._run.reader
+            some = reader and reader.fetch(ids_BT[:, :-1])
+            scores = _score(self._config, self._params, ids_BT[:, :-1], ids_BT[:, 1:], some)
             nats_BT, likeliest_BT = map(np.asarray, scores)
             for row, index in enumerate(group):
                 end = len(sequences[index]) - 1
@@ -157,6 +163,7 @@ class JtokLM(TemplateLM):
                 made = generate(
                     self._run.config.model, self._params, [prompts[i] for i in places],
                     tokens=tokens, sampling=sampling, seed=seed, end_id=self._run.end_id,
+                    reader=self._run.reader,
                 )  # fmt: skip
                 for place, ids in zip(places, made.tolist(), strict=True):
                     index = chosen[place]
@@ -178,8 +185,9 @@ class JtokLM(TemplateLM):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(config, params, ids_BT, targets_BT):
+def _score(config, params, ids_BT, targets_BT, some):
     """Return nats, and whether it is the likeliest token, of every target; both [B, T]."""
+    params, places = with_rows(config, params, some)
     model = bind(config, params)
 
     def of_text(pair):  # one at a time: logits are the largest of all arrays
@@ -189,7 +197,7 @@ def _score(config, params, ids_BT, targets_BT):
         nats_T = jax.nn.logsumexp(logits_TV, axis=1) - own_T
         return nats_T, logits_TV.argmax(axis=1) == targets_T
 
-    return jax.lax.map(of_text, (model(ids_BT).hidden_BTD, targets_BT))
+    return jax.lax.map(of_text, (model(ids_BT, places=places).hidden_BTD, targets_BT))
 
 
 def _padded(length: int) -> int:

@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--step", default="newest", help="of a checkpoint; or newest, best (newest)")
     option("--batch_size", type=int, default=16, help="texts at a time (16)")
     option("--max_length", type=int, default=0, help="tokens of a text; default: train.seq_len")
+    option("--table_memory", choices=["device", "host"], help="default: as in the run")
     option("--num_fewshot", type=int, help="examples before each question; default: the task's")
     option("--limit", type=float, help="documents of each task; below 1: a share; default: all")
     option("--gen_kwargs", help="of generated texts, such as max_gen_toks=64")
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
         options.batch_size,
         not options.no_bos_token,
         options.max_length,
+        options.table_memory,
     )
     try:
         results = evaluator.simple_evaluate(

@@ -8,20 +8,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from jtok_jax.config import Config
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.data import manifest, tokenizer
 from jtok_jax.data.encoding import encode_text
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.inference.cache import logits
 from jtok_jax.inference.generator import for_inference, for_texts, generate
 from jtok_jax.inference.sampling import Sampling
+from jtok_jax.mesh import make_mesh
 from jtok_jax.model.params import Params, bind
 from jtok_jax.model.placement import over_all
 from jtok_jax.model.transformer import Transformer
+from jtok_jax.store.reader import RowReader, put_whole
+from jtok_jax.store.rows import with_rows
 from jtok_jax.training.saved import Saved, load_params, require_same_tokenizer
 
 
@@ -33,10 +35,19 @@ class LoadedRun(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     end_id: int  # stands before every document
     step: int
+    reader: RowReader | None = None  # of tables in host memory, which `params` lacks
 
     @property
     def model(self) -> Transformer:
-        """Return the Flax module, holding `params`."""
+        """Return the Flax module, holding `params`.
+
+        Raises ConfigError: its tables are in host memory.
+        """
+        if self.reader:
+            raise ConfigError(
+                "Tables of this run are in host memory, so no module holds them. Load it with "
+                'table_memory="device", or take `logits`, `token_losses` and `generate`.'
+            )
         return bind(self.config.model, self.params)
 
     def encode(self, text: str) -> list[int]:
@@ -45,9 +56,10 @@ class LoadedRun(NamedTuple):
 
     def logits(self, text: str) -> np.ndarray:
         """Return float32 [T, V]: row i predicts the token after the first i + 1 of `encode`."""
-        ids_BT = jnp.asarray([self.encode(text)], jnp.int32)
+        ids_BT = np.array([self.encode(text)], np.int32)
         config = for_texts(self.config.model, self.params)
-        return np.asarray(_logits(config, self.params, ids_BT)[0])
+        some = self.reader and self.reader.fetch(ids_BT)
+        return np.asarray(_logits(config, self.params, ids_BT, some)[0])
 
     def token_losses(self, text: str) -> list[tuple[str, float]]:
         """Return (token, nats) for every token of a text, in order."""
@@ -78,6 +90,7 @@ class LoadedRun(NamedTuple):
         ids_BT = generate(
             self.config.model, for_inference(self.config.model, dict(self.params)), encoded,
             tokens=tokens, sampling=sampling or Sampling(), seed=seed, end_id=self.end_id,
+            reader=self.reader,
             **({"on_ids": self._teller(encoded[0], on_text)} if on_text else {}),
         )  # fmt: skip
         pairs = zip(prompts, encoded, ids_BT.tolist(), strict=True)
@@ -111,22 +124,30 @@ def load(
     *,
     data: pathlib.Path | str | None = None,
     step: str | int = "newest",
+    table_memory: str | None = None,
 ) -> LoadedRun:
     """Return a checkpoint of a run of train.py with its tokenizer.
 
     Args:
         data: folder of a prepared corpus, for its tokenizer; None: the run has one of its own.
         step: "newest", "best" or a number, as of `load_params`.
+        table_memory: "device" or "host", where tables lie; None: as in the run.
 
     Raises:
         CheckpointError: there is no finished checkpoint, or it is damaged.
         ConfigError: the run has no tokenizer.
         DataError: the tokenizer is another one.
     """
-    choose = lambda config: over_all(config.model)
+
+    def choose(config: Config) -> MeshConfig:
+        return over_all(config.model).tables_in(table_memory or config.mesh.table_memory)
+
     saved = load_params(pathlib.Path(workdir), choose, step=step)
     encoder, end_id = _tokenizer(saved, pathlib.Path(workdir), data)
-    return LoadedRun(saved.config, saved.params, encoder, end_id, saved.step)
+    reader = None
+    if saved.tables:
+        reader = RowReader(saved.config, make_mesh(saved.config.mesh), saved.tables, put_whole)
+    return LoadedRun(saved.config, saved.params, encoder, end_id, saved.step, reader)
 
 
 def _tokenizer(
@@ -155,6 +176,7 @@ def _tokenizer(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(config, params, ids_BT):
+def _logits(config, params, ids_BT, some):
+    params, places = with_rows(config, params, some)
     model = bind(config, params)
-    return logits(model, model(ids_BT).hidden_BTD)
+    return logits(model, model(ids_BT, places=places).hidden_BTD)

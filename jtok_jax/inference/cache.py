@@ -36,18 +36,26 @@ class Step(NamedTuple):
     cache: Cache
 
 
-def prefill(model: Transformer, ids_BT: jax.Array, lengths_B: jax.Array, *, capacity: int) -> Step:
+def prefill(
+    model: Transformer,
+    ids_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    capacity: int,
+    places: dict[str, jax.Array] | None = None,
+) -> Step:
     """Read right-padded prompts in one pass.
 
     Args:
         ids_BT: int32 in [0, V); what stands at `lengths` and after is ignored.
         lengths_B: int32, from 1 to T.
         capacity: places in the cache, at least T.
+        places: of the rows that `model` has of tables, see `tables.SomeRows`.
     """
     # "splash" was asked for windows: a prompt of another length takes what fits it.
     kind = "auto" if model.config.attention == "splash" else model.config.attention
     attend = lambda q, k, v, _: AttentionResult(causal(q, k, v, kind=kind), (k, v))
-    output = model(ids_BT, attend=attend)
+    output = model(ids_BT, attend=attend, places=places)
     length = ids_BT.shape[1]
     room = ((0, 0), (0, 0), (0, capacity - length), (0, 0))
     with_room = lambda new_BTKH: jnp.pad(new_BTKH.swapaxes(1, 2), room)
@@ -62,7 +70,12 @@ def prefill(model: Transformer, ids_BT: jax.Array, lengths_B: jax.Array, *, capa
     return Step(logits(model, last_BD), cache)
 
 
-def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
+def decode(
+    model: Transformer,
+    ids_B: jax.Array,
+    cache: Cache,
+    places: dict[str, jax.Array] | None = None,
+) -> Step:
     """Read one more token of every sequence; donated, the cache is written where it lies."""
     filled_BX = _written(cache.filled_BX, jnp.ones_like(cache.filled_BX[:, :1]), cache.place, 1)
 
@@ -78,6 +91,7 @@ def decode(model: Transformer, ids_B: jax.Array, cache: Cache) -> Step:
         attend=attend,
         cache=cache.layers,
         before_BC=cache.before_BC,
+        places=places,
     )
     before_BC = jnp.concatenate([cache.before_BC, ids_B1 + 1], axis=1)[:, 1:]
     cache = Cache(output.cached, filled_BX, cache.place + 1, cache.lengths_B + 1, before_BC)

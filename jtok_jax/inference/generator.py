@@ -8,6 +8,8 @@ batch nor other prompts change them. Equal prompts are told apart by their order
 On several devices every one has the whole batch and a part of every parameter (`mesh.over_all`).
 Products with matrices split along D are partial sums: activations of a few tokens are sent, and no
 matrix. Rows are read where they lie. The compiler sees to both, given plain XLA.
+
+Of tables in host memory the rows of a token, for all layers, are read as soon as its id is there.
 """
 
 import collections
@@ -27,8 +29,11 @@ from jtok_jax.inference.cache import decode, prefill
 from jtok_jax.inference.sampling import Sampling, sample
 from jtok_jax.mesh import replicated
 from jtok_jax.model.params import Params, bind, declared
+from jtok_jax.model.tables import following
 from jtok_jax.model.variables import Embedding, Weight
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.store.reader import RowReader
+from jtok_jax.store.rows import with_rows
 
 ENDED_EVERY = 16  # to look at ids waits for the device
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple, so few shapes are ever compiled
@@ -59,6 +64,7 @@ def generate(
     seed: int,
     end_id: int = -1,
     on_ids: Callable[[jax.Array], None] = lambda ids_B: None,
+    reader: RowReader | None = None,
 ) -> np.ndarray:
     """Return the ids [len(prompts), up to `tokens`] that follow each prompt.
 
@@ -67,6 +73,7 @@ def generate(
         end_id: ends a text; what follows it means nothing. Looked for every `ENDED_EVERY` tokens:
             where all texts have one, no more are made. -1: there is none.
         on_ids: called with the next id of every text, int32 [B], as soon as it is on its way.
+        reader: of tables in host memory, which `params` lacks.
 
     Raises:
         ConfigError: no prompt or an empty one, no token to make, or an impossible `sampling`.
@@ -86,7 +93,10 @@ def generate(
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     capacity = -(-(padded + tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     mesh, config = _mesh_of(params), for_texts(config, params)
-    logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh)
+    rows_of = reader.fetch if reader else lambda ids_BT, before_BC=None: None
+    some = rows_of(ids_BT)
+    logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh, some)
+    before_BC = np.asarray(following(ids_BT, lengths_B, config.context)) if reader else None
     sampling = sampling.without_neutral(config.vocab_size)
     keys = _keys_of(prompts, seed)
     drawn = [_sample(logits, keys, lengths_B, sampling)]
@@ -95,7 +105,11 @@ def generate(
         look = end_id >= 0 and index % ENDED_EVERY == 0
         if look and np.any(np.stack(drawn) == end_id, axis=0).all():
             break
-        next_ids, cache = _decode(config, params, drawn[-1], cache, keys, sampling, mesh)
+        if reader:
+            ids_B1 = np.asarray(drawn[-1])[:, None]
+            some = rows_of(ids_B1, before_BC)
+            before_BC = np.concatenate([before_BC, ids_B1 + 1], axis=1)[:, 1:]
+        next_ids, cache = _decode(config, params, drawn[-1], cache, keys, sampling, mesh, some)
         drawn.append(next_ids)
         on_ids(next_ids)
     return np.stack([np.asarray(ids_B) for ids_B in drawn], axis=1)
@@ -140,14 +154,17 @@ def _sample(logits_BV, keys_B, lengths_B, sampling):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _prefill(config, params, ids_BT, lengths_B, capacity, mesh):
-    logits_BV, cache = prefill(bind(config, params), ids_BT, lengths_B, capacity=capacity)
+def _prefill(config, params, ids_BT, lengths_B, capacity, mesh, some=None):
+    params, places = with_rows(config, params, some)
+    model = bind(config, params)
+    logits_BV, cache = prefill(model, ids_BT, lengths_B, capacity=capacity, places=places)
     return _whole(mesh, (logits_BV, cache))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
-def _decode(config, params, ids_B, cache, keys_B, sampling, mesh):
-    logits_BV, cache = decode(bind(config, params), ids_B, cache)
+def _decode(config, params, ids_B, cache, keys_B, sampling, mesh, some=None):
+    params, places = with_rows(config, params, some)
+    logits_BV, cache = decode(bind(config, params), ids_B, cache, places)
     next_B = _sample(_whole(mesh, logits_BV), keys_B, cache.lengths_B, sampling)
     return _whole(mesh, (next_B, cache))
 

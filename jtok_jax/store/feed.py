@@ -2,7 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Brings the rows of tables in host memory to the devices, ahead of the steps that need them.
 
-    batch t + 1 --stream_ids, unique--> ids --HostTables.read--> rows --device_put--> SomeRows
+    batch t + 1 --RowReader--> rows of t + 1
     step t --> new rows of t --merge into the rows of t + 1--> step t + 1
                             \\--HostTables.write--> store
 
@@ -23,13 +23,12 @@ from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch, check_unique
-from jtok_jax.mesh import put_batch, replicated
+from jtok_jax.mesh import replicated
 from jtok_jax.model.params import declared_tables
-from jtok_jax.model.tables import SomeRows, stream_ids
-from jtok_jax.store.rows import Leaves, shardings_by_rows, stacked_shardings
+from jtok_jax.model.tables import SomeRows
+from jtok_jax.store.reader import Ids, RowReader
+from jtok_jax.store.rows import Leaves
 from jtok_jax.store.tables import HostTables
-
-Ids = dict[str, np.ndarray]  # by stream; int32, ascending, each once
 
 
 class _Ready(NamedTuple):
@@ -47,26 +46,19 @@ class RowFeed:
 
     def __init__(self, config: Config, mesh: Mesh, store: HostTables):
         self._config, self._mesh, self._store = config, mesh, store
-        self._tables = declared_tables(config.model)
-        streams = {table.stream for table in self._tables.values()}
-        self._streams = {name: config.model.id_streams[name] for name in sorted(streams)}
+        self._tables, self._reader = declared_tables(config.model), RowReader(config, mesh, store)
         self._thread = ThreadPoolExecutor(1, "rows")
         depth = config.mesh.table_prefetch
         self._earlier = collections.deque(maxlen=depth)  # ids of the batches read last
         self._results = collections.deque(maxlen=depth)  # leaves of the last steps
         self._taken: Ids = {}  # ids of the step under way
         self._last_write = self._thread.submit(lambda: None)
-        self._shardings = shardings_by_rows(stacked_shardings(config, mesh, store.whole))
-        self._merge = jax.jit(_merge, out_shardings=self._shardings, donate_argnums=0)
+        self._merge = jax.jit(_merge, out_shardings=self._reader.shardings, donate_argnums=0)
 
     def fetch(self, ids_BT: np.ndarray) -> SomeRows:
         """Return the rows of a batch that changes none, after all changes under way."""
         self.settle()
-        room = {
-            name: min(stream.num_rows, ids_BT.size * stream.heads)
-            for name, stream in self._streams.items()
-        }
-        return self._thread.submit(lambda: self._put(*self._unique(ids_BT), room)).result()
+        return self._thread.submit(self._reader.fetch, ids_BT).result()
 
     def read_ahead(
         self, batches: Iterator[Batch], *, first_step: int
@@ -103,41 +95,14 @@ class RowFeed:
     # ------------------------------------------------------------------ on the thread
 
     def _read(self, ids_BT: np.ndarray, step: int) -> _Ready:
-        places, ids = self._unique(ids_BT)
+        places, ids = self._reader.unique(ids_BT)
         if "token" in ids:
             check_unique(len(ids["token"]), self._config, step)
-        room = {name: self._config.unique_rows(name) for name in self._streams}
-        rows = self._put(places, ids, room)
+        room = {name: self._config.unique_rows(name) for name in ids}
+        rows = self._reader.put(places, ids, room)
         found = [_found_in(earlier, ids, room) for earlier in self._earlier]
         self._earlier.append(ids)
         return _Ready(ids, rows, jax.device_put(found, replicated(self._mesh)))
-
-    def _unique(self, ids_BT: np.ndarray) -> tuple[dict[str, np.ndarray], Ids]:
-        """Return for each stream the place of every id among the unique ones, and these."""
-        places, unique = {}, {}
-        for name, stream in self._streams.items():
-            ids = stream_ids(stream, ids_BT, xp=np)
-            used = np.zeros(stream.num_rows, bool)  # a sort would take thirty times as long
-            used[ids] = True
-            unique[name] = np.flatnonzero(used).astype(np.int32)
-            place = np.empty(stream.num_rows, np.int32)
-            place[unique[name]] = np.arange(len(unique[name]), dtype=np.int32)
-            places[name] = place[ids]
-        return places, unique
-
-    def _put(self, places: dict[str, np.ndarray], ids: Ids, room: Mapping[str, int]) -> SomeRows:
-        padded = {
-            name: np.pad(
-                ids[name], (0, room[name] - len(ids[name])), constant_values=stream.num_rows
-            )
-            for name, stream in self._streams.items()
-        }
-        leaves = jax.device_put(self._store.read(ids, room), self._shardings)
-        return SomeRows(
-            places={name: put_batch(self._mesh, one) for name, one in places.items()},
-            ids=jax.device_put(padded, replicated(self._mesh)),
-            leaves=leaves,
-        )
 
     # ------------------------------------------------------------------ before a step
 

@@ -20,7 +20,7 @@ from jtok_kernels import RowOptimizer
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import replicated, split_batch
-from jtok_jax.model.params import declared_tables
+from jtok_jax.model.params import Params, declared_tables, to_stored
 from jtok_jax.model.placement import table_layouts
 from jtok_jax.model.tables import ROWS, SomeRows
 from jtok_jax.model_config import ModelConfig
@@ -111,6 +111,19 @@ def abstract_rows(config: Config, mesh: Mesh, optimizers: Optimizers) -> SomeRow
         ids={name: place((size,), np.int32, sharding=everywhere) for name, size in room.items()},
         leaves=leaves,
     )
+
+
+def with_rows(
+    config: ModelConfig, params: Params, some: SomeRows | None
+) -> tuple[Params, dict[str, jax.Array] | None]:
+    """Return parameters with the rows of a batch for tables, and their `places`; traced.
+
+    some: None where `params` has the tables.
+    """
+    if some is None:
+        return params, None
+    tables = {name: leaves[ROWS] for name, leaves in stacked(some.leaves).items()}
+    return params | to_stored(config, tables), some.places
 
 
 def bytes_of(leaves: Leaves) -> int:

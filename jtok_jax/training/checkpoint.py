@@ -248,8 +248,6 @@ class Checkpoints:
         logical = _logical(abstract)
         wanted, held = named_leaves(logical), tables.by_name() if tables else {}
         leaves = load_leaves(self._checkpointer, found, wanted | held)
-        for name, value in held.items():
-            value[...] = leaves.pop(name)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
 
@@ -338,6 +336,9 @@ def config_of(found) -> Config:
 def load_leaves(checkpointer, found, wanted: dict, *, below: str = "") -> dict[str, jax.Array]:
     """Return the leaves of a checkpoint whose name begins with `below`.
 
+    Args:
+        wanted: shapes with shardings, and arrays of NumPy, which are filled and not returned.
+
     Raises:
         CheckpointError: they are not those of `wanted`. Orbax would cast dtypes.
         DamagedError: they are not what was saved.
@@ -361,10 +362,10 @@ def load_leaves(checkpointer, found, wanted: dict, *, below: str = "") -> dict[s
         skipped = dict.fromkeys(found.metadata, ...)
         leaves = checkpointer.load(found.step, skipped | wanted)
         said = found.custom_metadata.get(DIGESTS)
-        if said is None:  # of an earlier version
-            return leaves
-        own = digests({name: leaves[name] for name in wanted})
+        own = digests({name: leaves[name] for name in wanted}) if said else {}  # none: an old one
         changed = [name for name in own if own[name] != said[name]]
         if changed:
             raise ValueError(f"{', '.join(changed)} differ from what was saved")
-        return leaves
+    for name in [name for name, value in wanted.items() if isinstance(value, np.ndarray)]:
+        wanted[name][...] = leaves.pop(name)
+    return leaves

@@ -47,7 +47,7 @@ def evaluate(
 
     Args:
         waiting_for: context in which a batch is read and computed: `StallWatch.waiting_for`.
-        rows_of: `RowFeed.fetch`, of tables in host memory.
+        rows_of: `fetch` of a `RowFeed` or `RowReader`, of tables in host memory.
         stop: asked before every batch, such as `StopSignal.reached`; if so, None is returned.
     """
     nats = weight = 0.0

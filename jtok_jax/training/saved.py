@@ -17,6 +17,7 @@ from jtok_jax.mesh import abstract_mesh, make_mesh
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.params import abstract_params, to_stored
 from jtok_jax.model.placement import parameter_sharding, table_operations
+from jtok_jax.store.tables import HostTables
 from jtok_jax.training.checkpoint import (
     PARAMS,
     RANKED_BY,
@@ -36,6 +37,7 @@ class Saved(NamedTuple):
     config: Config
     data: dict[str, str]  # fingerprint of the data, see jtok_jax.data.manifest
     params: dict[str, jax.Array]
+    tables: HostTables | None  # in host memory; None: `params` has them
     workdir: pathlib.Path
     end_id: int | None  # of the tokenizer, between documents; None: not known
     sequences: int  # trained on
@@ -53,7 +55,8 @@ def load_params(
 
     Args:
         choose: a mesh of all devices here to split them over, by the configuration of the run; it
-            becomes the `config.mesh` of what is returned. None: all of them on one device.
+            becomes the `config.mesh` of what is returned, and says where tables lie. None: all of
+            them on one device.
         step: "newest", "best" (of those still there, the lowest validation loss) or a number.
 
     Raises:
@@ -80,18 +83,21 @@ def _load_params(
         number = _choose_step(checkpointer, step, folder)
         found = read_metadata(checkpointer, number)
         config = config_of(found)
-        mesh_config = choose(config) if choose else config.mesh
-        on_device = dataclasses.replace(mesh_config, table_memory="device")
-        config = dataclasses.replace(config, mesh=on_device)
+        mesh_config = choose(config) if choose else config.mesh.tables_in("device")
+        config = dataclasses.replace(config, mesh=mesh_config)
         place, mesh = _placing(config, alone=choose is None)
         config = anywhere(config, mesh)
-        names = abstract_params(config.model)
-        wanted = {PARAMS + name: place(name, leaf) for name, leaf in names.items()}
-        leaves = load_leaves(checkpointer, found, wanted, below=PARAMS)
-    params = to_stored(config.model, {name: leaves[PARAMS + name] for name in names})
+        tables = HostTables(config.model, {}) if mesh_config.table_memory == "host" else None
+        wanted = {
+            PARAMS + name: place(name, leaf) for name, leaf in abstract_params(config.model).items()
+        }
+        held = tables.by_name() if tables else {}
+        leaves = load_leaves(checkpointer, found, wanted | held, below=PARAMS)
+    params = {name.removeprefix(PARAMS): leaves[name] for name in wanted if name in leaves}
+    params = to_stored(config.model, params)
     metadata = found.custom_metadata
     end_id, seen = metadata.get("end_id"), sequences_seen(found)
-    return Saved(number, config, metadata["data"], params, workdir, end_id, seen)
+    return Saved(number, config, metadata["data"], params, tables, workdir, end_id, seen)
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:

@@ -18,8 +18,7 @@ from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind, declared_tables, to_logical, to_stored
 from jtok_jax.model.tables import ROWS, Rows, SomeRows
 from jtok_jax.model.transformer import Parallel
-from jtok_jax.model_config import ModelConfig
-from jtok_jax.store.rows import abstract_rows, by_rows, stacked
+from jtok_jax.store.rows import abstract_rows, by_rows, stacked, with_rows
 from jtok_jax.training import rows
 from jtok_jax.training.compiler import compiler_options
 from jtok_jax.training.optimizer import Optimizer, schedule
@@ -251,7 +250,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[..., LossSums]:
     def step(
         params: Params, ids_BT, targets_BT, weights_BT, some: SomeRows | None = None
     ) -> LossSums:
-        params, places = _with_rows(config.model, params, some)
+        params, places = with_rows(config.model, params, some)
         model = bind(config.model, params)
         hidden = model(ids_BT, parallel=parallel, places=places).hidden_BTD
         return _loss_of(config, hidden, model.head_DV, targets_BT, weights_BT, parallel)[1]
@@ -269,7 +268,7 @@ def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.
     def step(
         params: Params, ids_BT: jax.Array, some: SomeRows | None = None
     ) -> dict[str, jax.Array]:
-        params, places = _with_rows(config.model, params, some)
+        params, places = with_rows(config.model, params, some)
         shorter = lambda x: jax.lax.with_sharding_constraint(
             x[:: ids_BT.shape[0] // num_shards(mesh, BATCH)], split_batch(mesh)
         )
@@ -278,15 +277,6 @@ def make_health_step(config: Config, mesh: Mesh) -> Callable[..., dict[str, jax.
         return model(ids_BT, parallel=parallel, places=places, with_health=True).health
 
     return step
-
-
-def _with_rows(
-    config: ModelConfig, params: Params, some: SomeRows | None
-) -> tuple[Params, dict | None]:
-    if some is None:
-        return params, None
-    tables = {name: leaves[ROWS] for name, leaves in stacked(some.leaves).items()}
-    return params | to_stored(config, tables), some.places
 
 
 def _split(config: Config, array_BT: jax.Array) -> jax.Array:

@@ -37,7 +37,8 @@ def begin_with(config: Config, mesh: Mesh, params: Params, say: Callable[[str], 
         opened = open_folder(folder, dtype=config.model.param_dtype)
         shapes, read, what = opened.shapes(), opened.parameter, f"{folder}"
     else:
-        saved = load_params(folder, lambda _: config.mesh, step=step or "newest")
+        on_devices = config.mesh.tables_in("device")
+        saved = load_params(folder, lambda _: on_devices, step=step or "newest")
         found = to_logical(saved.params)
         shapes = {name: value.shape for name, value in found.items()}
         read, what = found.__getitem__, f"{folder} at step {saved.step}"

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Brings the rows of a batch from host memory to the devices of a mesh.
+
+ids of the batch --stream_ids, unique--> ids --HostTables.read--> rows --device_put--> SomeRows
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jtok_jax.config import Config
+from jtok_jax.mesh import put_batch, replicated
+from jtok_jax.model.params import declared_tables
+from jtok_jax.model.tables import SomeRows, stream_ids
+from jtok_jax.store.rows import shardings_by_rows, stacked_shardings
+from jtok_jax.store.tables import HostTables
+
+Ids = dict[str, np.ndarray]  # by stream; int32, ascending, each once
+FEW = 64  # times fewer ids than a stream has rows are sorted; of more it is marked which there are
+
+
+class RowReader:
+    """Reads rows of one store. Of threads one at a time may use it."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        store: HostTables,
+        put: Callable[[Mesh, np.ndarray], jax.Array] = put_batch,
+    ):
+        """put: how arrays of a batch lie on `mesh`."""
+        self._mesh, self._store, self._put = mesh, store, put
+        streams = {table.stream for table in declared_tables(config.model).values()}
+        self.streams = {name: config.model.id_streams[name] for name in sorted(streams)}
+        self.shardings = shardings_by_rows(stacked_shardings(config, mesh, store.whole))
+
+    def fetch(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> SomeRows:
+        """Return the rows of a batch. `before_BC` is that of `stream_ids`."""
+        places, ids = self.unique(ids_BT, before_BC)
+        room = {
+            name: min(stream.num_rows, ids_BT.size * stream.heads)
+            for name, stream in self.streams.items()
+        }
+        return self.put(places, ids, room)
+
+    def unique(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> tuple[Ids, Ids]:
+        """Return for each stream the place of every id among the unique ones, and these."""
+        places, unique = {}, {}
+        for name, stream in self.streams.items():
+            ids = stream_ids(stream, ids_BT, before_BC, xp=np)
+            unique[name], places[name] = _unique(ids, stream.num_rows)
+        return places, unique
+
+    def put(self, places: Ids, ids: Ids, room: Mapping[str, int]) -> SomeRows:
+        """Return rows of `unique` ids on the devices, with room for so many of each stream."""
+        padded = {
+            name: np.pad(
+                ids[name], (0, room[name] - len(ids[name])), constant_values=stream.num_rows
+            )
+            for name, stream in self.streams.items()
+        }
+        leaves = jax.device_put(self._store.read(ids, room), self.shardings)
+        return SomeRows(
+            places={name: self._put(self._mesh, one) for name, one in places.items()},
+            ids=jax.device_put(padded, replicated(self._mesh)),
+            leaves=leaves,
+        )
+
+
+def put_whole(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Return an array that is whole on every device."""
+    return jax.device_put(array, replicated(mesh))
+
+
+def _unique(ids: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids below `rows` that there are, int32, and the place of each among them."""
+    if ids.size * FEW < rows:
+        unique, places = np.unique(ids, return_inverse=True)
+        return unique.astype(np.int32), places.reshape(ids.shape).astype(np.int32)
+    used = np.zeros(rows, bool)  # a sort of many would take thirty times as long
+    used[ids] = True
+    unique = np.flatnonzero(used).astype(np.int32)
+    place = np.empty(rows, np.int32)
+    place[unique] = np.arange(len(unique), dtype=np.int32)
+    return unique, place[ids]
