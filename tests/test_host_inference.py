@@ -41,7 +41,8 @@ def test_logits_are_equal_and_tables_are_not_on_the_device(runs):
     assert np.array_equal(device.logits(TEXT), host.logits(TEXT))
     assert device.token_losses(TEXT) == host.token_losses(TEXT)
     tables = {name for name in device.params if name == "tables" or name.startswith("arms/")}
-    assert len(tables) > 2 and device.params.keys() - host.params.keys() == tables
+    assert len(tables) > 2
+    assert device.params.keys() - host.params.keys() == tables
     with pytest.raises(ConfigError, match="so no module holds them. Load it with table_memory="):
         _ = host.model
 

@@ -23,11 +23,13 @@ FOLD = 8  # rows
 
 def digests(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
     """Return the digest of every array by its name; waits for them."""
-    found = {
-        name: _of_pieces(value) if isinstance(value, np.ndarray) else _of_device(value)
-        for name, value in leaves.items()
-    }
-    return {name: int(value) for name, value in found.items()}
+    here = {name: value for name, value in leaves.items() if isinstance(value, np.ndarray)}
+    on_devices = {name: value for name, value in leaves.items() if name not in here}
+    whole = all(len(value.sharding.device_set) == 1 for value in on_devices.values())
+    # One program: CPUs of several processes may wait for each other in one they began out of order.
+    found = jax.device_get(_of_devices(on_devices, fold=whole))
+    found |= {name: _of_pieces(value) for name, value in here.items()}
+    return {name: int(found[name]) for name in leaves}
 
 
 def text_digest(values: object) -> str:
@@ -35,9 +37,10 @@ def text_digest(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _of_device(value: jax.Array) -> jax.Array:
-    whole = len(value.sharding.device_set) == 1  # else rows to fold may lie on several
-    return _digest(value, np.uint32(0), fold=whole)
+@functools.partial(jax.jit, static_argnames="fold")
+def _of_devices(leaves: dict[str, jax.Array], *, fold: bool) -> dict[str, jax.Array]:
+    """fold: no rows that would be added lie on several devices."""
+    return {name: _digest(value, jnp.uint32(0), fold=fold) for name, value in leaves.items()}
 
 
 def _of_pieces(value: np.ndarray) -> int:
