@@ -251,21 +251,34 @@ class MeshConfig:
     # rows of a step on the device.
     table_memory: str = "device"
     table_prefetch: int = 1  # steps whose rows are read ahead, of tables in host memory
+    # Of tables in host memory: a folder on a local disk, whose files hold them; "": memory does.
+    table_folder: str = ""
 
     def __post_init__(self):
         at_least(self, "mesh", 1, "fsdp", "expert", "tensor")
         at_least(self, "mesh", 0, "table_prefetch")
         one_of(self.table_memory, "mesh.table_memory", ("device", "host"))
+        if self.table_memory == "device" and self.table_folder:
+            raise ConfigError(
+                f"mesh.table_folder is {self.table_folder!r}, and tables are on devices; it is for "
+                "mesh.table_memory=host."
+            )
         if self.table_memory == "host" and names(self.table_rows):
             raise ConfigError(
                 f"mesh.table_rows is {self.table_rows!r}, and tables are in host memory: of their "
                 "rows only those of a step are on devices. Split columns, or tables of a layer."
             )
 
-    def tables_in(self, memory: str) -> "MeshConfig":
-        """Return this mesh with tables in "device" or "host" memory, where rows are not split."""
+    def tables_in(self, memory: str | None, folder: str = "") -> "MeshConfig":
+        """Return this mesh with tables elsewhere; rows in host memory are not split.
+
+        Args:
+            memory: "device" or "host"; None: as it is, but "host" where there is a folder.
+            folder: that of `table_folder`.
+        """
+        memory = memory or ("host" if folder else self.table_memory)
         rows = "" if memory == "host" else self.table_rows
-        return dataclasses.replace(self, table_memory=memory, table_rows=rows)
+        return dataclasses.replace(self, table_memory=memory, table_rows=rows, table_folder=folder)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--data", default="", help="prepared corpus; default: data.path of the run")
     option("--step", default="newest", help="of a checkpoint; or newest, best; default: newest")
     option("--table_memory", choices=["device", "host"], help="default: as in the run")
+    option("--table_folder", default="", help="where host tables are mapped; default: memory")
     option("--batch_size", type=int, help="sequences at a time; default: evaluation.batch_size")
     option("--coordinator_address", help="HOST:PORT of process 0, of several")
     option("--num_processes", type=int, help="of several; 1: this one is alone")
@@ -68,8 +69,7 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     hosts.agree("options", facts, ConfigError)
 
     def choose(config: Config) -> MeshConfig:
-        chosen = asked or fitting(config)
-        return chosen.tables_in(options.table_memory or chosen.table_memory)
+        return (asked or fitting(config)).tables_in(options.table_memory, options.table_folder)
 
     saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)

@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--top_p", type=float, default=0.95, help="only the most likely mass (0.95)")
     option("--seed", type=int, default=0)
     option("--table_memory", choices=["device", "host"], help="default: as in the run")
+    option("--table_folder", default="", help="where host tables are mapped; default: memory")
     option(
         "--data", type=pathlib.Path, help="prepared corpus, for its tokenizer; default: the run's"
     )
@@ -57,7 +58,11 @@ def run(options: argparse.Namespace) -> None:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds such bytes
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
     loaded = load(
-        options.workdir, data=options.data, step=options.step, table_memory=options.table_memory
+        options.workdir,
+        data=options.data,
+        step=options.step,
+        table_memory=options.table_memory,
+        table_folder=options.table_folder,
     )
     seq_len = loaded.config.train.seq_len
     longest = max((len(loaded.encode(prompt)) for prompt in prompts), default=0) + options.tokens

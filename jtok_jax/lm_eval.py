@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     option("--batch_size", type=int, default=16, help="texts at a time (16)")
     option("--max_length", type=int, default=0, help="tokens of a text; default: train.seq_len")
     option("--table_memory", choices=["device", "host"], help="default: as in the run")
+    option("--table_folder", default="", help="where host tables are mapped; default: memory")
     option("--num_fewshot", type=int, help="examples before each question; default: the task's")
     option("--limit", type=float, help="documents of each task; below 1: a share; default: all")
     option("--gen_kwargs", help="of generated texts, such as max_gen_toks=64")
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> None:
         not options.no_bos_token,
         options.max_length,
         options.table_memory,
+        options.table_folder,
     )
     try:
         results = evaluator.simple_evaluate(

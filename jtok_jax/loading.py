@@ -125,6 +125,7 @@ def load(
     data: pathlib.Path | str | None = None,
     step: str | int = "newest",
     table_memory: str | None = None,
+    table_folder: pathlib.Path | str = "",
 ) -> LoadedRun:
     """Return a checkpoint of a run of train.py with its tokenizer.
 
@@ -132,15 +133,19 @@ def load(
         data: folder of a prepared corpus, for its tokenizer; None: the run has one of its own.
         step: "newest", "best" or a number, as of `load_params`.
         table_memory: "device" or "host", where tables lie; None: as in the run.
+        table_folder: of files that hold host tables, mapped. They are made if they are not there;
+            processes that load the same checkpoint share them. "": memory holds tables.
 
     Raises:
         CheckpointError: there is no finished checkpoint, or it is damaged.
         ConfigError: the run has no tokenizer.
         DataError: the tokenizer is another one.
+        WorkdirError: another process fills or trains `table_folder`.
     """
 
     def choose(config: Config) -> MeshConfig:
-        return over_all(config.model).tables_in(table_memory or config.mesh.table_memory)
+        memory = table_memory or (None if table_folder else config.mesh.table_memory)
+        return over_all(config.model).tables_in(memory, str(table_folder))
 
     saved = load_params(pathlib.Path(workdir), choose, step=step)
     encoder, end_id = _tokenizer(saved, pathlib.Path(workdir), data)

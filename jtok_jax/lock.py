@@ -16,8 +16,14 @@ LOCK_FILE = "lock"  # of a workdir
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path) -> Iterator[TextIO]:
+def locked(
+    path: pathlib.Path, *, shared: bool = False, option: str = "--workdir"
+) -> Iterator[TextIO]:
     """Hold `path` as the only process; the operating system lets go when the process ends.
+
+    Args:
+        shared: beside others who share it too.
+        option: what takes another folder.
 
     Raises:
         WorkdirError: another process holds it, or the file system cannot write or lock it.
@@ -29,19 +35,20 @@ def locked(path: pathlib.Path) -> Iterator[TextIO]:
         raise WorkdirError(f"{path.parent} cannot be written: {error}.") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise WorkdirError(
                 f"{path} is in use by {file.read().strip() or 'another process'}. Nothing was "
-                "changed. Use another --workdir, or stop that process first."
+                f"changed. Use another {option}, or stop that process first."
             ) from None
         except OSError as error:  # as of Lustre mounted without flock
             raise WorkdirError(
                 f"{path} cannot be locked: {error}. Its file system must have flock; use a "
-                "--workdir on another."
+                f"{option} on another."
             ) from error
-        file.truncate(0)
-        file.write(f"a process with pid {os.getpid()} on {platform.node()}\n")
-        file.flush()
+        if not shared:
+            file.truncate(0)
+            file.write(f"a process with pid {os.getpid()} on {platform.node()}\n")
+            file.flush()
         yield file

@@ -3,6 +3,7 @@
 """Tables in host memory: text, logits and losses of a run are those of tables on the device."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from small import KINDS, with_every_table
 from test_config import changed
 from test_data import run_config
 
-from jtok_jax.errors import ConfigError
+from jtok_jax.errors import CheckpointError, ConfigError, WorkdirError
 from jtok_jax.evaluate import main as evaluate_main
 from jtok_jax.generate import main as generate_main
 from jtok_jax.loading import load
+from jtok_jax.lock import locked
+from train import train
 
 # Bits of a program depend on others it is compiled beside, unless code is made in one part.
 pytestmark = pytest.mark.skipif(OLD, reason="compiled here as for no user; make test-latest has it")
@@ -27,17 +30,29 @@ def config(corpus):
     jtok = dataclasses.replace(KINDS["dense-jtok_m"].jtok, table_init_std=0.1)
     model = with_every_table(dataclasses.replace(KINDS["dense-jtok_m"], jtok=jtok, vocab_size=300))
     start = dataclasses.replace(run_config(corpus, steps=3), model=model)
-    return changed(start, {"optimizer.learning_rate": 0.1})
+    return changed(start, {"optimizer.learning_rate": 0.1, "checkpoint.every": 1})
 
 
 @pytest.fixture(scope="module")
-def runs(finished):
-    """The run with its tables on the device and in host memory."""
-    return [load(finished, table_memory=memory) for memory in ("device", "host")]
+def folder(tmp_path_factory):
+    """Where tables of the run are mapped."""
+    return tmp_path_factory.mktemp("mapped") / "files"
+
+
+@pytest.fixture(scope="module")
+def runs(finished, folder):
+    """The run with tables on the device, in host memory, and in files made and found."""
+    places = {"table_memory": "device"}, {"table_memory": "host"}, *[{"table_folder": folder}] * 2
+    return [load(finished, **place) for place in places]
 
 
 def test_logits_are_equal_and_tables_are_not_on_the_device(runs):
-    device, host = runs
+    device, *others = runs
+    for host in others:
+        check_logits(device, host)
+
+
+def check_logits(device, host):
     assert np.array_equal(device.logits(TEXT), host.logits(TEXT))
     assert device.token_losses(TEXT) == host.token_losses(TEXT)
     tables = {name for name in device.params if name == "tables" or name.startswith("arms/")}
@@ -49,19 +64,43 @@ def test_logits_are_equal_and_tables_are_not_on_the_device(runs):
 
 def test_texts_of_prompts_of_several_lengths_are_equal(runs):
     prompts = [TEXT, "import os", "x"]
-    expected, found = [run.generate(prompts, tokens=30, seed=3) for run in runs]
-    assert found == expected
-    assert found != runs[1].generate(prompts, tokens=30, seed=4)
+    expected, *found = [run.generate(prompts, tokens=30, seed=3) for run in runs]
+    assert found == [expected] * 3
+    assert expected != runs[1].generate(prompts, tokens=30, seed=4)
+
+
+def test_files_of_another_checkpoint_are_refused(finished, folder, runs):
+    with pytest.raises(CheckpointError, match=r"holds the tables of another checkpoint, of step 3"):
+        load(finished, step=2, table_folder=folder)
+    assert load(finished, table_folder=folder).reader
+
+
+def test_files_that_are_being_written_are_in_use(config, finished, tmp_path):
+    with locked(tmp_path / "lock"):
+        with pytest.raises(WorkdirError, match=r"is in use by .*Use another table_folder"):
+            load(finished, table_folder=tmp_path)
+        start = {"mesh.table_memory": "host", "mesh.table_folder": str(tmp_path)}
+        with pytest.raises(WorkdirError, match=r"is in use by .*Use another table_folder"):
+            train(changed(config, start), tmp_path / "run")
+
+
+@pytest.mark.parametrize("is_mapped", [True, False], ids=["while mapped", "before"])
+def test_files_that_were_cut_are_noticed(finished, tmp_path, is_mapped):
+    run = load(finished, table_folder=tmp_path / "files")
+    path = tmp_path / "files" / "tables.rows.npy"
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match=r"was changed while|cannot be mapped: .*size"):
+        run.logits(TEXT) if is_mapped else load(finished, table_folder=tmp_path / "files")
 
 
 @pytest.mark.parametrize("tool", [
     lambda run, memory: generate_main([f"--workdir={run}", f"--prompt={TEXT}", memory]),
     lambda run, memory: evaluate_main([f"--workdir={run}", memory]),
 ], ids=["generate", "evaluate"])  # fmt: skip
-def test_tools_print_the_same(finished, tool, capsys):
+def test_tools_print_the_same(finished, folder, tool, capsys):
     printed = []
-    for memory in "device", "host":
-        tool(finished, f"--table_memory={memory}")
+    for place in "memory=device", "memory=host", f"folder={folder}":
+        tool(finished, f"--table_{place}")
         printed.append(capsys.readouterr().out)
     assert "step 3" in printed[0]
-    assert printed[0] == printed[1]
+    assert printed == printed[:1] * 3

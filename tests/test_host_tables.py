@@ -3,7 +3,9 @@
 """Tables in host memory: training, checkpoints and validation are those of tables on the device."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -15,7 +17,7 @@ from test_data import run_config
 from test_train_loop import check_same_run
 
 from jtok_jax.config import Config, TrainConfig
-from jtok_jax.errors import ConfigError, DataError, NonFiniteError
+from jtok_jax.errors import ConfigError, DataError, NonFiniteError, WorkdirError
 from jtok_jax.model_config import JtokConfig, ModelConfig
 from jtok_jax.planning.compiled import compile_for_topology, lacks, stand_in
 from jtok_jax.planning.topology import parse_topology
@@ -81,6 +83,55 @@ def test_a_run_goes_on_with_its_tables_elsewhere(config, finished, tmp_path, the
     check_same(finished, workdir, 11)
 
 
+@pytest.fixture(scope="module")
+def mapped(config, tmp_path_factory):
+    """Workdir of the run with its tables in files."""
+    workdir = tmp_path_factory.mktemp("mapped")
+    train(changed(config, HOST | {"mesh.table_folder": str(workdir / "files")}), workdir / "run")
+    return workdir / "run"
+
+
+def test_rows_in_files_are_drawn_when_they_are_read(finished, mapped):
+    """So a checkpoint has zeros for rows never read, and all else is the same.
+
+    The other tables begin with zeros.
+    """
+    check_same_run(finished, mapped)
+    expected, found = digests_of(finished, 11), digests_of(mapped, 11)
+    assert [name for name in expected if found[name] != expected[name]] == ["params/tables"]
+
+
+@pytest.mark.parametrize("there", [{}, HOST, HOST | {"mesh.table_folder": "files"}],
+                         ids=["to the device", "to memory", "to files"])  # fmt: skip
+def test_a_run_with_tables_in_files_goes_on_elsewhere(
+    config, finished, mapped, tmp_path, monkeypatch, there
+):
+    monkeypatch.chdir(tmp_path)
+    workdir = shutil.copytree(mapped, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "11")
+    train(changed(config, there), workdir)
+    if "mesh.table_folder" in there:
+        check_same(mapped, workdir, 11)
+    else:
+        check_same(finished, workdir, 11)
+
+
+def test_a_full_disk_under_the_files_ends_the_run_and_it_goes_on(
+    config, finished, tmp_path, monkeypatch
+):
+    start = changed(config, HOST | {"mesh.table_folder": str(tmp_path / "files")})
+
+    def is_full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", is_full)
+        with pytest.raises(WorkdirError, match=r"files has no room for more rows: .*No space left"):
+            train(start, tmp_path / "run")
+    train(start, tmp_path / "run")
+    check_same_run(finished, tmp_path / "run")
+
+
 def test_steps_that_are_not_finite_end_the_run(config, tmp_path):
     """A learning rate of 1e38 makes parameters infinite."""
     fields = {"optimizer.tables.weight_decay": 0.0, "optimizer.learning_rate": 1e38}
@@ -104,6 +155,8 @@ def test_what_cannot_lie_in_host_memory_is_refused(config):
         changed(config, HOST | {"mesh.table_rows": "fsdp"})
     with pytest.raises(ConfigError, match=r"mesh\.table_memory is 'disk'"):
         changed(config, {"mesh.table_memory": "disk"})
+    with pytest.raises(ConfigError, match=r"mesh\.table_folder is 'files', and tables are on dev"):
+        changed(config, {"mesh.table_folder": "files"})
 
 
 @pytest.mark.parametrize("name", ["h100:1x1", "v5p:1x1x1"])

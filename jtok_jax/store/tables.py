@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Tables in host memory: rows, and what their optimizer keeps of them, as NumPy arrays by rows."""
+"""Tables in host memory: rows, and what their optimizer keeps of them, as NumPy arrays by rows.
+
+A row has its first value from the seed, the table and its id. In memory all are drawn at once. In
+files each is drawn when it is read, until it is written: so they take the room of rows in use.
+"""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.params import declared_tables, init_rows, initial_options
 from jtok_jax.model.tables import ROWS
-from jtok_jax.model_config import ModelConfig
-from jtok_jax.store.rows import Leaves, Optimizers, bytes_of, whole_leaves
+from jtok_jax.store.mapped import MappedFolder
+from jtok_jax.store.rows import Leaves, Optimizers, bytes_of, whole_leaves, words
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by table and leaf
-CHUNK = 32 << 20  # bytes of rows that are drawn at once
+CHUNK = 32 << 20  # bytes of rows that are drawn, or looked at, at once
+FEW = 128  # rows that are drawn at once of those which a step reads for the first time
 
 
 class HostTables:
@@ -26,54 +31,118 @@ class HostTables:
     finite.
     """
 
-    def __init__(self, model: ModelConfig, optimizers: Optimizers):
-        """Allocate, without a value; `optimizers` by table, {} where nothing is trained.
+    def __init__(self, config: Config, optimizers: Optimizers, *, checkpoint: object = None):
+        """Allocate, without a value: in memory, or sparse files in mesh.table_folder.
 
-        Raises ConfigError: this machine has less memory left.
+        Args:
+            optimizers: by table, {} where nothing is trained.
+            checkpoint: see `MappedFolder`; files that hold it are used.
+
+        Raises:
+            ConfigError: this machine has less memory left.
+            CheckpointError, WorkdirError: see `MappedFolder`.
         """
-        self.whole, self.broken = whole_leaves(model, optimizers), set()
-        _require_memory(self.whole)
-        self._model, self._tables = model, declared_tables(model)
-        self._arrays: Arrays = {}
-        for name, leaves in self.whole.items():
-            axis = leaves[ROWS].ndim - 2
-            shape = lambda x, axis=axis: (x.shape[axis], *x.shape[:axis], *x.shape[axis + 1 :])
-            self._arrays[name] = {leaf: np.empty(shape(x), x.dtype) for leaf, x in leaves.items()}
+        self.whole, self.broken = whole_leaves(config.model, optimizers), set()
+        self._model, self._tables = config.model, declared_tables(config.model)
+        self._seed, path = config.train.seed, config.mesh.table_folder
+        shapes = {
+            f"{name}.{leaf}": _by_rows(x, leaves[ROWS].ndim - 2)
+            for name, leaves in self.whole.items()
+            for leaf, x in leaves.items()
+        }
+        for name in {table.stream for table in self._tables.values()}:
+            rows = config.model.id_streams[name].num_rows
+            shapes[f"drawn.{name}"] = jax.ShapeDtypeStruct((rows,), bool)
+        self._folder = MappedFolder(pathlib.Path(path), shapes, checkpoint) if path else None
+        if not path:
+            _require_memory(self.whole)
+        self._take(
+            self._folder.arrays
+            if self._folder
+            else {name: np.empty(x.shape, x.dtype) for name, x in shapes.items()}
+        )
 
-    def initialise(self, key: jax.Array) -> None:
-        """Draw the rows that `init_params` would draw, some at a time; states are zero."""
+    @property
+    def is_filled(self) -> bool:
+        """Return whether the files hold the checkpoint asked for; they are only read."""
+        return bool(self._folder) and self._folder.is_filled
+
+    @property
+    def is_sparse(self) -> bool:
+        """Return whether rows are left out: zeros, where a row was never written."""
+        return not all(drawn.all() for drawn in self._drawn.values())
+
+    def initialise(self) -> None:
+        """Give every row the value that `init_params` would draw; states are zero."""
         for leaves in self._arrays.values():
             for leaf, value in leaves.items():
-                if leaf != ROWS:
+                if not self._folder and leaf != ROWS:
                     value[...] = 0
-        draw = jax.jit(init_rows, static_argnums=0, compiler_options=initial_options())
-        rows = {table.stream: table.shape[-2] for table in self._tables.values()}
-        step = max(1, CHUNK // max(1, sum(x[ROWS][0].nbytes for x in self._arrays.values())))
-        for first in range(0, max(rows.values()), step):
-            # Ids beyond a table's rows are drawn as zeros, and left out.
-            ids = jnp.arange(first, first + step, dtype=jnp.int32)
-            drawn = draw(self._model, key, dict.fromkeys(rows, ids))
-            for name, value in drawn.items():
-                into = self._arrays[name][ROWS][first : first + step]
-                into[...] = np.moveaxis(np.asarray(value), -2, 0)[: len(into)]
+        for drawn in self._drawn.values():
+            drawn[...] = False
+        if not self._folder:
+            self._draw_others()
+
+    def restored(self, *, sparse: bool) -> None:
+        """Take what was written into `by_name` as a checkpoint, which may be sparse."""
+        for stream, drawn in self._drawn.items():
+            drawn[...] = not sparse
+            mine = [name for name, table in self._tables.items() if table.stream == stream]
+            for name in mine if sparse else ():
+                rows = self._arrays[name][ROWS]
+                size = max(1, CHUNK // rows[0].nbytes)
+                for first in range(0, len(rows), size):
+                    part = words(rows[first : first + size])
+                    drawn[first : first + size] |= part.reshape(len(part), -1).any(axis=1)
+        if not self._folder:
+            self._draw_others()
+
+    def filled(self) -> None:
+        """Keep the files as those of the checkpoint, for other processes to read."""
+        self._folder.fill()
+        self._take(self._folder.arrays)
+
+    def close(self) -> None:
+        """Let other processes use the files; the tables must not be used any more."""
+        if self._folder:
+            self._arrays = self._drawn = {}
+            self._folder.close()
 
     def read(self, ids: Mapping[str, np.ndarray], room: Mapping[str, int]) -> Arrays:
-        """Return the rows of int32 ids [U] by stream, and zeros up to the room of each."""
+        """Return the rows of int32 ids [U] by stream, and zeros up to the room of each.
+
+        Raises CheckpointError: files were changed.
+        """
+        if self._folder:
+            self._folder.check()
         found = {}
         for name, leaves in self._arrays.items():
             stream = self._tables[name].stream
             found[name] = {leaf: _take(x, ids[stream], room[stream]) for leaf, x in leaves.items()}
+        missing = {name: np.flatnonzero(~self._drawn[name][one]) for name, one in ids.items()}
+        if any(map(len, missing.values())):
+            wanted = {name: ids[name][places] for name, places in missing.items()}
+            for name, first, rows in self._first_rows(wanted, FEW):
+                places = missing[self._tables[name].stream][first : first + len(rows)]
+                found[name][ROWS][places] = rows
         return found
 
     def write(self, ids: Mapping[str, np.ndarray], rows: Mapping[str, Mapping]) -> None:
-        """Take the first len(ids) of `rows` as the rows of `ids`, each once and in the tables."""
+        """Take the first len(ids) of `rows` as the rows of `ids`, each once and in the tables.
+
+        Raises WorkdirError: the disk of the files is full.
+        """
+        if self._folder:
+            self._reserve(ids)
         for name, leaves in self._arrays.items():
             of_table = ids[self._tables[name].stream]
             for leaf, value in leaves.items():
                 new = np.asarray(rows[name][leaf])[: len(of_table)]
                 if leaf == ROWS and not np.isfinite(new).all():
                     self.broken.add(name)
-                _words(value)[of_table] = _words(new)
+                words(value)[of_table] = words(new)
+        for stream, of_stream in ids.items():
+            self._drawn[stream][of_stream] = True
 
     def by_name(self) -> dict[str, np.ndarray]:
         """Return every leaf by its name in a checkpoint, with the axes it has there: a view."""
@@ -84,6 +153,49 @@ class HostTables:
                 name = f"params/{table}" if leaf == ROWS else f"opt_state/{table}/{leaf}"
                 found[name] = np.moveaxis(value, 0, axis)
         return found
+
+    def _take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays: Arrays = {
+            name: {leaf: arrays[f"{name}.{leaf}"] for leaf in leaves}
+            for name, leaves in self.whole.items()
+        }
+        self._drawn = {
+            name: arrays[f"drawn.{name}"]
+            for name in {table.stream for table in self._tables.values()}
+        }
+
+    def _draw_others(self) -> None:
+        """Draw and write the rows that are not there."""
+        missing = {name: np.flatnonzero(~drawn) for name, drawn in self._drawn.items()}
+        once = sum(leaves[ROWS][0].nbytes for leaves in self._arrays.values())
+        for name, first, rows in self._first_rows(missing, max(1, CHUNK // max(1, once))):
+            ids = missing[self._tables[name].stream][first : first + len(rows)]
+            self._arrays[name][ROWS][ids] = rows
+        for drawn in self._drawn.values():
+            drawn[...] = True
+
+    def _first_rows(
+        self, ids: Mapping[str, np.ndarray], count: int
+    ) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Yield (table, index of the first, rows) of ids by stream, `count` at a time."""
+        draw = jax.jit(init_rows, static_argnums=0, compiler_options=initial_options())
+        key = jax.random.key(self._seed)
+        for first in range(0, max(map(len, ids.values())), count):
+            part = {name: one[first : first + count] for name, one in ids.items()}
+            padded = {}
+            for name, one in part.items():  # beyond a table's rows are zeros
+                beyond = len(self._drawn[name])
+                padded[name] = np.full(count, beyond, np.int32)
+                padded[name][: len(one)] = one
+            for name, value in draw(self._model, key, padded).items():
+                rows = np.moveaxis(np.asarray(value), -2, 0)
+                yield name, first, rows[: len(part[self._tables[name].stream])]
+
+    def _reserve(self, ids: Mapping[str, np.ndarray]) -> None:
+        new = {name: one[~self._drawn[name][one]] for name, one in ids.items()}
+        for name, leaves in self._arrays.items():
+            for leaf in leaves:
+                self._folder.reserve(f"{name}.{leaf}", new[self._tables[name].stream])
 
 
 def _require_memory(leaves: Leaves) -> None:
@@ -106,13 +218,13 @@ def _memory_left() -> int | None:
     return 1024 * found[0] if found else None
 
 
+def _by_rows(stacked: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
+    shape = stacked.shape
+    return jax.ShapeDtypeStruct((shape[axis], *shape[:axis], *shape[axis + 1 :]), stacked.dtype)
+
+
 def _take(array: np.ndarray, ids: np.ndarray, room: int) -> np.ndarray:
     out = np.zeros((room, *array.shape[1:]), array.dtype)  # pages that are not written cost nothing
     # "clip" writes into `out`; the default copies once more, to leave it whole where an id is bad.
-    np.take(_words(array), ids, axis=0, out=_words(out[: len(ids)]), mode="clip")
+    np.take(words(array), ids, axis=0, out=words(out[: len(ids)]), mode="clip")
     return out
-
-
-def _words(array: np.ndarray) -> np.ndarray:
-    """Return bfloat16 as words, which NumPy copies faster than a type of another library."""
-    return array.view(np.uint16) if array.dtype == jnp.bfloat16 else array

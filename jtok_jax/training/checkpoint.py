@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 from orbax.checkpoint import v1 as ocp
@@ -23,10 +24,17 @@ import jtok_jax
 from jtok_jax.config import Config
 from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, NonFiniteError
-from jtok_jax.model.params import to_logical, to_stored
+from jtok_jax.model.params import (
+    declared_tables,
+    init_params,
+    initial_options,
+    to_logical,
+    to_stored,
+)
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import METRICS, open_checkpointer, reading
 from jtok_jax.training.digest import PIECE, digests, text_digest
+from jtok_jax.training.pieces import read_into
 from jtok_jax.training.resume import (
     CHECKPOINTS,
     require_same_config,
@@ -41,6 +49,7 @@ orbax.checkpoint.utils.reached_preemption = lambda step: False
 _POLL_SECONDS = 1.0
 RANKED_BY = "val_loss"  # in the metrics of a checkpoint
 PARAMS = "params/"  # leaves of a checkpoint that the tools read
+SPARSE = "sparse"  # whether rows of tables that were never read are left out, as zeros
 DIGESTS, DIGEST = "digests", "digest"  # of leaves, and of all other metadata
 _SAVING = ("async_checkpointer", "checkpoint_manager", "future")  # modules of Orbax
 
@@ -132,8 +141,8 @@ class Checkpoints:
         finite = val_loss is not None and math.isfinite(val_loss)
         metrics = {RANKED_BY: val_loss} if finite else None
         leaves = named_leaves(state) | (tables.by_name() if tables else {})
-        metadata = self._metadata(leaves, step)
-        context = ocp.Context(**_in_pieces(leaves)) if tables else contextlib.nullcontext()
+        metadata = self._metadata(leaves, step, sparse=bool(tables) and tables.is_sparse)
+        context = _in_pieces(leaves) if tables else contextlib.nullcontext()
         with self._failure(step), context:
             response = self._checkpointer.save_async(
                 step, leaves, metrics=metrics, custom_metadata=metadata
@@ -149,16 +158,19 @@ class Checkpoints:
             CheckpointError: the folder cannot be written.
         """
         leaves = {PARAMS + name: value for name, value in params.items()}
-        with self._failure(0), ocp.Context(**_in_pieces(leaves)):
+        with self._failure(0), _in_pieces(leaves):
             self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves, 0))
 
-    def _metadata(self, leaves: dict[str, jax.Array | np.ndarray], step: int) -> dict[str, object]:
+    def _metadata(
+        self, leaves: dict[str, jax.Array | np.ndarray], step: int, *, sparse: bool = False
+    ) -> dict[str, object]:
         found = {
             "config": to_dict(self._config),
             "data": self._data,
             "end_id": self._end_id,
             "sequences": step * self._config.train.batch_size + self.offset,
             "history": self.history,
+            SPARSE: sparse,
             "jtok_jax": jtok_jax.__version__,
             "jax": jax.__version__,
             "flax": flax.__version__,
@@ -246,25 +258,23 @@ class Checkpoints:
         self.history = saved.get("history", []) + [entry] * bool(changes)
         self.offset = sequences_seen(found) - step * self._config.train.batch_size
         logical = _logical(abstract)
-        wanted, held = named_leaves(logical), tables.by_name() if tables else {}
-        leaves = load_leaves(self._checkpointer, found, wanted | held)
+        wanted = named_leaves(logical)
+        leaves = load_leaves(self._checkpointer, found, wanted, tables)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
         return state._replace(params=to_stored(self._config.model, state.params))
 
 
-def _in_pieces(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, object]:
+def _in_pieces(leaves: dict[str, jax.Array | np.ndarray]) -> ocp.Context:
     """Return Orbax's options for arrays in files, or larger than half of the memory: no copies.
 
     OCDBT would hold the largest thrice.
     """
-    saving = ocp.options.ArrayOptions.Saving
-    storage = saving.StorageOptions(chunk_byte_size=PIECE)
-    arrays = ocp.options.ArrayOptions(saving=saving(storage_options=storage, use_ocdbt=False))
-    largest = max(value.nbytes for value in leaves.values())
-    memory = ocp.options.MemoryOptions(
-        write_concurrent_bytes=largest + 1, deepcopy_host_arrays=False
-    )
-    return {"array_options": arrays, "memory_options": memory}
+    context = ocp.Context()
+    saving = context.array.saving
+    saving.use_ocdbt, saving.storage_options.chunk_byte_size = False, PIECE
+    context.memory.write_concurrent_bytes = max(value.nbytes for value in leaves.values()) + 1
+    context.memory.deepcopy_host_arrays = False
+    return context
 
 
 class _FailureLog(logging.Filter):
@@ -280,7 +290,9 @@ class _FailureLog(logging.Filter):
         logging.getLogger("absl").addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether `record` is logged: not what becomes an error of ours."""
+        """Return whether `record` is logged: not what becomes an error of ours, or is meant so."""
+        if "Skipping merge of OCDBT" in record.getMessage():  # arrays in pieces are none of it
+            return False
         if record.levelno < logging.ERROR or not record.exc_info or record.module not in _SAVING:
             return True
         self.error = self.error or record.exc_info[1]
@@ -333,16 +345,41 @@ def config_of(found) -> Config:
         ) from error
 
 
-def load_leaves(checkpointer, found, wanted: dict, *, below: str = "") -> dict[str, jax.Array]:
+def load_leaves(
+    checkpointer, found, wanted: dict, held: HostTables | None = None, *, below: str = ""
+) -> dict[str, jax.Array]:
     """Return the leaves of a checkpoint whose name begins with `below`.
 
     Args:
-        wanted: shapes with shardings, and arrays of NumPy, which are filled and not returned.
+        wanted: shapes with shardings, by name.
+        held: tables in host memory, which are filled with all other leaves.
 
     Raises:
-        CheckpointError: they are not those of `wanted`. Orbax would cast dtypes.
+        CheckpointError: they are not those of `wanted` and `held`. Orbax would cast dtypes.
         DamagedError: they are not what was saved.
     """
+    of_host = held.by_name() if held else {}
+    _require_same_leaves(found, wanted | of_host, below)
+    sparse, said = found.custom_metadata.get(SPARSE, False), found.custom_metadata.get(DIGESTS)
+    folder = pathlib.Path(checkpointer.directory)
+    with reading(folder, found.step):
+        skipped = dict.fromkeys(found.metadata, ...)
+        leaves = checkpointer.load(found.step, skipped | wanted)
+        leaves = {name: leaves[name] for name in wanted}
+        if held and held.is_filled:
+            of_host = {}
+        for name, into in of_host.items():
+            read_into(folder / str(found.step), name, into)
+        own = digests(leaves | of_host) if said else {}  # none: of an earlier version
+        changed = [name for name in own if own[name] != said[name]]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} differ from what was saved")
+    if of_host:
+        held.restored(sparse=sparse)
+    return with_first_rows(config_of(found), leaves) if sparse else leaves
+
+
+def _require_same_leaves(found, wanted: dict, below: str) -> None:
     saved = {name: leaf for name, leaf in found.metadata.items() if name.startswith(below)}
     problems = [f"  {name}: missing" for name in wanted.keys() - saved.keys()]
     problems += [f"  {name}: not in this configuration" for name in saved.keys() - wanted.keys()]
@@ -358,14 +395,18 @@ def load_leaves(checkpointer, found, wanted: dict, *, below: str = "") -> dict[s
             + "\n".join(sorted(problems))
             + "\nNothing was loaded. Use the code and the configuration that wrote it."
         )
-    with reading(checkpointer.directory, found.step):
-        skipped = dict.fromkeys(found.metadata, ...)
-        leaves = checkpointer.load(found.step, skipped | wanted)
-        said = found.custom_metadata.get(DIGESTS)
-        own = digests({name: leaves[name] for name in wanted}) if said else {}  # none: an old one
-        changed = [name for name in own if own[name] != said[name]]
-        if changed:
-            raise ValueError(f"{', '.join(changed)} differ from what was saved")
-    for name in [name for name, value in wanted.items() if isinstance(value, np.ndarray)]:
-        wanted[name][...] = leaves.pop(name)
-    return leaves
+
+
+def with_first_rows(config: Config, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return leaves of a sparse checkpoint, the rows that it leaves out drawn as at the start."""
+    names = [name for name in declared_tables(config.model) if PARAMS + name in leaves]
+
+    def filled(tables: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        first = init_params(config.model, jax.random.key(config.train.seed))
+        there = lambda x: jnp.any(x != 0, axis=(*range(x.ndim - 2), x.ndim - 1), keepdims=True)
+        return {name: jnp.where(there(x), x, first[name]) for name, x in tables.items()}
+
+    tables = {name: leaves[PARAMS + name] for name in names}
+    shardings = {name: x.sharding for name, x in tables.items()}
+    fill = jax.jit(filled, out_shardings=shardings, compiler_options=initial_options())
+    return leaves | {PARAMS + name: value for name, value in fill(tables).items()}

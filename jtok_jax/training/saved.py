@@ -19,6 +19,7 @@ from jtok_jax.model.params import abstract_params, to_stored
 from jtok_jax.model.placement import parameter_sharding, table_operations
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.checkpoint import (
+    DIGESTS,
     PARAMS,
     RANKED_BY,
     config_of,
@@ -87,17 +88,28 @@ def _load_params(
         config = dataclasses.replace(config, mesh=mesh_config)
         place, mesh = _placing(config, alone=choose is None)
         config = anywhere(config, mesh)
-        tables = HostTables(config.model, {}) if mesh_config.table_memory == "host" else None
+        tables = _tables_of(config, found, workdir)
         wanted = {
             PARAMS + name: place(name, leaf) for name, leaf in abstract_params(config.model).items()
         }
-        held = tables.by_name() if tables else {}
-        leaves = load_leaves(checkpointer, found, wanted | held, below=PARAMS)
-    params = {name.removeprefix(PARAMS): leaves[name] for name in wanted if name in leaves}
+        if tables:
+            wanted = {name: one for name, one in wanted.items() if name not in tables.by_name()}
+        leaves = load_leaves(checkpointer, found, wanted, tables, below=PARAMS)
+    if tables and config.mesh.table_folder and not tables.is_filled:
+        tables.filled()
+    params = {name.removeprefix(PARAMS): value for name, value in leaves.items()}
     params = to_stored(config.model, params)
     metadata = found.custom_metadata
     end_id, seen = metadata.get("end_id"), sequences_seen(found)
     return Saved(number, config, metadata["data"], params, tables, workdir, end_id, seen)
+
+
+def _tables_of(config: Config, found, workdir: pathlib.Path) -> HostTables | None:
+    """Return room for the tables of a checkpoint in host memory; None: they are on devices."""
+    if config.mesh.table_memory != "host":
+        return None
+    written = found.custom_metadata.get(DIGESTS, str(workdir.absolute()))
+    return HostTables(config, {}, checkpoint={"step": found.step, "digests": written})
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:

@@ -45,7 +45,7 @@ class Steps:
                     f"mesh.table_memory is host, and {processes} processes share this run; tables "
                     "in host memory are for one process with any number of devices."
                 )
-            self.tables = HostTables(config.model, optimizer.rows)
+            self.tables = HostTables(config, optimizer.rows)
             self._feed = RowFeed(config, mesh, self.tables)
 
     @property
@@ -56,7 +56,7 @@ class Steps:
     def initialise_tables(self) -> None:
         """Draw the first rows of tables in host memory."""
         if self.tables:
-            self.tables.initialise(jax.random.key(self._config.train.seed))
+            self.tables.initialise()
 
     def refuse_tables(self, params: Params) -> None:
         """Raise ConfigError where parameters to begin with are tables in host memory."""
@@ -110,3 +110,4 @@ class Steps:
         """Settle, and end what reads ahead."""
         if self._feed:
             self._feed.close()
+            self.tables.close()

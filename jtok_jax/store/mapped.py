@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Tables in files of a folder, mapped into memory: one process writes them, or several read them.
+
+FOLDER/<table>.<leaf>.npy   rows, or what their optimizer keeps: as `store.rows` has them by rows
+FOLDER/drawn.<stream>.npy   bool, which rows were ever written; the others are holes in the files
+FOLDER/tables.json          of which checkpoint they are; none while a process writes them
+
+bfloat16 is stored as words of 16 bits: the format has no name for it.
+"""
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jtok_jax.errors import CheckpointError, WorkdirError
+from jtok_jax.lock import LOCK_FILE, locked
+
+SAID = "tables.json"
+
+
+class MappedFolder:
+    """The arrays of a folder.
+
+    arrays: by name, NumPy arrays over the files. is_filled: they are those of a checkpoint, and
+    only read.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        shapes: Mapping[str, jax.ShapeDtypeStruct],
+        checkpoint: object = None,
+    ):
+        """Open the arrays of `checkpoint` if they are there, else make sparse ones of zeros.
+
+        Args:
+            shapes: by name.
+            checkpoint: what tells it from others, plain values; None: arrays to train.
+
+        Raises:
+            CheckpointError: the folder holds arrays of another checkpoint, or damaged ones.
+            WorkdirError: another process writes or reads there, or it cannot be written.
+        """
+        self.path, self._shapes, self._checkpoint = path, dict(shapes), checkpoint
+        self._open_files = contextlib.ExitStack()
+        said = self._said()
+        self.is_filled = said is not None and said == checkpoint
+        if said is not None and not self.is_filled:
+            raise CheckpointError(
+                f"{path} holds the tables of another checkpoint, of step {said.get('step')}. "
+                "Nothing was changed. Pass another folder, or remove that one."
+            )
+        self._lock = self._open_files.enter_context(
+            locked(path / LOCK_FILE, shared=self.is_filled, option="table_folder")
+        )
+        self._open("r" if self.is_filled else "w+")
+
+    def fill(self) -> None:
+        """Say that all arrays are written, and let others read them from now on."""
+        for array in self._files.values():
+            array.flush()
+        partial = self.path / f"{SAID}.partial"
+        partial.write_text(json.dumps(self._checkpoint))
+        partial.rename(self.path / SAID)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        self.is_filled = True
+        self._open("r")
+
+    def reserve(self, name: str, ids: np.ndarray) -> None:
+        """Take room on the disk for rows of an array, each int32 id once.
+
+        Written through a map, a row for which there is none would end the process by SIGBUS.
+
+        Raises WorkdirError: there is no room.
+        """
+        file, size = self._files[name], self.arrays[name][0].nbytes
+        try:
+            for place in ids.tolist():
+                os.posix_fallocate(self._descriptors[name], file.offset + place * size, size)
+        except OSError as error:
+            whole = sum(array.nbytes for array in self.arrays.values()) / 2**30
+            raise WorkdirError(
+                f"{self.path} has no room for more rows: {error}. With all of them its files take "
+                f"{whole:.1f} GiB. The last checkpoint is intact: free space, or pass another "
+                "folder, and run the same command again."
+            ) from error
+
+    def check(self) -> None:
+        """Raise CheckpointError if a file is not what it was: reading on could end the process."""
+        for name, said in self._stats.items():
+            if said != self._stat(name):
+                raise CheckpointError(
+                    f"{self._file(name)} was changed while it was mapped. Remove {self.path}; "
+                    "then its files are made anew."
+                )
+
+    def close(self) -> None:
+        """Let others write there. The arrays must not be used any more."""
+        self._open_files.close()
+
+    def _said(self) -> dict | None:
+        try:
+            return json.loads((self.path / SAID).read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / SAID} is damaged; remove {self.path}.") from error
+
+    def _file(self, name: str) -> pathlib.Path:
+        return self.path / f"{name.replace('/', '.')}.npy"
+
+    def _open(self, mode: str) -> None:
+        self.arrays, self._files, self._descriptors, self._stats = {}, {}, {}, {}
+        for name, wanted in self._shapes.items():
+            path, is_words = self._file(name), wanted.dtype == jnp.bfloat16
+            dtype = np.dtype(np.uint16 if is_words else wanted.dtype)
+            try:
+                file = np.lib.format.open_memmap(path, mode, dtype, wanted.shape)
+                descriptor = os.open(path, os.O_RDONLY if mode == "r" else os.O_RDWR)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path} cannot be mapped: {error}. Remove {self.path}; then it is made anew."
+                ) from error
+            self._open_files.callback(os.close, descriptor)
+            if (file.shape, file.dtype) != (wanted.shape, dtype):
+                raise CheckpointError(
+                    f"{path} holds {file.dtype} {list(file.shape)}, of {dtype} "
+                    f"{list(wanted.shape)}. Remove {self.path}; then it is made anew."
+                )
+            file._mmap.madvise(mmap.MADV_RANDOM)  # else rows are read with all that is around them
+            self._files[name], self._descriptors[name] = file, descriptor
+            array = np.asarray(file)
+            self.arrays[name] = array.view(jnp.bfloat16) if is_words else array
+            self._stats[name] = self._stat(name)
+
+    def _stat(self, name: str) -> tuple[int, int]:
+        found = os.fstat(self._descriptors[name])
+        return found.st_size, found.st_mtime_ns if self.is_filled else 0
