@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Training with tables in host memory beside tables on the device: python benchmarks/host_tables.py
+"""Tables in host memory beside tables on the device: python benchmarks/host_tables.py
 
 Steps of train.py at the shapes of the quickstart, on random ids with a Zipf-like frequency. Every
 round runs a few steps of each arm, in an order that rotates; a ratio is the median over rounds of
 the ratio within a round (10th to 90th percentile). Losses of all arms must be equal.
 
-Before it: bytes that a step moves each way, and how fast rows are read and written beside a copy.
+Before it: bytes that a step moves each way, how fast rows are read and written beside a copy, and
+the rate of decode.
 """
 
 import argparse
@@ -23,54 +24,78 @@ from timing import percentiles, record, say
 from jtok_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from jtok_jax.config import TableOptimizerConfig as TableOptimizer
 from jtok_jax.data.loader import make_batch, open_source
+from jtok_jax.inference.generator import for_inference, generate
+from jtok_jax.inference.sampling import Sampling
 from jtok_jax.mesh import make_mesh, put_batch
+from jtok_jax.model.params import init_params
 from jtok_jax.model_config import JtokConfig, ModelConfig
-from jtok_jax.store.feed import RowFeed
+from jtok_jax.store.reader import RowReader, put_whole
 from jtok_jax.store.rows import abstract_rows, bytes_of
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
-from jtok_jax.training.step import jit_train_step, step_arguments
+from jtok_jax.training.steps import Steps
 
 BATCHES = 16  # distinct batches, taken in turn
+HOST = MeshConfig(table_memory="host")
 
 
 class Arm:
     """A run with its tables at one place; `take` steps it."""
 
     def __init__(self, config: Config, batches):
-        self.mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
-        self.state, self.losses, self.seconds = init_state(config, optimizer, self.mesh), [], []
-        arguments = step_arguments(config, optimizer, self.mesh, self.state)
-        self._step = jit_train_step(config, optimizer, self.mesh).lower(*arguments).compile()
-        batches, self.feed = itertools.cycle(batches), None
-        if config.mesh.table_memory == "host":
-            tables = HostTables(config.model, optimizer.rows)
-            tables.initialise(jax.random.key(config.train.seed))
-            self.feed = RowFeed(config, self.mesh, tables)
-            batches = self.feed.read_ahead(batches, first_step=1)
-        else:
-            batches = ((batch, ()) for batch in batches)
-        self._batches = batches
+        self._mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
+        self.state, self.losses, self.seconds = init_state(config, optimizer, self._mesh), [], []
+        self._steps = Steps(config, optimizer, self._mesh, processes=1)
+        self._steps.initialise_tables()
+        self._steps.compile(self.state)
+        self._batches = self._steps.read_ahead(itertools.cycle(batches), first_step=1)
 
     def take(self, steps: int) -> None:
         """Take some steps, and wait for all that they change."""
         began = time.perf_counter()
         for _ in range(steps):
-            batch, some = next(self._batches)
-            arrays = [put_batch(self.mesh, array) for array in batch]
-            if self.feed:
-                (some,) = some
-                known = some._replace(leaves={})
-                self.state, leaves, metrics = self._step(self.state, some.leaves, *arrays, known)
-                self.feed.give_back(leaves)
-            else:
-                self.state, metrics = self._step(self.state, *arrays)
+            batch, rows = next(self._batches)
+            arrays = [put_batch(self._mesh, array) for array in batch]
+            self.state, metrics = self._steps.train(self.state, (*arrays, *rows))
             self.losses.append(metrics.loss)
-        if self.feed:
-            self.feed.settle()
+        self._steps.settle()
         jax.block_until_ready(self.state)
         self.seconds.append(time.perf_counter() - began)
+
+
+def decode(config: Config, options) -> None:
+    """Print tokens a second with host tables over those with tables on the device."""
+    mesh, model = make_mesh(config.mesh), config.model
+    params = for_inference(model, init_params(model, jax.random.key(config.train.seed)))
+    tables = HostTables(dataclasses.replace(config, mesh=HOST), {})
+    tables.initialise()
+    reader = RowReader(config, mesh, tables, put_whole)
+    without = {name: value for name, value in params.items() if name not in tables.whole}
+    rng = np.random.default_rng(0)
+    for batch in map(int, options.decode.split(",")):
+        prompts = rng.integers(0, model.vocab_size, (batch, 8)).tolist()
+
+        def texts(place: str, tokens: int, prompts=prompts):
+            held = (params, None) if place == "device" else (without, reader)
+            began = time.perf_counter()
+            ids = generate(
+                model, held[0], prompts, tokens=tokens, sampling=Sampling(), seed=0, reader=held[1]
+            )
+            return ids, time.perf_counter() - began
+
+        seconds = {"device": [], "host": []}
+        found = [texts(place, options.tokens)[0] for place in seconds]
+        assert np.array_equal(*found), "texts differ"
+        for number in range(options.rounds):
+            for place in list(seconds)[:: 1 if number % 2 else -1]:
+                whole, first = (texts(place, tokens)[1] for tokens in (options.tokens, 1))
+                seconds[place].append((whole - first) / (options.tokens - 1))
+        ratio = np.array(seconds["host"]) / np.array(seconds["device"])
+        own, other = (1e6 * np.median(seconds[place]) for place in seconds)
+        text = f"{percentiles(ratio)} of device; {other:.0f} and {own:.0f} us"
+        say(f"  decode at batch {batch}: a token takes {text}")
+        record(benchmark="host_decode", batch=batch, ratio=float(np.median(ratio)))
 
 
 def make_config(options, kind: str) -> Config:
@@ -90,8 +115,8 @@ def make_config(options, kind: str) -> Config:
 def rates(config: Config, options) -> None:
     """Print GB/s of reading and writing the rows of a step, and of a copy as large."""
     optimizer = make_optimizer(config)
-    tables = HostTables(config.model, optimizer.rows)
-    tables.initialise(jax.random.key(0))
+    tables = HostTables(dataclasses.replace(config, mesh=HOST), optimizer.rows)
+    tables.initialise()
     rng = np.random.default_rng(0)
     size = abstract_rows(config, make_mesh(config.mesh), optimizer.rows)
     room = {name: x.shape[0] for name, x in size.ids.items()}
@@ -133,6 +158,8 @@ def main() -> None:
     option("--steps", type=int, default=8, help="of each arm in a round")
     option("--rounds", type=int, default=12)
     option("--prefetch", default="0,1", help="steps read ahead, of one arm each")
+    option("--decode", default="1,16,64", help="texts at a time in decode; none: leave it out")
+    option("--tokens", type=int, default=64, help="of each text")
     options = parser.parse_args()
     say(f"$ python {shlex.join(sys.argv)}\n{jax.__version__}, {jax.devices()[0].device_kind}")
     for kind in options.kinds.split(","):
@@ -143,8 +170,10 @@ def main() -> None:
         moved = bytes_of(abstract_rows(config, make_mesh(config.mesh), optimizer.rows).leaves)
         say(f"{kind}: at most {moved / 1e6:.1f} MB of rows and their state a step, each way")
         rates(config, options)
+        if options.decode:
+            decode(config, options)
         host = lambda depth, config=config: dataclasses.replace(
-            config, mesh=MeshConfig(table_memory="host", table_prefetch=depth)
+            config, mesh=dataclasses.replace(HOST, table_prefetch=depth)
         )
         arms = {"device": Arm(config, batches)}
         for depth in map(int, options.prefetch.split(",")):

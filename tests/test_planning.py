@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 from pythons import oldest
 from small import KINDS, one_device, small_config
@@ -207,3 +208,31 @@ def test_a_reader_that_leaves_is_no_traceback():
         process.stdout.close()
         assert process.stderr.read() == "Stopped: nothing reads the output any more.\n"
     assert process.returncode == 1
+
+
+def test_host_tables_are_counted_by_hand():
+    """A row has D entries and one number of its optimizer in every layer; a step has 30 rows."""
+    fields = {"mesh.table_memory": "host", "train.max_unique_ids": 30, "model.jtok.kind": "jtok"}
+    config = changed(load("dense_s"), fields | {"optimizer.tables.kind": "rowwise_adagrad"})
+    topology = parse_topology("h100:1x1")
+    found = traffic.host_rows(config, abstract_mesh(config.mesh, 1), topology)
+    stack, rows, dim = config.model.tables_shape
+    row = stack * (dim * jnp.dtype(config.model.jtok.table_dtype).itemsize + 4)
+    assert found.each_way == 30 * row
+    assert found.host == rows * row
+    plan = make_plan(config, topology)
+    seconds = plan["estimate"]["step_seconds"][0]
+    assert plan["host_tables"]["rate"] == pytest.approx(30 * row / seconds)
+    assert "of 64 GB/s at 70%: hidden\n  hidden from train.batch_size=" in as_text(plan)
+    assert "is not stated" in as_text(make_plan(config, parse_topology("v5p:1x1x1")))
+    assert "host_tables" not in make_plan(
+        changed(config, {"mesh.table_memory": "device"}), topology
+    )
+
+
+def test_tables_in_host_memory_are_a_change_that_fits():
+    model = {"model.jtok.kind": "jtok_m", "model.remat": "full", "model.jtok.num_tables": 32}
+    small = {"train.batch_size": 2, "train.max_unique_ids": 1000, "model.loss_chunk": 4096}
+    config = changed(load("dense_m"), model | small | {"model.jtok.table_dtype": "bfloat16"})
+    plan = make_plan(config, parse_topology("h100:1x1"))
+    assert any("mesh.table_memory" in change for change in plan["changes_that_fit"])

@@ -89,6 +89,8 @@ def _candidates(config: Config, devices: int) -> Iterator[Change]:
         kinds = ("adamw", "lazy_adam", "rowwise_adam", "rowwise_adagrad")
         for kind in kinds[kinds.index(tables.kind) + 1 :]:
             yield {"optimizer.tables.kind": kind}
+        if config.mesh.table_memory == "device":
+            yield {"mesh.table_memory": "host"}
     if not model.loss_chunk:
         yield {"model.loss_chunk": 4096}
 

@@ -71,6 +71,8 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
             },
         },
     }
+    if rows := traffic.host_rows(config, mesh, topology):
+        plan["host_tables"] = rows._asdict() | {"hides": rows.hides}
     if not plan["memory"]["fits"]:
         plan["changes_that_fit"] = _changes(config, topology)
         plan["changes_tried"] = advice.tried(config, devices=topology.devices)
@@ -100,6 +102,8 @@ def _memory(found: Memory, topology: Topology) -> dict:
 
 def _changes(config: Config, topology: Topology) -> list[advice.Change]:
     def fits(candidate: Config) -> bool:
+        if candidate.mesh.table_memory == "host" and topology.hosts > 1:
+            return False
         mesh = abstract_mesh(candidate.mesh, topology.devices)
         check_batches(candidate, mesh)
         return memory(candidate, mesh).total <= topology.chip.memory * ROOM
@@ -153,7 +157,7 @@ def as_text(plan: dict) -> str:
     )
     if "compiler" in plan:
         lines += ["", *_compiler_lines(plan["compiler"])]
-    lines += ["", *_change_lines(plan), *_time_lines(plan)]
+    lines += ["", *_change_lines(plan), *_host_lines(plan), *_time_lines(plan)]
     return "\n".join(lines)
 
 
@@ -219,6 +223,25 @@ def _change_lines(plan: dict) -> list[str]:
     for change in changes:
         other = "  (another training)" if {*advice.OTHER_RUN} & change.keys() else ""
         lines.append("  " + " ".join(f"--config.{k}={v}" for k, v in change.items()) + other)
+    return [*lines, ""]
+
+
+def _host_lines(plan: dict) -> list[str]:
+    found = plan.get("host_tables")
+    if not found:
+        return []
+    lines = [
+        f"tables in host memory: {found['host'] / GIB:.2f} GiB; of their rows a step moves at most "
+        f"{found['each_way'] / GIB:.3f} GiB to a device, and back",
+        f"  behind a step that needs {found['rate'] / 1e9:.1f} GB/s each way",
+    ]
+    if not found["link"]:
+        lines[-1] += "; what a host and this chip exchange is not stated"
+    else:
+        link = f"{found['link'] / 1e9:.0f} GB/s at {100 * traffic.LINK_SHARE:.0f}%"
+        lines[-1] += f"; of {link}: {'hidden' if found['hides'] else 'NOT hidden'}"
+        size = found["batch_size"]
+        lines.append(f"  hidden {f'from train.batch_size={size} on' if size else 'at no batch'}")
     return [*lines, ""]
 
 

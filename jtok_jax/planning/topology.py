@@ -19,6 +19,7 @@ class Chip(NamedTuple):
     `most` is how many one job can have: of TPUs a pod.
     `link` is what leaves a chip by its fast links (ICI, NVLink), all together and one way;
     `network` what leaves it for another host by anything else (0: fast links go everywhere).
+    `host_link` is what its host and it exchange, each way (0: not stated).
     """
 
     kind: str  # as JAX names the device
@@ -29,6 +30,7 @@ class Chip(NamedTuple):
     network: float
     per_host: int
     most: int
+    host_link: float
 
     @property
     def peak_flops(self) -> float:
@@ -37,13 +39,15 @@ class Chip(NamedTuple):
 
 
 # TPUs: cloud.google.com/tpu/docs (chip pages), memory as libtpu's out-of-memory errors state it.
-# GPUs: NVIDIA's data sheets; a host has one 400 Gbit/s adapter a GPU.
+# GPUs: NVIDIA's data sheets; a host has one 400 Gbit/s adapter a GPU, and PCIe 5 x16 to each.
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 819e9, 200e9, 0, 4, 256),
-    "v5p": Chip("TPU v5", "tpu", int(95.73 * GIB), 2765e9, 600e9, 0, 4, 8960),
-    "v6e": Chip("TPU v6 lite", "tpu", int(31.24 * GIB), 1640e9, 448e9, 0, 4, 256),
-    "h100": Chip("NVIDIA H100 80GB HBM3", "gpu", 84978434048, 3352e9, 450e9, 50e9, 8, 1 << 20),
-    "h200": Chip("NVIDIA H200", "gpu", 150754820096, 4800e9, 450e9, 50e9, 8, 1 << 20),
+    "v5e": Chip("TPU v5 lite", "tpu", int(15.75 * GIB), 819e9, 200e9, 0, 4, 256, 0),
+    "v5p": Chip("TPU v5", "tpu", int(95.73 * GIB), 2765e9, 600e9, 0, 4, 8960, 0),
+    "v6e": Chip("TPU v6 lite", "tpu", int(31.24 * GIB), 1640e9, 448e9, 0, 4, 256, 0),
+    "h100": Chip(
+        "NVIDIA H100 80GB HBM3", "gpu", 84978434048, 3352e9, 450e9, 50e9, 8, 1 << 20, 64e9
+    ),
+    "h200": Chip("NVIDIA H200", "gpu", 150754820096, 4800e9, 450e9, 50e9, 8, 1 << 20, 64e9),
 }
 
 

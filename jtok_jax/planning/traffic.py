@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Estimates what a step sends and how long it takes at stated rates; it measures nothing."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -14,11 +15,14 @@ from jtok_jax.model.params import declared, declared_tables
 from jtok_jax.model.placement import entries_here, table_layouts
 from jtok_jax.planning.memory import update_bytes
 from jtok_jax.planning.topology import Topology
+from jtok_jax.store.rows import abstract_rows, bytes_of, whole_leaves
+from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.rows import row_gradient_bytes
 
 MATMUL_SHARE = 0.6  # of a chip's peak that matmuls of this size reach; assumed
 MEMORY_SHARE = 0.75  # of its memory rate that row operations reach; assumed
-LINK_SHARE = 0.7  # of the rate of its links that collectives reach; assumed
+LINK_SHARE = 0.7  # of the rate of its links that collectives, or rows, reach; assumed
+BATCHES = 16  # sizes that are tried, each twice the one before
 
 
 class Collective(NamedTuple):
@@ -46,6 +50,43 @@ class Time(NamedTuple):
     def most(self) -> float:
         """Return seconds if none does."""
         return self.matmuls + self.memory + self.collectives
+
+
+class HostRows(NamedTuple):
+    """Tables in host memory: bytes they take there, and what rows of them a step moves."""
+
+    host: int  # all tables with what their optimizer keeps, of one process
+    each_way: int  # bytes a step to one device, and back; at most
+    rate: float  # bytes a second that this needs each way, to hide behind the least time of a step
+    link: float  # bytes a second between a host and a device, as stated; 0: it is not
+    batch_size: int | None  # sequences from which on it hides; None: no batch tried does
+
+    @property
+    def hides(self) -> bool:
+        return self.rate <= LINK_SHARE * self.link
+
+
+def host_rows(config: Config, mesh: AbstractMesh, topology: Topology) -> HostRows | None:
+    """Return what tables in host memory need; None: they are on devices.
+
+    Every token of a batch counts as a different id, up to the rows of a table.
+    """
+    if config.mesh.table_memory != "host" or not declared_tables(config.model):
+        return None
+    rows, link = make_optimizer(config).rows, topology.chip.host_link
+
+    def moved(batch_size: int) -> tuple[int, float]:
+        train = dataclasses.replace(config.train, batch_size=batch_size)
+        one = dataclasses.replace(config, train=train)
+        size = bytes_of(abstract_rows(one, mesh, rows).leaves)
+        return size, size / step_time(one, mesh, topology).least
+
+    least = config.train.grad_accumulation * num_shards(mesh, BATCH)
+    sizes = [least << power for power in range(BATCHES)]
+    found = (size for size in sizes if moved(size)[1] <= LINK_SHARE * link)
+    each_way, rate = moved(config.train.batch_size)
+    host = bytes_of(whole_leaves(config.model, rows))
+    return HostRows(host, each_way, rate, link, next(found, None))
 
 
 def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
