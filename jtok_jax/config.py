@@ -253,32 +253,37 @@ class MeshConfig:
     table_prefetch: int = 1  # steps whose rows are read ahead, of tables in host memory
     # Of tables in host memory: a folder on a local disk, whose files hold them; "": memory does.
     table_folder: str = ""
+    table_dtype: str = ""  # int8: of host tables that are only read; "": as they were trained
 
     def __post_init__(self):
         at_least(self, "mesh", 1, "fsdp", "expert", "tensor")
         at_least(self, "mesh", 0, "table_prefetch")
         one_of(self.table_memory, "mesh.table_memory", ("device", "host"))
-        if self.table_memory == "device" and self.table_folder:
-            raise ConfigError(
-                f"mesh.table_folder is {self.table_folder!r}, and tables are on devices; it is for "
-                "mesh.table_memory=host."
-            )
+        one_of(self.table_dtype, "mesh.table_dtype", ("", "int8"))
+        for name in ("table_folder", "table_dtype"):
+            if self.table_memory == "device" and getattr(self, name):
+                raise ConfigError(
+                    f"mesh.{name} is {getattr(self, name)!r}, and tables are on devices; it is for "
+                    "mesh.table_memory=host."
+                )
         if self.table_memory == "host" and names(self.table_rows):
             raise ConfigError(
                 f"mesh.table_rows is {self.table_rows!r}, and tables are in host memory: of their "
                 "rows only those of a step are on devices. Split columns, or tables of a layer."
             )
 
-    def tables_in(self, memory: str | None, folder: str = "") -> "MeshConfig":
+    def tables_in(self, memory: str | None, folder: str = "", dtype: str = "") -> "MeshConfig":
         """Return this mesh with tables elsewhere; rows in host memory are not split.
 
         Args:
-            memory: "device" or "host"; None: as it is, but "host" where there is a folder.
-            folder: that of `table_folder`.
+            memory: "device" or "host"; None: as it is, but "host" where the others are given.
+            folder, dtype: those of `table_folder` and `table_dtype`.
         """
-        memory = memory or ("host" if folder else self.table_memory)
+        memory = memory or ("host" if folder or dtype else self.table_memory)
         rows = "" if memory == "host" else self.table_rows
-        return dataclasses.replace(self, table_memory=memory, table_rows=rows, table_folder=folder)
+        return dataclasses.replace(
+            self, table_memory=memory, table_rows=rows, table_folder=folder, table_dtype=dtype
+        )
 
 
 @dataclasses.dataclass(frozen=True)

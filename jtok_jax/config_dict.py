@@ -84,6 +84,22 @@ def add_mesh_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"{_MESH}{field.name}", type=field.type, default=argparse.SUPPRESS)
 
 
+def add_table_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where a tool has tables."""
+    group = parser.add_argument_group("tables", "where they lie (docs/host-tables.md)")
+    option = group.add_argument
+    option("--table_memory", choices=["device", "host"], help="default: as in the run")
+    option("--table_folder", default="", help="whose files hold host tables; default: memory does")
+    option(
+        "--table_dtype", default="", choices=["int8"], help="of host tables; default: as trained"
+    )
+
+
+def table_options(options: argparse.Namespace) -> dict[str, str | None]:
+    """Return what the options of `add_table_options` say, by name."""
+    return {name: value for name, value in vars(options).items() if name.startswith("table_")}
+
+
 def asked_mesh(options: argparse.Namespace) -> MeshConfig | None:
     """Return what the options of `add_mesh_options` say; None if none was given."""
     prefix = _MESH.removeprefix("--")

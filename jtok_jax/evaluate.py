@@ -16,7 +16,7 @@ import pathlib
 import jax
 
 from jtok_jax.config import Config, MeshConfig, TrainConfig
-from jtok_jax.config_dict import add_mesh_options, asked_mesh
+from jtok_jax.config_dict import add_mesh_options, add_table_options, asked_mesh, table_options
 from jtok_jax.data.loader import open_source
 from jtok_jax.data.manifest import parse_mixture
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
@@ -40,12 +40,11 @@ def main(arguments: list[str] | None = None) -> None:
     option("--workdir", required=True, type=pathlib.Path, help="folder of a run of train.py")
     option("--data", default="", help="prepared corpus; default: data.path of the run")
     option("--step", default="newest", help="of a checkpoint; or newest, best; default: newest")
-    option("--table_memory", choices=["device", "host"], help="default: as in the run")
-    option("--table_folder", default="", help="where host tables are mapped; default: memory")
     option("--batch_size", type=int, help="sequences at a time; default: evaluation.batch_size")
     option("--coordinator_address", help="HOST:PORT of process 0, of several")
     option("--num_processes", type=int, help="of several; 1: this one is alone")
     option("--process_id", type=int, help="of this process, from 0")
+    add_table_options(parser)
     add_mesh_options(parser)
     with exit_on_error():
         options = parser.parse_args(arguments)
@@ -64,12 +63,13 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
         "--config.mesh": asked and dataclasses.asdict(asked),
         "--batch_size": options.batch_size,
         "--step": options.step,
-        "--table_memory": options.table_memory,
+        "tables": table_options(options),
     }
     hosts.agree("options", facts, ConfigError)
 
     def choose(config: Config) -> MeshConfig:
-        return (asked or fitting(config)).tables_in(options.table_memory, options.table_folder)
+        memory, folder, dtype = table_options(options).values()
+        return (asked or fitting(config)).tables_in(memory, folder, dtype)
 
     saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)

@@ -16,6 +16,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
+from jtok_jax.config_dict import add_table_options, table_options
 from jtok_jax.errors import ConfigError, exit_on_error
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.loading import load
@@ -35,11 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     option("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all (0)")
     option("--top_p", type=float, default=0.95, help="only the most likely mass (0.95)")
     option("--seed", type=int, default=0)
-    option("--table_memory", choices=["device", "host"], help="default: as in the run")
-    option("--table_folder", default="", help="where host tables are mapped; default: memory")
     option(
         "--data", type=pathlib.Path, help="prepared corpus, for its tokenizer; default: the run's"
     )
+    add_table_options(parser)
     with exit_on_error():
         run(parser.parse_args(arguments))
 
@@ -57,13 +57,8 @@ def run(options: argparse.Namespace) -> None:
     for prompt in prompts:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # how Python holds such bytes
             raise ConfigError(f"--prompt={prompt!r} is not UTF-8.")
-    loaded = load(
-        options.workdir,
-        data=options.data,
-        step=options.step,
-        table_memory=options.table_memory,
-        table_folder=options.table_folder,
-    )
+    tables = table_options(options)
+    loaded = load(options.workdir, data=options.data, step=options.step, **tables)
     seq_len = loaded.config.train.seq_len
     longest = max((len(loaded.encode(prompt)) for prompt in prompts), default=0) + options.tokens
     if longest > seq_len:

@@ -41,7 +41,7 @@ class JtokLM(TemplateLM):
         add_bos_token: False: contexts begin with their first token, as the harness does for
             models of Hugging Face whose tokenizer adds none.
         max_length: tokens of a text at most; 0: those of a sequence in training.
-        table_memory, table_folder: as of `load`.
+        table_memory, table_folder, table_dtype: as of `load`.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class JtokLM(TemplateLM):
         max_length: int = 0,
         table_memory: str | None = None,
         table_folder: str = "",
+        table_dtype: str = "",
         **ignored,  # device and other arguments that the harness has for every model
     ):
         super().__init__()
@@ -61,8 +62,8 @@ class JtokLM(TemplateLM):
             raise ConfigError(
                 f"batch_size is {batch_size}, max_length {max_length}; expected at least 1 and 0."
             )
-        tables = {"table_memory": table_memory, "table_folder": table_folder}
-        self._run = load(workdir, step=step, **tables)
+        tables = {"table_folder": table_folder, "table_dtype": table_dtype}
+        self._run = load(workdir, step=step, table_memory=table_memory, **tables)
         self._size, self._begin = batch_size, add_bos_token
         model = self._run.config.model
         self._params = for_inference(model, dict(self._run.params))

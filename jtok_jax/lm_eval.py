@@ -13,6 +13,7 @@ import importlib
 import json
 import pathlib
 
+from jtok_jax.config_dict import add_table_options, table_options
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
 
 
@@ -27,13 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
     option("--step", default="newest", help="of a checkpoint; or newest, best (newest)")
     option("--batch_size", type=int, default=16, help="texts at a time (16)")
     option("--max_length", type=int, default=0, help="tokens of a text; default: train.seq_len")
-    option("--table_memory", choices=["device", "host"], help="default: as in the run")
-    option("--table_folder", default="", help="where host tables are mapped; default: memory")
     option("--num_fewshot", type=int, help="examples before each question; default: the task's")
     option("--limit", type=float, help="documents of each task; below 1: a share; default: all")
     option("--gen_kwargs", help="of generated texts, such as max_gen_toks=64")
     option("--no_bos_token", action="store_true", help="begin contexts without the end token")
     option("--output", type=pathlib.Path, help="file for all results, as JSON")
+    add_table_options(parser)
     with exit_on_error():
         run(parser.parse_args(arguments))
 
@@ -64,8 +64,7 @@ def run(options: argparse.Namespace) -> None:
         options.batch_size,
         not options.no_bos_token,
         options.max_length,
-        options.table_memory,
-        options.table_folder,
+        **table_options(options),
     )
     try:
         results = evaluator.simple_evaluate(

@@ -126,6 +126,7 @@ def load(
     step: str | int = "newest",
     table_memory: str | None = None,
     table_folder: pathlib.Path | str = "",
+    table_dtype: str = "",
 ) -> LoadedRun:
     """Return a checkpoint of a run of train.py with its tokenizer.
 
@@ -135,6 +136,7 @@ def load(
         table_memory: "device" or "host", where tables lie; None: as in the run.
         table_folder: of files that hold host tables, mapped. They are made if they are not there;
             processes that load the same checkpoint share them. "": memory holds tables.
+        table_dtype: "int8", of host tables: each row of a layer in 255 steps. "": as trained.
 
     Raises:
         CheckpointError: there is no finished checkpoint, or it is damaged.
@@ -144,8 +146,8 @@ def load(
     """
 
     def choose(config: Config) -> MeshConfig:
-        memory = table_memory or (None if table_folder else config.mesh.table_memory)
-        return over_all(config.model).tables_in(memory, str(table_folder))
+        mesh = over_all(config.model).tables_in(config.mesh.table_memory)
+        return mesh.tables_in(table_memory, str(table_folder), table_dtype)
 
     saved = load_params(pathlib.Path(workdir), choose, step=step)
     encoder, end_id = _tokenizer(saved, pathlib.Path(workdir), data)

@@ -104,3 +104,24 @@ def test_tools_print_the_same(finished, folder, tool, capsys):
         printed.append(capsys.readouterr().out)
     assert "step 3" in printed[0]
     assert printed == printed[:1] * 3
+
+
+def test_rows_in_int8_are_the_nearest_of_255(finished, runs):
+    run = load(finished, table_dtype="int8")
+    ids = np.arange(12, dtype=np.int32).reshape(1, 12)
+    expected, found = (one.reader.fetch(ids).leaves["tables"] for one in (runs[1], run))
+    rows, scale = np.asarray(expected["rows"]), np.asarray(found["scale"])
+    np.testing.assert_allclose(scale, np.abs(rows).max(axis=-1) / 127, rtol=1e-6)
+    assert found["rows"].dtype == np.int8
+    error = np.abs(rows - found["rows"] * scale[..., None])
+    assert np.all(error <= scale[..., None] * 0.501)
+    losses = [np.mean([nats for _, nats in one.token_losses(TEXT)]) for one in (runs[1], run)]
+    assert 0 < abs(losses[1] - losses[0]) < 0.01
+
+
+def test_int8_is_for_host_tables_that_are_read(config, finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"table_dtype is 'int8', and tables are on"):
+        load(finished, table_memory="device", table_dtype="int8")
+    start = changed(config, {"mesh.table_memory": "host", "mesh.table_dtype": "int8"})
+    with pytest.raises(ConfigError, match="tables are trained in"):
+        train(start, tmp_path)

@@ -179,3 +179,14 @@ def test_no_device_holds_an_array_that_grows_with_a_table(name):
         sizes = compiled.memory_analysis()
         memory.append(sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
     assert abs(memory[1] / memory[0] - 1) < 0.01
+
+
+def test_a_run_begins_with_tables_of_another(config, tmp_path):
+    """One of them it has not: that begins with its first values."""
+    fewer = ",".join(set(config.model.arms.chosen()) - {"value_embedding"})
+    train(changed(config, {"model.arms.names": fewer, "train.steps": 2}), tmp_path / "first")
+    start = changed(config, {"init_from": str(tmp_path / "first"), "train.steps": 4})
+    train(start, tmp_path / "device")
+    folder = {"mesh.table_folder": str(tmp_path / "files")}
+    train(changed(start, HOST | folder), tmp_path / "host")
+    check_same(tmp_path / "device", tmp_path / "host", 4)

@@ -82,7 +82,7 @@ class RowFeed:
         if self._last_write.done():
             self._last_write.result()  # raises what it failed of
         self._results.append(leaves)
-        self._last_write = self._thread.submit(self._store.write, self._taken, leaves)
+        self._last_write = self._thread.submit(self._write, self._taken, leaves)
 
     def settle(self) -> None:
         """Wait until all that was given back is in the store. Raises what failed on the way."""
@@ -94,6 +94,7 @@ class RowFeed:
 
     # ------------------------------------------------------------------ on the thread
 
+    @jax.profiler.annotate_function
     def _read(self, ids_BT: np.ndarray, step: int) -> _Ready:
         places, ids = self._reader.unique(ids_BT)
         if "token" in ids:
@@ -103,6 +104,10 @@ class RowFeed:
         found = [_found_in(earlier, ids, room) for earlier in self._earlier]
         self._earlier.append(ids)
         return _Ready(ids, rows, jax.device_put(found, replicated(self._mesh)))
+
+    def _write(self, ids: Ids, leaves: Leaves) -> None:
+        jax.block_until_ready(leaves)
+        self._store.write(ids, leaves)
 
     # ------------------------------------------------------------------ before a step
 

@@ -39,13 +39,21 @@ class RowReader:
         self.shardings = shardings_by_rows(stacked_shardings(config, mesh, store.whole))
 
     def fetch(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> SomeRows:
-        """Return the rows of a batch. `before_BC` is that of `stream_ids`."""
+        """Return the rows of a batch that changes none, without their ids.
+
+        For one device they are arrays of NumPy: a compiled function takes those in less time than
+        they could be put there. `before_BC` is that of `stream_ids`.
+        """
         places, ids = self.unique(ids_BT, before_BC)
         room = {
             name: min(stream.num_rows, ids_BT.size * stream.heads)
             for name, stream in self.streams.items()
         }
-        return self.put(places, ids, room)
+        leaves = self._store.read(ids, room)
+        if self._mesh.size > 1:
+            places = {name: self._put(self._mesh, one) for name, one in places.items()}
+            leaves = jax.device_put(leaves, self.shardings)
+        return SomeRows(places, {}, leaves)
 
     def unique(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> tuple[Ids, Ids]:
         """Return for each stream the place of every id among the unique ones, and these."""

@@ -2,7 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """Shapes and places of the rows of one step, of tables in host memory; nothing is allocated.
 
-A leaf is what a table's rows are, or what its optimizer keeps of them:
+A leaf is what a table's rows are, the scale of rows in int8, or what their optimizer keeps of them:
 
     by rows  [R or U, G, (M,) (D)]    as the store has it: one id is one run of memory
     stacked  [G, (M,) R or U (, D)]   as checkpoints, devices and the step have it
@@ -25,20 +25,26 @@ from jtok_jax.model.placement import table_layouts
 from jtok_jax.model.tables import ROWS, SomeRows
 from jtok_jax.model_config import ModelConfig
 
+SCALE = "scale"
 Leaves = dict[str, dict[str, jax.Array]]  # by table and leaf; also shapes, arrays of NumPy, ...
 Optimizers = Mapping[str, RowOptimizer]  # by table
 
 
-def whole_leaves(model: ModelConfig, optimizers: Optimizers) -> Leaves:
+def whole_leaves(model: ModelConfig, optimizers: Optimizers, *, int8: bool = False) -> Leaves:
     """Return the shapes of all leaves that have rows, stacked; scalars belong to the state.
 
-    optimizers: {} where nothing is trained.
+    Args:
+        optimizers: {} where nothing is trained.
+        int8: rows are multiples of a float32 scale, one a row of a layer: -127 to 127 of them.
     """
     found = {}
     for name, table in declared_tables(model).items():
         whole = jax.ShapeDtypeStruct(table.shape, table.dtype)
         state = jax.eval_shape(optimizers[name].init, whole) if name in optimizers else {}
         rows = {leaf: one for leaf, one in state.items() if one.ndim}
+        if int8:
+            whole = whole.update(dtype=jnp.int8)
+            rows[SCALE] = jax.ShapeDtypeStruct(table.shape[:-1], jnp.float32)
         found[name] = {ROWS: whole} | rows
     return found
 
@@ -122,7 +128,12 @@ def with_rows(
     """
     if some is None:
         return params, None
-    tables = {name: leaves[ROWS] for name, leaves in stacked(some.leaves).items()}
+    tables, declared = {}, declared_tables(config)
+    for name, leaves in stacked(some.leaves).items():
+        rows = leaves[ROWS]
+        if SCALE in leaves:
+            rows = (rows * leaves[SCALE][..., None]).astype(declared[name].dtype)
+        tables[name] = rows
     return params | to_stored(config, tables), some.places
 
 

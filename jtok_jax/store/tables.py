@@ -17,7 +17,7 @@ from jtok_jax.errors import ConfigError
 from jtok_jax.model.params import declared_tables, init_rows, initial_options
 from jtok_jax.model.tables import ROWS
 from jtok_jax.store.mapped import MappedFolder
-from jtok_jax.store.rows import Leaves, Optimizers, bytes_of, whole_leaves, words
+from jtok_jax.store.rows import SCALE, Leaves, Optimizers, bytes_of, whole_leaves, words
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by table and leaf
 CHUNK = 32 << 20  # bytes of rows that are drawn, or looked at, at once
@@ -42,8 +42,10 @@ class HostTables:
             ConfigError: this machine has less memory left.
             CheckpointError, WorkdirError: see `MappedFolder`.
         """
-        self.whole, self.broken = whole_leaves(config.model, optimizers), set()
+        self._int8, self.broken = config.mesh.table_dtype == "int8", set()
+        self.whole = whole_leaves(config.model, optimizers, int8=self._int8)
         self._model, self._tables = config.model, declared_tables(config.model)
+        self._optimizers = optimizers
         self._seed, path = config.train.seed, config.mesh.table_folder
         shapes = {
             f"{name}.{leaf}": _by_rows(x, leaves[ROWS].ndim - 2)
@@ -81,10 +83,26 @@ class HostTables:
         for drawn in self._drawn.values():
             drawn[...] = False
         if not self._folder:
-            self._draw_others()
+            self.complete()
+
+    def axis(self, name: str) -> int:
+        """Return the axis of rows in a leaf of `saved_shapes`."""
+        return len(self._tables[self._leaf_of[name][0]].shape) - 2
+
+    def fill(self, name: str, first: int, piece: np.ndarray) -> None:
+        """Take a piece of a leaf of `saved_shapes`: some of its rows, from `first` on.
+
+        What is there already is not written: holes in files stay holes.
+        """
+        table, leaf = self._leaf_of[name]
+        rows = np.moveaxis(piece, self.axis(name), 0)
+        for one, value in (self._stored(rows) if leaf == ROWS else {leaf: rows}).items():
+            into = self._arrays[table][one][first : first + len(value)]
+            word = np.dtype(f"u{value.itemsize}")
+            np.copyto(into, value, where=value.view(word) != into.view(word))
 
     def restored(self, *, sparse: bool) -> None:
-        """Take what was written into `by_name` as a checkpoint, which may be sparse."""
+        """Take what was filled as a checkpoint, which may be sparse."""
         for stream, drawn in self._drawn.items():
             drawn[...] = not sparse
             mine = [name for name, table in self._tables.items() if table.stream == stream]
@@ -95,7 +113,7 @@ class HostTables:
                     part = words(rows[first : first + size])
                     drawn[first : first + size] |= part.reshape(len(part), -1).any(axis=1)
         if not self._folder:
-            self._draw_others()
+            self.complete()
 
     def filled(self) -> None:
         """Keep the files as those of the checkpoint, for other processes to read."""
@@ -124,9 +142,11 @@ class HostTables:
             wanted = {name: ids[name][places] for name, places in missing.items()}
             for name, first, rows in self._first_rows(wanted, FEW):
                 places = missing[self._tables[name].stream][first : first + len(rows)]
-                found[name][ROWS][places] = rows
+                for leaf, value in self._stored(rows).items():
+                    found[name][leaf][places] = value
         return found
 
+    @jax.profiler.annotate_function
     def write(self, ids: Mapping[str, np.ndarray], rows: Mapping[str, Mapping]) -> None:
         """Take the first len(ids) of `rows` as the rows of `ids`, each once and in the tables.
 
@@ -145,14 +165,36 @@ class HostTables:
             self._drawn[stream][of_stream] = True
 
     def by_name(self) -> dict[str, np.ndarray]:
-        """Return every leaf by its name in a checkpoint, with the axes it has there: a view."""
-        found = {}
-        for table, leaves in self._arrays.items():
-            axis = len(self._tables[table].shape) - 2
-            for leaf, value in leaves.items():
-                name = f"params/{table}" if leaf == ROWS else f"opt_state/{table}/{leaf}"
-                found[name] = np.moveaxis(value, 0, axis)
-        return found
+        """Return every leaf of `saved_shapes`: a view."""
+        views = {}
+        for name, (table, leaf) in self._leaf_of.items():
+            views[name] = np.moveaxis(self._arrays[table][leaf], 0, self.axis(name))
+        return views
+
+    @property
+    def saved_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shape of every leaf by its name in a checkpoint."""
+        own = whole_leaves(self._model, self._optimizers)
+        return {name: own[table][leaf] for name, (table, leaf) in self._leaf_of.items()}
+
+    @property
+    def _leaf_of(self) -> dict[str, tuple[str, str]]:
+        """Return the table and leaf of every name in a checkpoint."""
+        return {
+            f"params/{table}" if leaf == ROWS else f"opt_state/{table}/{leaf}": (table, leaf)
+            for table, leaves in self.whole.items()
+            for leaf in leaves
+            if leaf != SCALE
+        }
+
+    def _stored(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the leaves that hold rows [n, G, (M,) D], in int8 to the nearest."""
+        if not self._int8:
+            return {ROWS: rows}
+        rows = np.asarray(rows, np.float32)
+        scale = np.abs(rows).max(axis=-1) / 127
+        steps = rows / np.where(scale > 0, scale, 1)[..., None]
+        return {ROWS: np.rint(steps).astype(np.int8), SCALE: scale}
 
     def _take(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._arrays: Arrays = {
@@ -164,13 +206,14 @@ class HostTables:
             for name in {table.stream for table in self._tables.values()}
         }
 
-    def _draw_others(self) -> None:
-        """Draw and write the rows that are not there."""
+    def complete(self) -> None:
+        """Draw and write all rows that were never written."""
         missing = {name: np.flatnonzero(~drawn) for name, drawn in self._drawn.items()}
         once = sum(leaves[ROWS][0].nbytes for leaves in self._arrays.values())
         for name, first, rows in self._first_rows(missing, max(1, CHUNK // max(1, once))):
             ids = missing[self._tables[name].stream][first : first + len(rows)]
-            self._arrays[name][ROWS][ids] = rows
+            for leaf, value in self._stored(rows).items():
+                self._arrays[name][leaf][ids] = value
         for drawn in self._drawn.values():
             drawn[...] = True
 

@@ -33,8 +33,8 @@ from jtok_jax.model.params import (
 )
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import METRICS, open_checkpointer, reading
-from jtok_jax.training.digest import PIECE, digests, text_digest
-from jtok_jax.training.pieces import read_into
+from jtok_jax.training.digest import PIECE, digests, piece_digest, text_digest
+from jtok_jax.training.pieces import pieces
 from jtok_jax.training.resume import (
     CHECKPOINTS,
     require_same_config,
@@ -358,25 +358,33 @@ def load_leaves(
         CheckpointError: they are not those of `wanted` and `held`. Orbax would cast dtypes.
         DamagedError: they are not what was saved.
     """
-    of_host = held.by_name() if held else {}
-    _require_same_leaves(found, wanted | of_host, below)
+    _require_same_leaves(found, wanted | (held.saved_shapes if held else {}), below)
     sparse, said = found.custom_metadata.get(SPARSE, False), found.custom_metadata.get(DIGESTS)
     folder = pathlib.Path(checkpointer.directory)
     with reading(folder, found.step):
         skipped = dict.fromkeys(found.metadata, ...)
         leaves = checkpointer.load(found.step, skipped | wanted)
         leaves = {name: leaves[name] for name in wanted}
-        if held and held.is_filled:
-            of_host = {}
-        for name, into in of_host.items():
-            read_into(folder / str(found.step), name, into)
-        own = digests(leaves | of_host) if said else {}  # none: of an earlier version
-        changed = [name for name in own if own[name] != said[name]]
+        own = digests(leaves) if said else {}  # none: of an earlier version
+        if held and not held.is_filled:
+            own |= _fill(held, folder / str(found.step))
+        changed = [name for name in own if said and own[name] != said[name]]
         if changed:
             raise ValueError(f"{', '.join(changed)} differ from what was saved")
-    if of_host:
+    if held and not held.is_filled:
         held.restored(sparse=sparse)
     return with_first_rows(config_of(found), leaves) if sparse else leaves
+
+
+def _fill(tables: HostTables, checkpoint: pathlib.Path) -> dict[str, int]:
+    """Read the leaves of tables in host memory; return their digests."""
+    found = {}
+    for name, shape in tables.saved_shapes.items():
+        axis, found[name] = tables.axis(name), 0
+        for first, piece in pieces(checkpoint, name, axis):
+            tables.fill(name, first, piece)
+            found[name] += piece_digest(piece, first, axis=axis, length=shape.shape[axis])
+    return {name: value % (1 << 32) for name, value in found.items()}
 
 
 def _require_same_leaves(found, wanted: dict, below: str) -> None:

@@ -52,8 +52,16 @@ def _of_pieces(value: np.ndarray) -> int:
     size = max(1, PIECE * length // value.nbytes)
     for first in range(0, length, size):
         part = value[(slice(None),) * axis + (slice(first, first + size),)]
-        total += int(_digest(part, np.uint32(first), fold=True, axis=axis, length=length))
+        total += piece_digest(part, first, axis=axis, length=length)
     return total % (1 << 32)
+
+
+def piece_digest(piece: np.ndarray, first: int, *, axis: int, length: int) -> int:
+    """Return what a piece adds to the digest of an array of `length` along `axis`.
+
+    first: where it begins there. The sum over all pieces, modulo 2^32, is the digest.
+    """
+    return int(_digest(piece, np.uint32(first), fold=True, axis=axis, length=length))
 
 
 @functools.partial(jax.jit, static_argnames=("fold", "axis", "length"))

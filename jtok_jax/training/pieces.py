@@ -1,34 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Reads arrays of a checkpoint chunk by chunk, which may be larger than memory; Orbax reads whole.
+"""Reads arrays of a checkpoint piece by piece, which may be larger than memory; Orbax reads whole.
 
 Orbax has each array as one of Zarr 3, in a folder or in a database of OCDBT.
 """
 
-import itertools
 import json
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 import tensorstore
 
 STATE = "state"  # Orbax's folder of all arrays
+SIZE = 64 << 20  # bytes of a piece
+CACHE = 256 << 20  # bytes of chunks that the next piece may need too
 
 
-def read_into(checkpoint: pathlib.Path, name: str, into: np.ndarray) -> None:
-    """Read the array `name` of a checkpoint's folder; what `into` has already is not written.
+def pieces(checkpoint: pathlib.Path, name: str, axis: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (place of the first, piece) along an axis of the array `name` in a checkpoint's folder.
 
-    So holes in a file stay holes.
+    Raises ValueError: it is damaged.
     """
     folder = checkpoint / STATE
     if json.loads((folder / "_METADATA").read_text())["use_ocdbt"]:
         place = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
     else:
         place = {"driver": "file", "path": f"{folder / name}/"}
-    source = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
-    chunks = zip(source.shape, source.chunk_layout.read_chunk.shape, strict=True)
-    parts = [[slice(x, min(x + size, end)) for x in range(0, end, size)] for end, size in chunks]
-    for part in itertools.product(*parts):
-        new, old = source[part].read().result(), into[part]
-        word = np.dtype(f"u{new.itemsize}")
-        np.copyto(old, new, where=new.view(word) != old.view(word))
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE}})
+    found = tensorstore.open(
+        {"driver": "zarr3", "kvstore": place}, read=True, context=context
+    ).result()
+    length, chunk = found.shape[axis], found.chunk_layout.read_chunk.shape[axis]
+    size = max(1, SIZE * length // max(1, found.size * found.dtype.numpy_dtype.itemsize))
+    size = size // chunk * chunk or size
+    for first in range(0, length, size):
+        part = slice(first, min(first + size, length))
+        yield first, found[(slice(None),) * axis + (part,)].read().result()

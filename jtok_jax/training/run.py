@@ -147,8 +147,8 @@ class Run:
             self.steps.initialise_tables()
             if self.config.init_from:
                 with self._stall.waiting_for(f"parameters of {self.config.init_from}"):
-                    params = begin_with(self.config, self._mesh, state.params, self.hosts.say)
-                self.steps.refuse_tables(params)
+                    known = self.config, self._mesh, state.params, self.steps.tables
+                    params = begin_with(*known, self.hosts.say)
                 state = state._replace(params=params)
             return state
         state = self._restore()

@@ -93,7 +93,7 @@ def _load_params(
             PARAMS + name: place(name, leaf) for name, leaf in abstract_params(config.model).items()
         }
         if tables:
-            wanted = {name: one for name, one in wanted.items() if name not in tables.by_name()}
+            wanted = {name: one for name, one in wanted.items() if name not in tables.saved_shapes}
         leaves = load_leaves(checkpointer, found, wanted, tables, below=PARAMS)
     if tables and config.mesh.table_folder and not tables.is_filled:
         tables.filled()
@@ -109,7 +109,8 @@ def _tables_of(config: Config, found, workdir: pathlib.Path) -> HostTables | Non
     if config.mesh.table_memory != "host":
         return None
     written = found.custom_metadata.get(DIGESTS, str(workdir.absolute()))
-    return HostTables(config, {}, checkpoint={"step": found.step, "digests": written})
+    known = {"step": found.step, "dtype": config.mesh.table_dtype, "digests": written}
+    return HostTables(config, {}, checkpoint=known)
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:

@@ -11,7 +11,6 @@ from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import replicated
-from jtok_jax.model.params import Params
 from jtok_jax.store.feed import RowFeed
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.optimizer import Optimizer
@@ -45,6 +44,11 @@ class Steps:
                     f"mesh.table_memory is host, and {processes} processes share this run; tables "
                     "in host memory are for one process with any number of devices."
                 )
+            if config.mesh.table_dtype:
+                raise ConfigError(
+                    f"mesh.table_dtype is {config.mesh.table_dtype}; tables are trained in "
+                    "model.jtok.table_dtype, and stored in int8 for tools that read them."
+                )
             self.tables = HostTables(config, optimizer.rows)
             self._feed = RowFeed(config, mesh, self.tables)
 
@@ -57,16 +61,6 @@ class Steps:
         """Draw the first rows of tables in host memory."""
         if self.tables:
             self.tables.initialise()
-
-    def refuse_tables(self, params: Params) -> None:
-        """Raise ConfigError where parameters to begin with are tables in host memory."""
-        both = [name for name in params if self.tables and name in self.tables.whole]
-        if both:
-            raise ConfigError(
-                f"init_from has tables ({', '.join(both)}), and mesh.table_memory is host: they "
-                "cannot be begun with there. Train with mesh.table_memory=device, save, and go on "
-                "with host: a checkpoint fits both."
-            )
 
     def compile(self, state: TrainState) -> None:
         """Compile the training and the health step for `state`.

@@ -15,16 +15,25 @@ from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.huggingface.folder import is_folder, open_folder
 from jtok_jax.model.params import Params, abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import parameter_sharding
+from jtok_jax.store.tables import HostTables
+from jtok_jax.training.checkpoint import PARAMS
 from jtok_jax.training.saved import load_params
 
 
-def begin_with(config: Config, mesh: Mesh, params: Params, say: Callable[[str], None]) -> Params:
+def begin_with(
+    config: Config,
+    mesh: Mesh,
+    params: Params,
+    tables: HostTables | None,
+    say: Callable[[str], None],
+) -> Params:
     """Return initial parameters with those of `config.init_from` in their place, by name.
 
     What the other model has not, such as tables, stays as configured.
 
     Args:
         params: initial values, as a run holds them.
+        tables: those in host memory, which take what they have of the other model.
 
     Raises:
         ConfigError: the other model has a parameter that this one has not, or of another shape.
@@ -37,18 +46,26 @@ def begin_with(config: Config, mesh: Mesh, params: Params, say: Callable[[str], 
         opened = open_folder(folder, dtype=config.model.param_dtype)
         shapes, read, what = opened.shapes(), opened.parameter, f"{folder}"
     else:
-        on_devices = config.mesh.tables_in("device")
-        saved = load_params(folder, lambda _: on_devices, step=step or "newest")
+        places = config.mesh.tables_in(config.mesh.table_memory)
+        saved = load_params(folder, lambda _: places, step=step or "newest")
         found = to_logical(saved.params)
+        if saved.tables:
+            rows = saved.tables.by_name().items()
+            found |= {name.removeprefix(PARAMS): value for name, value in rows}
         shapes = {name: value.shape for name, value in found.items()}
         read, what = found.__getitem__, f"{folder} at step {saved.step}"
     _compare(shapes, {name: leaf.shape for name, leaf in wanted.items()}, what)
     taken = {}
+    if tables:
+        tables.complete()
     for name in shapes:
         value = read(name).astype(wanted[name].dtype)
-        taken[name] = jax.device_put(value, place(name, value.shape))
-    own = sorted(wanted.keys() - taken.keys())
-    say(f"begins with {what}: {len(taken)} parameters; new ones: {', '.join(own) or 'none'}")
+        if tables and name in tables.whole:
+            tables.fill(PARAMS + name, 0, value)
+        else:
+            taken[name] = jax.device_put(value, place(name, value.shape))
+    own = sorted(wanted.keys() - shapes.keys())
+    say(f"begins with {what}: {len(shapes)} parameters; new ones: {', '.join(own) or 'none'}")
     return params | to_stored(config.model, taken)
 
 
