@@ -68,7 +68,8 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"Unexpected argument {arguments[1]!r}; options start with --.")
         for name in ("config", "workdir"):
             if not flags.FLAGS[name].value:
-                raise ConfigError(f"--{name} is missing. Example: {__doc__.splitlines()[0]}")
+                example = __doc__.splitlines()[0].partition(": ")[2]
+                raise ConfigError(f"--{name} is missing. Example: {example}")
         config, workdir = from_config_dict(CONFIG.value), pathlib.Path(WORKDIR.value)
         launch = recognise(os.environ, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
         with joined(launch, workdir, config.train) as hosts:

@@ -46,7 +46,7 @@ class Arm:
     def __init__(self, config: Config, batches):
         self._mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
         self.state, self.losses, self.seconds = init_state(config, optimizer, self._mesh), [], []
-        self._steps = Steps(config, optimizer, self._mesh, processes=1)
+        self._steps = Steps(config, optimizer, self._mesh)
         self._steps.initialise_tables()
         self._steps.compile(self.state)
         self._batches = self._steps.read_ahead(itertools.cycle(batches), first_step=1)

@@ -8,7 +8,8 @@ from jtok_jax.errors import ConfigError
 def one_of(value: str, name: str, choices: tuple[str, ...]) -> None:
     """Raise ConfigError unless `value` is one of the choices."""
     if value not in choices:
-        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+        known = ", ".join(choice or "nothing" for choice in choices)
+        raise ConfigError(f"{name} is {value!r}; expected one of {known}.")
 
 
 def at_least(config: object, prefix: str, minimum: float, *names: str) -> None:

@@ -75,12 +75,17 @@ def describe_fields(cls: type = Config, prefix: str = "--config.") -> list[str]:
     return found
 
 
+_OF_HOST_TABLES = ("table_memory", "table_prefetch", "table_folder", "table_dtype")
+
+
 def add_mesh_options(parser: argparse.ArgumentParser) -> None:
     """Add --config.mesh.fsdp=8 and its like to a tool, as train.py has them."""
     group = parser.add_argument_group(
         "mesh", "how the model lies on several devices; default: as in the run, or split over all"
     )
     for field in dataclasses.fields(MeshConfig):
+        if field.name in _OF_HOST_TABLES:  # see `add_table_options`
+            continue
         group.add_argument(f"{_MESH}{field.name}", type=field.type, default=argparse.SUPPRESS)
 
 

@@ -69,7 +69,8 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
 
     def choose(config: Config) -> MeshConfig:
         memory, folder, dtype = table_options(options).values()
-        return (asked or fitting(config)).tables_in(memory, folder, dtype)
+        mesh = (asked or fitting(config)).tables_in(config.mesh.table_memory)
+        return mesh.tables_in(memory, folder, dtype)
 
     saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)

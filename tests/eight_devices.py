@@ -117,7 +117,7 @@ def trajectory(config: Config, mesh: Mesh, steps: int = 3):
 def trajectory_from_host(config: Config, mesh: Mesh, steps: int = 3):
     """Train as `trajectory` does, with tables in host memory; these are returned by name."""
     optimizer, losses, norms = make_optimizer(config), [], []
-    state, run = init_state(config, optimizer, mesh), Steps(config, optimizer, mesh, processes=1)
+    state, run = init_state(config, optimizer, mesh), Steps(config, optimizer, mesh)
     run.initialise_tables()
     ids = (np.asarray(random_ids(config.model, *BATCH, seed=one)) % 29 for one in range(steps))
     for batch, rows in run.read_ahead((Batch(one, one) for one in ids), first_step=1):

@@ -233,6 +233,8 @@ ELSEWHERE = {
     "mesh.table_rows": "eight_devices",
     "mesh.table_memory": "test_host_tables",
     "mesh.table_prefetch": "test_host_tables",
+    "mesh.table_folder": "test_host_tables",
+    "mesh.table_dtype": "test_host_inference",
     "logging.tensorboard": "test_train_loop",
     "logging.wandb": "test_run",
     "profile.steps": "test_run",

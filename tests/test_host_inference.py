@@ -4,6 +4,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -70,9 +71,33 @@ def test_texts_of_prompts_of_several_lengths_are_equal(runs):
 
 
 def test_files_of_another_checkpoint_are_refused(finished, folder, runs):
-    with pytest.raises(CheckpointError, match=r"holds the tables of another checkpoint, of step 3"):
+    wanted = r"holds the tables of step 3 of .*, and those of step 2 of .* are wanted"
+    with pytest.raises(CheckpointError, match=wanted):
         load(finished, step=2, table_folder=folder)
+    with pytest.raises(CheckpointError, match=r"and those of step 3 of .* in int8 are wanted"):
+        load(finished, table_dtype="int8", table_folder=folder)
     assert load(finished, table_folder=folder).reader
+
+
+def test_a_tool_leaves_the_files_of_training_alone(config, finished, tmp_path):
+    start = {"mesh.table_memory": "host", "mesh.table_folder": str(tmp_path / "files")}
+    train(changed(config, start), tmp_path / "run")
+    for call in (
+        lambda: load(finished, table_folder=tmp_path / "files"),
+        lambda: train(changed(config, start), tmp_path / "other"),
+    ):
+        with pytest.raises(CheckpointError, match=r"the tables of the run .*run, in training"):
+            call()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+    train(changed(config, start), tmp_path / "run")
+
+
+def test_a_folder_that_is_not_ours_is_refused(finished, tmp_path):
+    np.save(tmp_path / "own.npy", np.zeros(3))
+    with pytest.raises(WorkdirError, match="has arrays that are no run's tables"):
+        load(finished, table_folder=tmp_path)
+    with pytest.raises(WorkdirError, match=r"own.npy is no folder"):
+        load(finished, table_folder=tmp_path / "own.npy")
 
 
 def test_files_that_are_being_written_are_in_use(config, finished, tmp_path):
@@ -84,13 +109,19 @@ def test_files_that_are_being_written_are_in_use(config, finished, tmp_path):
             train(changed(config, start), tmp_path / "run")
 
 
-@pytest.mark.parametrize("is_mapped", [True, False], ids=["while mapped", "before"])
-def test_files_that_were_cut_are_noticed(finished, tmp_path, is_mapped):
-    run = load(finished, table_folder=tmp_path / "files")
-    path = tmp_path / "files" / "tables.rows.npy"
+def test_files_that_were_changed_are_noticed(finished, tmp_path):
+    folder = tmp_path / "files"
+    run, path = load(finished, table_folder=folder), folder / "tables.rows.npy"
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"jtok")
+    with pytest.raises(CheckpointError, match=r"tables.rows.npy was changed while it was mapped"):
+        run.logits(TEXT)
+    with pytest.raises(CheckpointError, match=r"Files of .* were changed since they were written"):
+        load(finished, table_folder=folder)
     os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"was changed while|cannot be mapped: .*size"):
-        run.logits(TEXT) if is_mapped else load(finished, table_folder=tmp_path / "files")
+    with pytest.raises(CheckpointError, match=r"cannot be mapped: .*size"):
+        load(finished, table_folder=folder)
 
 
 @pytest.mark.parametrize("tool", [

@@ -11,10 +11,13 @@ import numpy as np
 import oracle
 import pytest
 import tolerances
+from flax import nnx
 from jtok_kernels import reference
 from small import DENSE, JTOK, JTOK_M, KINDS, MOE, gradients, random_ids, random_params
 
+from jtok_jax import JTok, JTokM
 from jtok_jax.config import Config, TrainConfig
+from jtok_jax.errors import ConfigError
 from jtok_jax.model import routing
 from jtok_jax.model.params import bind
 from jtok_jax.model_config import ModelConfig
@@ -137,3 +140,21 @@ def test_the_largest_logits_are_those_of_top_k(count):
     wanted, wanted_places = jax.lax.top_k(jnp.asarray(values), count)
     np.testing.assert_array_equal(places, wanted_places)
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda **k: JTokM(8, 4, num_layers=0, **k), "num_layers is 0"),
+    (lambda **k: JTokM(8, 4, num_layers=1, top_k=3, num_tables=2, **k), "top_k 3 of 2 tables"),
+    (lambda **k: JTok(8, 4, norm="layer", **k), "norm is 'layer'; expected one of rms, l2"),
+    (lambda **k: JTok(8, 4, table_dtype="float16", **k), "table_dtype is 'float16'"),
+    (lambda **k: JTok(-8, 4, **k), "A table of -8 rows of 4 is none"),
+])  # fmt: skip
+def test_arguments_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make(rngs=nnx.Rngs(0))
+
+
+def test_ids_of_another_shape_are_refused():
+    h = jnp.zeros((2, 8, 4))
+    with pytest.raises(ConfigError, match=r"ids are \(2, 7\) and h is \(2, 8, 4\)"):
+        JTok(8, 4, rngs=nnx.Rngs(0))(h, h, jnp.zeros((2, 7), jnp.int32))

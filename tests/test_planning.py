@@ -147,6 +147,7 @@ def test_nothing_fits_where_nothing_can():
     assert plan["changes_that_fit"] == []
     assert plan["changes_tried"] == [
         "model.attention", "train.grad_accumulation", "model.remat", "optimizer.tables.kind",
+        "mesh.table_memory",
     ]  # fmt: skip
     text = as_text(plan)
     assert "of model.attention, train.grad_accumulation, model.remat, optimizer.tables" in text

@@ -16,6 +16,8 @@ import jtok_kernels
 from flax import nnx
 from jtok_kernels import RowPlan, reference
 
+from jtok_jax.checks import one_of
+from jtok_jax.errors import ConfigError
 from jtok_jax.model.layers import rms_norm
 from jtok_jax.model.routing import Route, balance_loss, load, route
 from jtok_jax.model.tables import Lookup
@@ -37,7 +39,10 @@ class _TableLayer(nnx.Module):
 
     depth_scale: float | None = None
 
-    def __init__(self, dim: int, *, scale_init, norm, eps, implementation):
+    def __init__(self, num_rows: int | None, dim: int, *, scale_init, norm, eps, implementation):
+        one_of(norm, "norm", ("rms", "l2"))
+        if dim < 1 or (num_rows is not None and num_rows < 1):
+            raise ConfigError(f"A table of {num_rows} rows of {dim} is none; expected at least 1.")
         self.scale = Vector(jnp.full(dim, scale_init, jnp.float32), "D")
         self.norm, self.eps, self.implementation = norm, eps, implementation
 
@@ -129,9 +134,11 @@ class JTok(_TableLayer):
             num_rows: of the table, V; None: no table, each call gets a lookup.
             norm: "rms" or "l2".
             implementation: of the kernels, see `jtok_kernels.choose`; None: by the device.
+
+        Raises ConfigError: an argument is not possible.
         """
         super().__init__(
-            dim, scale_init=scale_init, norm=norm, eps=eps, implementation=implementation
+            num_rows, dim, scale_init=scale_init, norm=norm, eps=eps, implementation=implementation
         )
         if num_rows is not None:
             self.table = _own_table(rngs, num_rows, dim, std=table_init_std, dtype=table_dtype)
@@ -151,7 +158,7 @@ class JTok(_TableLayer):
             ids_BT: int32; not read where a `lookup` is given, such as that of `self.lookup`.
             prefetched: of `prefetch`.
         """
-        lookup = lookup or self.lookup(ids_BT)
+        lookup = lookup or self.lookup(_fitting(ids_BT, h_BTD))
         if lookup.exchange:
             prefetched = prefetched or self.prefetch(None, lookup)
             return self._add_fetched(h_BTD, delta_BTD, lookup, prefetched)
@@ -201,8 +208,15 @@ class JTokM(_TableLayer):
             others: as of `JTok`.
         """
         super().__init__(
-            dim, scale_init=scale_init, norm=norm, eps=eps, implementation=implementation
+            num_rows, dim, scale_init=scale_init, norm=norm, eps=eps, implementation=implementation
         )
+        one_of(router_norm, "router_norm", ("shared", "own", "weightless"))
+        one_of(balance_probability, "balance_probability", ("sigmoid", "normalized"))
+        if num_layers < 1 or not 1 <= top_k <= num_tables:
+            raise ConfigError(
+                f"num_layers is {num_layers}, top_k {top_k} of {num_tables} tables; expected at "
+                "least 1, and top_k at most num_tables."
+            )
         options = {"axes": "DM", "share": router_share, "full_precision": True}
         self.router = normal(rngs, dim, num_tables, std=router_init_std, **options)
         if router_bias_init is not None:
@@ -232,7 +246,7 @@ class JTokM(_TableLayer):
             x_BTD: the router's input; not read where `prefetched` is given.
             others: as of `JTok`.
         """
-        lookup = lookup or self.lookup(ids_BT)
+        lookup = lookup or self.lookup(_fitting(ids_BT, h_BTD))
         prefetched = prefetched or self.prefetch(x_BTD, lookup)
         choice, weights, probabilities = prefetched.routed
         balance = balance_loss(probabilities, choice, probability=self.balance_probability)
@@ -253,7 +267,17 @@ class JTokM(_TableLayer):
         return route(x_BTD, self.router[...], bias, top_k=self.top_k)
 
 
+def _fitting(ids: jax.Array, h: jax.Array) -> jax.Array:
+    """Return ids, one a vector of the stream."""
+    if ids.shape != h.shape[:-1]:
+        raise ConfigError(
+            f"ids have the shape {ids.shape} and h {h.shape}; expected {h.shape[:-1]}."
+        )
+    return ids
+
+
 def _own_table(rngs: nnx.Rngs, *shape: int, std: float, dtype: str) -> Table:
+    one_of(dtype, "table_dtype", ("float32", "bfloat16"))
     axes = "XRC" if len(shape) == 3 else "RC"
     return normal(
         rngs, *shape, axes=axes, std=std, dtype=dtype, kind=Table, stream="token", layers=(),

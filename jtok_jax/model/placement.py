@@ -108,6 +108,9 @@ def describe(config: Config, mesh: Mesh) -> str:
     """Return a line for the start of a run: the mesh, and how the tables lie on it."""
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     layouts = table_layouts(config, mesh)
+    if layouts and config.mesh.table_memory == "host":
+        place = config.mesh.table_folder
+        sizes += f"; tables in {f'files of {place}' if place else 'host memory'}"
     if not layouts or mesh.size == 1:
         return f"mesh: {sizes}"
     by_layout: dict[TableLayout, list[str]] = {}

@@ -82,7 +82,7 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     row_grads = shapes.sums * sum(map(shapes.row_grads, shapes.tables))
     parts = [
         *_state(_what_state_depends_on(config), mesh),
-        Part("rows of tables in host memory", _rows_of_steps(shapes), "state"),
+        Part("rows of host tables, for steps", _rows_of_steps(shapes), "state"),
         Part("gradients of the backbone", shapes.sums * shapes.trained * 4, "gradients"),
         Part("gradients of rows", row_grads, "gradients"),
         Part("backbone in the compute dtype", _cast_weights(shapes), "residuals"),

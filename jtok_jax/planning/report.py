@@ -16,6 +16,7 @@ from jtok_jax.planning import advice, compiled, traffic
 from jtok_jax.planning.cycles import count
 from jtok_jax.planning.memory import Memory, memory
 from jtok_jax.planning.topology import GIB, Topology
+from jtok_jax.store.rows import require_trainable
 
 # XLA takes this share of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_SHARE = 0.75
@@ -44,6 +45,7 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
     config = resolved(config, topology)
     mesh = abstract_mesh(config.mesh, topology.devices)
     check_batches(config, mesh)
+    require_trainable(config, processes=topology.hosts)
     found = memory(config, mesh)
     time = traffic.step_time(config, mesh, topology)
     counts = flops.count(config.model, seq_len=config.train.seq_len)
@@ -102,8 +104,7 @@ def _memory(found: Memory, topology: Topology) -> dict:
 
 def _changes(config: Config, topology: Topology) -> list[advice.Change]:
     def fits(candidate: Config) -> bool:
-        if candidate.mesh.table_memory == "host" and topology.hosts > 1:
-            return False
+        require_trainable(candidate, processes=topology.hosts)
         mesh = abstract_mesh(candidate.mesh, topology.devices)
         check_batches(candidate, mesh)
         return memory(candidate, mesh).total <= topology.chip.memory * ROOM
@@ -231,8 +232,8 @@ def _host_lines(plan: dict) -> list[str]:
     if not found:
         return []
     lines = [
-        f"tables in host memory: {found['host'] / GIB:.2f} GiB; of their rows a step moves at most "
-        f"{found['each_way'] / GIB:.3f} GiB to a device, and back",
+        f"a host holds {found['host'] / GIB:.2f} GiB of tables with their optimizer's state; of "
+        f"these a step moves at most {found['each_way'] / GIB:.3f} GiB to a device, and back",
         f"  behind a step that needs {found['rate'] / 1e9:.1f} GB/s each way",
     ]
     if not found["link"]:
@@ -242,6 +243,11 @@ def _host_lines(plan: dict) -> list[str]:
         lines[-1] += f"; of {link}: {'hidden' if found['hides'] else 'NOT hidden'}"
         size = found["batch_size"]
         lines.append(f"  hidden {f'from train.batch_size={size} on' if size else 'at no batch'}")
+    if 2 * found["each_way"] > found["host"]:
+        lines.append(
+            "  a step may read most rows: on the device tables take less. Set train.max_unique_ids "
+            "if batches have fewer different tokens, or take smaller ones"
+        )
     return [*lines, ""]
 
 
@@ -249,12 +255,13 @@ def _time_lines(plan: dict) -> list[str]:
     estimate = plan["estimate"]
     low, high = estimate["step_seconds"]
     lines = ["a device sends in a step, GiB"] if plan["collectives"] else []
+    space = [""] if plan["collectives"] else []
     for one in plan["collectives"]:
         name = f"  {one['name']}, {one['kind']} over {' x '.join(one['axes'])}"
         lines.append(f"{name:<60} {one['size'] / GIB:>10.3f}")
     shares = ", ".join(f"{name} {100 * v:.0f}%" for name, v in estimate["assumed"].items())
     lines += [
-        "",
+        *space,
         f"{plan['flops']['step']:.3e} FLOPs a step of {plan['tokens_per_step']:,} tokens",
         f"ESTIMATE at assumed shares of stated rates ({shares}):",
         f"  matmuls {_time(estimate['matmul_seconds'])}, rows, loss, optimizer "

@@ -4,7 +4,7 @@
 
 FOLDER/<table>.<leaf>.npy   rows, or what their optimizer keeps: as `store.rows` has them by rows
 FOLDER/drawn.<stream>.npy   bool, which rows were ever written; the others are holes in the files
-FOLDER/tables.json          of which checkpoint they are; none while a process writes them
+FOLDER/tables.json          whose they are; and once all is written the size and time of each file
 
 bfloat16 is stored as words of 16 bits: the format has no name for it.
 """
@@ -16,6 +16,7 @@ import mmap
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,53 +28,64 @@ from jtok_jax.lock import LOCK_FILE, locked
 SAID = "tables.json"
 
 
+class Contents(NamedTuple):
+    """Says whose arrays a folder holds: for people, and in plain values to compare."""
+
+    what: str
+    identity: dict[str, object]
+
+
 class MappedFolder:
     """The arrays of a folder.
 
-    arrays: by name, NumPy arrays over the files. is_filled: they are those of a checkpoint, and
-    only read.
+    arrays: by name, NumPy arrays over the files. is_filled: all is written, and only read.
     """
 
     def __init__(
         self,
         path: pathlib.Path,
         shapes: Mapping[str, jax.ShapeDtypeStruct],
-        checkpoint: object = None,
+        contents: Contents,
     ):
-        """Open the arrays of `checkpoint` if they are there, else make sparse ones of zeros.
-
-        Args:
-            shapes: by name.
-            checkpoint: what tells it from others, plain values; None: arrays to train.
+        """Open the arrays of `contents` if all of them are there, else make sparse ones of zeros.
 
         Raises:
-            CheckpointError: the folder holds arrays of another checkpoint, or damaged ones.
+            CheckpointError: the folder holds other arrays, or damaged ones.
             WorkdirError: another process writes or reads there, or it cannot be written.
         """
-        self.path, self._shapes, self._checkpoint = path, dict(shapes), checkpoint
+        self.path, self._shapes, self._contents = path, dict(shapes), contents
         self._open_files = contextlib.ExitStack()
         said = self._said()
-        self.is_filled = said is not None and said == checkpoint
-        if said is not None and not self.is_filled:
+        if said is None and any(path.glob("*.npy")):
+            raise WorkdirError(f"{path} has arrays that are no run's tables. Pass another folder.")
+        if said is not None and said["identity"] != contents.identity:
             raise CheckpointError(
-                f"{path} holds the tables of another checkpoint, of step {said.get('step')}. "
-                "Nothing was changed. Pass another folder, or remove that one."
+                f"{path} holds the tables of {said['what']}, and those of {contents.what} are "
+                "wanted. Nothing was changed. Pass another folder, or remove that one."
             )
+        self.is_filled = bool(said and said["files"])
         self._lock = self._open_files.enter_context(
             locked(path / LOCK_FILE, shared=self.is_filled, option="table_folder")
         )
+        if self._said() != said:
+            raise WorkdirError(f"{path} was written by another process just now; try again.")
+        if not self.is_filled:
+            self._say({})
         self._open("r" if self.is_filled else "w+")
+        if self.is_filled and said["files"] != self._stats:
+            raise CheckpointError(
+                f"Files of {path} were changed since they were written. Remove that folder; then "
+                "it is made anew."
+            )
 
     def fill(self) -> None:
         """Say that all arrays are written, and let others read them from now on."""
         for array in self._files.values():
             array.flush()
-        partial = self.path / f"{SAID}.partial"
-        partial.write_text(json.dumps(self._checkpoint))
-        partial.rename(self.path / SAID)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
         self.is_filled = True
         self._open("r")
+        self._say(self._stats)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def reserve(self, name: str, ids: np.ndarray) -> None:
         """Take room on the disk for rows of an array, each int32 id once.
@@ -108,12 +120,21 @@ class MappedFolder:
         self._open_files.close()
 
     def _said(self) -> dict | None:
+        """Return what the folder says of its arrays: "what", "identity", "files"."""
         try:
-            return json.loads((self.path / SAID).read_text())
+            found = json.loads((self.path / SAID).read_text())
+            return {name: found[name] for name in ("what", "identity", "files")}
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except NotADirectoryError as error:
+            raise WorkdirError(f"{self.path} is no folder.") from error
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.path / SAID} is damaged; remove {self.path}.") from error
+
+    def _say(self, files: dict[str, list[int]]) -> None:
+        partial = self.path / f"{SAID}.partial"
+        partial.write_text(json.dumps(self._contents._asdict() | {"files": files}))
+        partial.rename(self.path / SAID)
 
     def _file(self, name: str) -> pathlib.Path:
         return self.path / f"{name.replace('/', '.')}.npy"
@@ -142,6 +163,7 @@ class MappedFolder:
             self.arrays[name] = array.view(jnp.bfloat16) if is_words else array
             self._stats[name] = self._stat(name)
 
-    def _stat(self, name: str) -> tuple[int, int]:
+    def _stat(self, name: str) -> list[int]:
+        """Return the size of a file; and when it was changed, if it is not to be any more."""
         found = os.fstat(self._descriptors[name])
-        return found.st_size, found.st_mtime_ns if self.is_filled else 0
+        return [found.st_size, found.st_mtime_ns if self.is_filled else 0]

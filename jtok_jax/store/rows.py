@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jtok_kernels import RowOptimizer
 
 from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import replicated, split_batch
 from jtok_jax.model.params import Params, declared_tables, to_stored
 from jtok_jax.model.placement import table_layouts
@@ -47,6 +48,21 @@ def whole_leaves(model: ModelConfig, optimizers: Optimizers, *, int8: bool = Fal
             rows[SCALE] = jax.ShapeDtypeStruct(table.shape[:-1], jnp.float32)
         found[name] = {ROWS: whole} | rows
     return found
+
+
+def require_trainable(config: Config, *, processes: int) -> None:
+    """Raise ConfigError where tables cannot be trained in host memory as configured."""
+    mesh = config.mesh
+    if mesh.table_memory == "host" and processes > 1:
+        raise ConfigError(
+            f"mesh.table_memory is host, and {processes} processes share this run; tables in host "
+            "memory are for one process with any number of devices."
+        )
+    if mesh.table_dtype:
+        raise ConfigError(
+            f"mesh.table_dtype is {mesh.table_dtype}; tables are trained in "
+            "model.jtok.table_dtype, and stored in int8 for tools that read them."
+        )
 
 
 def stacked(leaves: Leaves) -> Leaves:

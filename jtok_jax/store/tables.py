@@ -16,7 +16,7 @@ from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.params import declared_tables, init_rows, initial_options
 from jtok_jax.model.tables import ROWS
-from jtok_jax.store.mapped import MappedFolder
+from jtok_jax.store.mapped import Contents, MappedFolder
 from jtok_jax.store.rows import SCALE, Leaves, Optimizers, bytes_of, whole_leaves, words
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by table and leaf
@@ -31,12 +31,12 @@ class HostTables:
     finite.
     """
 
-    def __init__(self, config: Config, optimizers: Optimizers, *, checkpoint: object = None):
+    def __init__(self, config: Config, optimizers: Optimizers, *, contents: Contents | None = None):
         """Allocate, without a value: in memory, or sparse files in mesh.table_folder.
 
         Args:
             optimizers: by table, {} where nothing is trained.
-            checkpoint: see `MappedFolder`; files that hold it are used.
+            contents: of mesh.table_folder, whose files are used if they hold them.
 
         Raises:
             ConfigError: this machine has less memory left.
@@ -55,7 +55,7 @@ class HostTables:
         for name in {table.stream for table in self._tables.values()}:
             rows = config.model.id_streams[name].num_rows
             shapes[f"drawn.{name}"] = jax.ShapeDtypeStruct((rows,), bool)
-        self._folder = MappedFolder(pathlib.Path(path), shapes, checkpoint) if path else None
+        self._folder = MappedFolder(pathlib.Path(path), shapes, contents) if path else None
         if not path:
             _require_memory(self.whole)
         self._take(

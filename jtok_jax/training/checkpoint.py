@@ -346,19 +346,19 @@ def config_of(found) -> Config:
 
 
 def load_leaves(
-    checkpointer, found, wanted: dict, held: HostTables | None = None, *, below: str = ""
+    checkpointer, found, wanted: dict, host_tables: HostTables | None = None, *, below: str = ""
 ) -> dict[str, jax.Array]:
     """Return the leaves of a checkpoint whose name begins with `below`.
 
     Args:
         wanted: shapes with shardings, by name.
-        held: tables in host memory, which are filled with all other leaves.
+        host_tables: tables in host memory, which are filled with all other leaves.
 
     Raises:
-        CheckpointError: they are not those of `wanted` and `held`. Orbax would cast dtypes.
+        CheckpointError: they are not those of `wanted` and `host_tables`. Orbax would cast dtypes.
         DamagedError: they are not what was saved.
     """
-    _require_same_leaves(found, wanted | (held.saved_shapes if held else {}), below)
+    _require_same_leaves(found, wanted | (host_tables.saved_shapes if host_tables else {}), below)
     sparse, said = found.custom_metadata.get(SPARSE, False), found.custom_metadata.get(DIGESTS)
     folder = pathlib.Path(checkpointer.directory)
     with reading(folder, found.step):
@@ -366,13 +366,13 @@ def load_leaves(
         leaves = checkpointer.load(found.step, skipped | wanted)
         leaves = {name: leaves[name] for name in wanted}
         own = digests(leaves) if said else {}  # none: of an earlier version
-        if held and not held.is_filled:
-            own |= _fill(held, folder / str(found.step))
+        if host_tables and not host_tables.is_filled:
+            own |= _fill(host_tables, folder / str(found.step))
         changed = [name for name in own if said and own[name] != said[name]]
         if changed:
             raise ValueError(f"{', '.join(changed)} differ from what was saved")
-    if held and not held.is_filled:
-        held.restored(sparse=sparse)
+    if host_tables and not host_tables.is_filled:
+        host_tables.restored(sparse=sparse)
     return with_first_rows(config_of(found), leaves) if sparse else leaves
 
 

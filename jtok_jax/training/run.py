@@ -21,6 +21,7 @@ from jtok_jax.lock import LOCK_FILE, locked
 from jtok_jax.mesh import check_batches, make_mesh, put_batch, rows_here
 from jtok_jax.model.params import Params
 from jtok_jax.model.placement import describe, table_operations
+from jtok_jax.store.rows import require_trainable
 from jtok_jax.training import guards
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
@@ -107,6 +108,7 @@ class Run:
             f"{len(rows_here(self._mesh, size))} of {size} sequences of a batch"
         )
         check_batches(config, self._mesh)
+        require_trainable(config, processes=hosts.count)
         if config.init_from and not any((workdir / CHECKPOINTS).glob("*")):
             require_same_words(config)
         self._source = open_source(config)
@@ -122,7 +124,7 @@ class Run:
             keep_tokenizer(workdir, self._source.tokenizer)
         self._print_model()
         self._optimizer = make_optimizer(config)
-        self.steps = Steps(config, self._optimizer, self._mesh, processes=hosts.count)
+        self.steps = Steps(config, self._optimizer, self._mesh, str(workdir.absolute()))
         self.checkpoints = self._open_checkpoints()
         self.first_step, self.validation_due = self._begin()
         self._timer, self._data_wait = Timer(config), 0.0

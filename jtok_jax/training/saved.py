@@ -17,6 +17,7 @@ from jtok_jax.mesh import abstract_mesh, make_mesh
 from jtok_jax.model.attention import choice_of
 from jtok_jax.model.params import abstract_params, to_stored
 from jtok_jax.model.placement import parameter_sharding, table_operations
+from jtok_jax.store.mapped import Contents
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.checkpoint import (
     DIGESTS,
@@ -109,8 +110,12 @@ def _tables_of(config: Config, found, workdir: pathlib.Path) -> HostTables | Non
     if config.mesh.table_memory != "host":
         return None
     written = found.custom_metadata.get(DIGESTS, str(workdir.absolute()))
-    known = {"step": found.step, "dtype": config.mesh.table_dtype, "digests": written}
-    return HostTables(config, {}, checkpoint=known)
+    dtype = config.mesh.table_dtype
+    contents = Contents(
+        f"step {found.step} of {workdir}{' in ' * bool(dtype)}{dtype}",
+        {"step": found.step, "dtype": dtype, "digests": written},
+    )
+    return HostTables(config, {}, contents=contents)
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:

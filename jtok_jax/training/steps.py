@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch
-from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import replicated
 from jtok_jax.store.feed import RowFeed
+from jtok_jax.store.mapped import Contents
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.optimizer import Optimizer
 from jtok_jax.training.state import TrainState
@@ -31,7 +31,8 @@ class Steps:
     tables: those in host memory; None: the state has them all.
     """
 
-    def __init__(self, config: Config, optimizer: Optimizer, mesh: Mesh, *, processes: int):
+    def __init__(self, config: Config, optimizer: Optimizer, mesh: Mesh, workdir: str = ""):
+        """Prepare them; `workdir` is that of the run whose tables may lie in files."""
         self._config, self._optimizer, self._mesh = config, optimizer, mesh
         self._train = jit_train_step(config, optimizer, mesh)
         everywhere = replicated(mesh)
@@ -39,17 +40,8 @@ class Steps:
         self.evaluate = jax.jit(make_eval_step(config, mesh), out_shardings=everywhere)
         self.tables = self._feed = None
         if config.mesh.table_memory == "host":
-            if processes > 1:
-                raise ConfigError(
-                    f"mesh.table_memory is host, and {processes} processes share this run; tables "
-                    "in host memory are for one process with any number of devices."
-                )
-            if config.mesh.table_dtype:
-                raise ConfigError(
-                    f"mesh.table_dtype is {config.mesh.table_dtype}; tables are trained in "
-                    "model.jtok.table_dtype, and stored in int8 for tools that read them."
-                )
-            self.tables = HostTables(config, optimizer.rows)
+            contents = Contents(f"the run {workdir}, in training", {"run": workdir})
+            self.tables = HostTables(config, optimizer.rows, contents=contents)
             self._feed = RowFeed(config, mesh, self.tables)
 
     @property
