@@ -156,5 +156,5 @@ def test_arguments_that_cannot_be_are_refused(make, message):
 
 def test_ids_of_another_shape_are_refused():
     h = jnp.zeros((2, 8, 4))
-    with pytest.raises(ConfigError, match=r"ids are \(2, 7\) and h is \(2, 8, 4\)"):
+    with pytest.raises(ConfigError, match=r"ids have the shape \(2, 7\) and h \(2, 8, 4\); expect"):
         JTok(8, 4, rngs=nnx.Rngs(0))(h, h, jnp.zeros((2, 7), jnp.int32))
