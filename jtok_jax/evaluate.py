@@ -69,8 +69,11 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
 
     def choose(config: Config) -> MeshConfig:
         memory, folder, dtype = table_options(options).values()
-        mesh = (asked or fitting(config)).tables_in(config.mesh.table_memory)
-        return mesh.tables_in(memory, folder, dtype)
+        memory = memory or ("host" if folder or dtype else None)
+        if memory == "host" and hosts.count > 1:
+            raise ConfigError("Tables in host memory are for one process.")
+        own = config.mesh.table_memory if hosts.count == 1 else "device"
+        return (asked or fitting(config)).tables_in(memory or own, folder, dtype)
 
     saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)

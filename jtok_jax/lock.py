@@ -29,8 +29,9 @@ def locked(
         WorkdirError: another process holds it, or the file system cannot write or lock it.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        if not shared:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("r" if shared else "a+")
     except OSError as error:
         raise WorkdirError(f"{path.parent} cannot be written: {error}.") from error
     with file:
@@ -48,7 +49,10 @@ def locked(
                 f"{option} on another."
             ) from error
         if not shared:
-            file.truncate(0)
-            file.write(f"a process with pid {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            try:
+                file.truncate(0)
+                file.write(f"a process with pid {os.getpid()} on {platform.node()}\n")
+                file.flush()
+            except OSError as error:
+                raise WorkdirError(f"{path} cannot be written: {error}.") from error
         yield file

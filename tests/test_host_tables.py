@@ -4,11 +4,13 @@
 
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 from pythons import OLD
 from small import KINDS, with_every_table
@@ -21,6 +23,9 @@ from jtok_jax.errors import ConfigError, DataError, NonFiniteError, WorkdirError
 from jtok_jax.model_config import JtokConfig, ModelConfig
 from jtok_jax.planning.compiled import compile_for_topology, lacks, stand_in
 from jtok_jax.planning.topology import parse_topology
+from jtok_jax.training.checkpoint import Checkpoints
+from jtok_jax.training.digest import digests, piece_digest
+from jtok_jax.training.pieces import pieces
 from train import train
 
 HOST = {"mesh.table_memory": "host"}
@@ -119,13 +124,17 @@ def test_a_run_with_tables_in_files_goes_on_elsewhere(
 def test_a_full_disk_under_the_files_ends_the_run_and_it_goes_on(
     config, finished, tmp_path, monkeypatch
 ):
+    """Full once is enough: rows of that write are lost, whether later ones have room or not."""
     start = changed(config, HOST | {"mesh.table_folder": str(tmp_path / "files")})
+    reserve, calls = os.posix_fallocate, itertools.count()
 
-    def is_full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def is_full_once(*arguments):
+        if next(calls) == 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return reserve(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", is_full)
+        patch.setattr(os, "posix_fallocate", is_full_once)
         with pytest.raises(WorkdirError, match=r"files has no room for more rows: .*No space left"):
             train(start, tmp_path / "run")
     train(start, tmp_path / "run")
@@ -190,3 +199,28 @@ def test_a_run_begins_with_tables_of_another(config, tmp_path):
     folder = {"mesh.table_folder": str(tmp_path / "files")}
     train(changed(start, HOST | folder), tmp_path / "host")
     check_same(tmp_path / "device", tmp_path / "host", 4)
+
+
+def test_a_model_without_tables_and_one_that_begins_with_it(config, tmp_path):
+    plain = {"model.jtok.kind": "none", "model.arms.names": "", "model.streams": ""}
+    plain["train.steps"] = 2
+    train(changed(config, HOST | plain), tmp_path / "plain")
+    start = changed(config, HOST | {"init_from": str(tmp_path / "plain"), "train.steps": 2})
+    train(start, tmp_path / "run")
+    assert "params/tables" in digests_of(tmp_path / "run", 2)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(65_536, 8), (65_537, 1)])
+def test_an_axis_without_divisors_is_not_split_into_rows(tmp_path, rows, expected):
+    """A checkpoint of 65,537 rows was as many files."""
+    table = np.zeros((4, rows, 128), np.float32)
+    table[..., 0] = np.arange(rows)
+    checkpoints = Checkpoints(tmp_path, Config(), data={})
+    checkpoints.save_params({"tables": table})
+    checkpoints.close()
+    files = list(tmp_path.glob("checkpoints/0/state/params/tables/c/**/*"))
+    assert len([path for path in files if path.is_file()]) == expected
+    parts = list(pieces(tmp_path / "checkpoints" / "0", "params/tables"))
+    total = sum(piece_digest(part, start, table.shape) for start, part in parts)
+    assert total % (1 << 32) == digests({"": table})[""]
+    assert sum(part.size for _, part in parts) == table.size

@@ -47,7 +47,7 @@ def fitting(config: Config) -> MeshConfig:
         mesh_shape(config.mesh, jax.device_count())
         return config.mesh
     except ConfigError:
-        return over_all(config.model).tables_in(config.mesh.table_memory)
+        return over_all(config.model)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 """Estimates what a step sends and how long it takes at stated rates; it measures nothing."""
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -83,10 +84,11 @@ def host_rows(config: Config, mesh: AbstractMesh, topology: Topology) -> HostRow
 
     least = config.train.grad_accumulation * num_shards(mesh, BATCH)
     sizes = [least << power for power in range(BATCHES)]
-    found = (size for size in sizes if moved(size)[1] <= LINK_SHARE * link)
+    hides = lambda size: moved(size)[1] <= LINK_SHARE * link
+    found = list(itertools.takewhile(hides, reversed(sizes)))
     each_way, rate = moved(config.train.batch_size)
     host = bytes_of(whole_leaves(config.model, rows))
-    return HostRows(host, each_way, rate, link, next(found, None))
+    return HostRows(host, each_way, rate, link, found[-1] if found else None)
 
 
 def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:

@@ -52,7 +52,7 @@ class RowFeed:
         self._earlier = collections.deque(maxlen=depth)  # ids of the batches read last
         self._results = collections.deque(maxlen=depth)  # leaves of the last steps
         self._taken: Ids = {}  # ids of the step under way
-        self._last_write = self._thread.submit(lambda: None)
+        self._last_write, self._failed = self._thread.submit(lambda: None), None
         self._merge = jax.jit(_merge, out_shardings=self._reader.shardings, donate_argnums=0)
 
     def fetch(self, ids_BT: np.ndarray) -> SomeRows:
@@ -79,14 +79,16 @@ class RowFeed:
 
     def give_back(self, leaves: Leaves) -> None:
         """Write the rows that a step made of those it was handed, as soon as they are there."""
-        if self._last_write.done():
-            self._last_write.result()  # raises what it failed of
+        if self._failed:
+            raise self._failed
         self._results.append(leaves)
         self._last_write = self._thread.submit(self._write, self._taken, leaves)
 
     def settle(self) -> None:
-        """Wait until all that was given back is in the store. Raises what failed on the way."""
+        """Wait until all that was given back is in the store. Raises what a write failed of."""
         self._last_write.result()
+        if self._failed:
+            raise self._failed
 
     def close(self) -> None:
         """End the thread; what was given back is written, what is read ahead forgotten."""
@@ -106,8 +108,14 @@ class RowFeed:
         return _Ready(ids, rows, jax.device_put(found, replicated(self._mesh)))
 
     def _write(self, ids: Ids, leaves: Leaves) -> None:
-        jax.block_until_ready(leaves)
-        self._store.write(ids, leaves)
+        """Write rows; after one write that failed none is made, as later ones build on it."""
+        if self._failed:
+            return
+        try:
+            jax.block_until_ready(leaves)
+            self._store.write(ids, leaves)
+        except Exception as error:
+            self._failed = error
 
     # ------------------------------------------------------------------ before a step
 

@@ -15,7 +15,8 @@ import json
 import mmap
 import os
 import pathlib
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -69,9 +70,13 @@ class MappedFolder:
         )
         if self._said() != said:
             raise WorkdirError(f"{path} was written by another process just now; try again.")
-        if not self.is_filled:
-            self._say({})
-        self._open("r" if self.is_filled else "w+")
+        weakref.finalize(self, self._open_files.close)
+        try:
+            if not self.is_filled:
+                self._say({})
+            self._open("r" if self.is_filled else "w+")
+        except OSError as error:
+            raise WorkdirError(f"{path} cannot be written: {error}.") from error
         if self.is_filled and said["files"] != self._stats:
             raise CheckpointError(
                 f"Files of {path} were changed since they were written. Remove that folder; then "
@@ -80,24 +85,32 @@ class MappedFolder:
 
     def fill(self) -> None:
         """Say that all arrays are written, and let others read them from now on."""
-        for array in self._files.values():
-            array.flush()
-        self.is_filled = True
-        self._open("r")
-        self._say(self._stats)
+        try:
+            for array in self._files.values():
+                array.flush()
+            self.is_filled = True
+            self._open("r")
+            self._say(self._stats)
+        except OSError as error:
+            raise WorkdirError(f"{self.path} cannot be written: {error}.") from error
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def reserve(self, name: str, ids: np.ndarray) -> None:
-        """Take room on the disk for rows of an array, each int32 id once.
+        """Take room on the disk for rows of an array; ids ascend, each is there once.
 
         Written through a map, a row for which there is none would end the process by SIGBUS.
 
         Raises WorkdirError: there is no room.
         """
+        if not len(ids):
+            return
         file, size = self._files[name], self.arrays[name][0].nbytes
+        ends = np.flatnonzero(np.diff(ids) > 1)  # of runs without a gap
+        firsts, lasts = ids[np.append(0, ends + 1)], ids[np.append(ends, len(ids) - 1)]
         try:
-            for place in ids.tolist():
-                os.posix_fallocate(self._descriptors[name], file.offset + place * size, size)
+            for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                place = file.offset + first * size
+                os.posix_fallocate(self._descriptors[name], place, (last - first + 1) * size)
         except OSError as error:
             whole = sum(array.nbytes for array in self.arrays.values()) / 2**30
             raise WorkdirError(
@@ -105,6 +118,19 @@ class MappedFolder:
                 f"{whole:.1f} GiB. The last checkpoint is intact: free space, or pass another "
                 "folder, and run the same command again."
             ) from error
+
+    @contextlib.contextmanager
+    def in_order(self) -> Iterator[None]:
+        """While this lasts, let the system read ahead in the files."""
+        self._advise(mmap.MADV_NORMAL)
+        try:
+            yield
+        finally:
+            self._advise(mmap.MADV_RANDOM)  # else rows are read with all that is around them
+
+    def _advise(self, advice: int) -> None:
+        for file in self._files.values():
+            file._mmap.madvise(advice)
 
     def check(self) -> None:
         """Raise CheckpointError if a file is not what it was: reading on could end the process."""
@@ -147,7 +173,7 @@ class MappedFolder:
             try:
                 file = np.lib.format.open_memmap(path, mode, dtype, wanted.shape)
                 descriptor = os.open(path, os.O_RDONLY if mode == "r" else os.O_RDWR)
-            except (OSError, ValueError) as error:
+            except (ValueError, FileNotFoundError) as error:
                 raise CheckpointError(
                     f"{path} cannot be mapped: {error}. Remove {self.path}; then it is made anew."
                 ) from error
@@ -157,11 +183,13 @@ class MappedFolder:
                     f"{path} holds {file.dtype} {list(file.shape)}, of {dtype} "
                     f"{list(wanted.shape)}. Remove {self.path}; then it is made anew."
                 )
-            file._mmap.madvise(mmap.MADV_RANDOM)  # else rows are read with all that is around them
             self._files[name], self._descriptors[name] = file, descriptor
             array = np.asarray(file)
             self.arrays[name] = array.view(jnp.bfloat16) if is_words else array
             self._stats[name] = self._stat(name)
+            if mode != "r" and array.dtype == bool:  # small, and written without `reserve`
+                self.reserve(name, np.arange(len(array)))
+        self._advise(mmap.MADV_RANDOM)
 
     def _stat(self, name: str) -> list[int]:
         """Return the size of a file; and when it was changed, if it is not to be any more."""

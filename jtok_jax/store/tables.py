@@ -6,6 +6,7 @@ A row has its first value from the seed, the table and its id. In memory all are
 files each is drawn when it is read, until it is written: so they take the room of rows in use.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -85,21 +86,38 @@ class HostTables:
         if not self._folder:
             self.complete()
 
-    def axis(self, name: str) -> int:
-        """Return the axis of rows in a leaf of `saved_shapes`."""
-        return len(self._tables[self._leaf_of[name][0]].shape) - 2
+    @contextlib.contextmanager
+    def in_order(self) -> Iterator[None]:
+        """While this lasts, read and write whole tables: files are then read ahead."""
+        with self._folder.in_order() if self._folder else contextlib.nullcontext():
+            yield
 
-    def fill(self, name: str, first: int, piece: np.ndarray) -> None:
-        """Take a piece of a leaf of `saved_shapes`: some of its rows, from `first` on.
+    def fill(self, name: str, start: tuple[int, ...], piece: np.ndarray) -> None:
+        """Take a piece of a leaf of `saved_shapes`, with all columns of its rows.
 
         What is there already is not written: holes in files stay holes.
+
+        Args:
+            start: where the piece begins in the leaf.
+
+        Raises WorkdirError: the disk of the files is full.
         """
         table, leaf = self._leaf_of[name]
-        rows = np.moveaxis(piece, self.axis(name), 0)
+        axis = self._axis(table)
+        region = [slice(x, x + size) for x, size in zip(start, piece.shape, strict=True)]
+        region.insert(0, region.pop(axis))
+        rows = np.moveaxis(piece, axis, 0)
         for one, value in (self._stored(rows) if leaf == ROWS else {leaf: rows}).items():
-            into = self._arrays[table][one][first : first + len(value)]
+            into = self._arrays[table][one][tuple(region[: value.ndim])]
             word = np.dtype(f"u{value.itemsize}")
-            np.copyto(into, value, where=value.view(word) != into.view(word))
+            differs = value.view(word) != into.view(word)
+            changed = differs.reshape(len(differs), -1).any(axis=1)
+            self._reserve(table, one, start[axis] + np.flatnonzero(changed))
+            np.copyto(into, value, where=differs)
+
+    def _axis(self, table: str) -> int:
+        """Return the axis of rows in leaves of a table, stacked."""
+        return len(self._tables[table].shape) - 2
 
     def restored(self, *, sparse: bool) -> None:
         """Take what was filled as a checkpoint, which may be sparse."""
@@ -152,11 +170,10 @@ class HostTables:
 
         Raises WorkdirError: the disk of the files is full.
         """
-        if self._folder:
-            self._reserve(ids)
         for name, leaves in self._arrays.items():
             of_table = ids[self._tables[name].stream]
             for leaf, value in leaves.items():
+                self._reserve(name, leaf, of_table)
                 new = np.asarray(rows[name][leaf])[: len(of_table)]
                 if leaf == ROWS and not np.isfinite(new).all():
                     self.broken.add(name)
@@ -168,7 +185,7 @@ class HostTables:
         """Return every leaf of `saved_shapes`: a view."""
         views = {}
         for name, (table, leaf) in self._leaf_of.items():
-            views[name] = np.moveaxis(self._arrays[table][leaf], 0, self.axis(name))
+            views[name] = np.moveaxis(self._arrays[table][leaf], 0, self._axis(table))
         return views
 
     @property
@@ -205,6 +222,11 @@ class HostTables:
             name: arrays[f"drawn.{name}"]
             for name in {table.stream for table in self._tables.values()}
         }
+        # Which rows have room on the disk, for all that is known.
+        self._has_room = {
+            name: {leaf: np.zeros(len(x), bool) for leaf, x in leaves.items()}
+            for name, leaves in self._arrays.items()
+        }
 
     def complete(self) -> None:
         """Draw and write all rows that were never written."""
@@ -213,6 +235,7 @@ class HostTables:
         for name, first, rows in self._first_rows(missing, max(1, CHUNK // max(1, once))):
             ids = missing[self._tables[name].stream][first : first + len(rows)]
             for leaf, value in self._stored(rows).items():
+                self._reserve(name, leaf, ids)
                 self._arrays[name][leaf][ids] = value
         for drawn in self._drawn.values():
             drawn[...] = True
@@ -223,7 +246,7 @@ class HostTables:
         """Yield (table, index of the first, rows) of ids by stream, `count` at a time."""
         draw = jax.jit(init_rows, static_argnums=0, compiler_options=initial_options())
         key = jax.random.key(self._seed)
-        for first in range(0, max(map(len, ids.values())), count):
+        for first in range(0, max(map(len, ids.values()), default=0), count):
             part = {name: one[first : first + count] for name, one in ids.items()}
             padded = {}
             for name, one in part.items():  # beyond a table's rows are zeros
@@ -234,11 +257,13 @@ class HostTables:
                 rows = np.moveaxis(np.asarray(value), -2, 0)
                 yield name, first, rows[: len(part[self._tables[name].stream])]
 
-    def _reserve(self, ids: Mapping[str, np.ndarray]) -> None:
-        new = {name: one[~self._drawn[name][one]] for name, one in ids.items()}
-        for name, leaves in self._arrays.items():
-            for leaf in leaves:
-                self._folder.reserve(f"{name}.{leaf}", new[self._tables[name].stream])
+    def _reserve(self, table: str, leaf: str, ids: np.ndarray) -> None:
+        """Take room on the disk for ascending ids of a leaf, where files hold it."""
+        if self._folder:
+            room = self._has_room[table][leaf]
+            new = ids[~room[ids]]
+            self._folder.reserve(f"{table}.{leaf}", new)
+            room[new] = True
 
 
 def _require_memory(leaves: Leaves) -> None:

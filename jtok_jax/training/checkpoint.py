@@ -26,7 +26,7 @@ from jtok_jax.config_dict import completed, from_config_dict, to_dict
 from jtok_jax.errors import CheckpointError, ConfigError, NonFiniteError
 from jtok_jax.model.params import (
     declared_tables,
-    init_params,
+    init_rows,
     initial_options,
     to_logical,
     to_stored,
@@ -141,15 +141,18 @@ class Checkpoints:
         finite = val_loss is not None and math.isfinite(val_loss)
         metrics = {RANKED_BY: val_loss} if finite else None
         leaves = named_leaves(state) | (tables.by_name() if tables else {})
-        metadata = self._metadata(leaves, step, sparse=bool(tables) and tables.is_sparse)
-        context = _in_pieces(leaves) if tables else contextlib.nullcontext()
-        with self._failure(step), context:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._failure(step))
+            if tables:
+                stack.enter_context(tables.in_order())
+                stack.enter_context(_in_pieces(leaves))
+            metadata = self._metadata(leaves, step, sparse=bool(tables) and tables.is_sparse)
             response = self._checkpointer.save_async(
                 step, leaves, metrics=metrics, custom_metadata=metadata
             )
-        self._pending = step, response
-        if tables:  # a copy of them may not fit
-            self.wait()
+            self._pending = step, response
+            if tables:  # a copy of them may not fit
+                self.wait()
 
     def save_params(self, params: dict[str, jax.Array | np.ndarray]) -> None:
         """Write logical parameters without a state, as step 0: a run can start from them.
@@ -271,10 +274,24 @@ def _in_pieces(leaves: dict[str, jax.Array | np.ndarray]) -> ocp.Context:
     """
     context = ocp.Context()
     saving = context.array.saving
-    saving.use_ocdbt, saving.storage_options.chunk_byte_size = False, PIECE
+    saving.use_ocdbt, saving.scoped_storage_options_creator = False, _chunked
     context.memory.write_concurrent_bytes = max(value.nbytes for value in leaves.values()) + 1
     context.memory.deepcopy_host_arrays = False
     return context
+
+
+def _chunked(path: tuple, value: jax.Array | np.ndarray) -> object:
+    """Return Orbax's options of an array: it splits the longest axis, by its divisors alone.
+
+    Of a length without a fitting one, such as a prime, the array stays whole.
+    """
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    if value.nbytes <= PIECE:
+        return options()
+    length = max(value.shape)
+    most = PIECE * length // value.nbytes  # of its places in a chunk
+    fits = any(length % size == 0 for size in range(most, most // 16, -1))
+    return options(chunk_byte_size=PIECE if fits else None)
 
 
 class _FailureLog(logging.Filter):
@@ -367,12 +384,14 @@ def load_leaves(
         leaves = {name: leaves[name] for name in wanted}
         own = digests(leaves) if said else {}  # none: of an earlier version
         if host_tables and not host_tables.is_filled:
-            own |= _fill(host_tables, folder / str(found.step))
+            with host_tables.in_order():
+                own |= _fill(host_tables, folder / str(found.step))
         changed = [name for name in own if said and own[name] != said[name]]
         if changed:
             raise ValueError(f"{', '.join(changed)} differ from what was saved")
     if host_tables and not host_tables.is_filled:
-        host_tables.restored(sparse=sparse)
+        with host_tables.in_order():
+            host_tables.restored(sparse=sparse)
     return with_first_rows(config_of(found), leaves) if sparse else leaves
 
 
@@ -380,10 +399,10 @@ def _fill(tables: HostTables, checkpoint: pathlib.Path) -> dict[str, int]:
     """Read the leaves of tables in host memory; return their digests."""
     found = {}
     for name, shape in tables.saved_shapes.items():
-        axis, found[name] = tables.axis(name), 0
-        for first, piece in pieces(checkpoint, name, axis):
-            tables.fill(name, first, piece)
-            found[name] += piece_digest(piece, first, axis=axis, length=shape.shape[axis])
+        found[name] = 0
+        for start, piece in pieces(checkpoint, name):
+            tables.fill(name, start, piece)
+            found[name] += piece_digest(piece, start, shape.shape)
     return {name: value % (1 << 32) for name, value in found.items()}
 
 
@@ -407,14 +426,29 @@ def _require_same_leaves(found, wanted: dict, below: str) -> None:
 
 def with_first_rows(config: Config, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Return leaves of a sparse checkpoint, the rows that it leaves out drawn as at the start."""
-    names = [name for name in declared_tables(config.model) if PARAMS + name in leaves]
+    key, tables = jax.random.key(config.train.seed), declared_tables(config.model)
+    streams = {table.stream for table in tables.values()}
+    leaves = dict(leaves)
 
-    def filled(tables: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        first = init_params(config.model, jax.random.key(config.train.seed))
-        there = lambda x: jnp.any(x != 0, axis=(*range(x.ndim - 2), x.ndim - 1), keepdims=True)
-        return {name: jnp.where(there(x), x, first[name]) for name, x in tables.items()}
+    def filled(name: str, table: jax.Array, first: jax.Array) -> jax.Array:
+        """Return `table`, donated, complete in rows from `first` on."""
+        ids = first + jnp.arange(size, dtype=jnp.int32)
+        beyond = jnp.full_like(ids, jnp.iinfo(jnp.int32).max)
+        ids = {stream: ids if stream == tables[name].stream else beyond for stream in streams}
+        part = jax.lax.dynamic_slice_in_dim(table, first, size, axis=-2)
+        there = jnp.any(part != 0, axis=(*range(part.ndim - 2), part.ndim - 1), keepdims=True)
+        new = jnp.where(there, part, init_rows(config.model, key, ids)[name])
+        return jax.lax.dynamic_update_slice_in_dim(table, new, first, axis=-2)
 
-    tables = {name: leaves[PARAMS + name] for name in names}
-    shardings = {name: x.sharding for name, x in tables.items()}
-    fill = jax.jit(filled, out_shardings=shardings, compiler_options=initial_options())
-    return leaves | {PARAMS + name: value for name, value in fill(tables).items()}
+    for name in tables.keys() & {leaf.removeprefix(PARAMS) for leaf in leaves}:
+        table = leaves.pop(PARAMS + name)
+        rows, sharding = table.shape[-2], table.sharding
+        size = min(rows, max(1, PIECE * rows // table.nbytes))
+        fill = jax.jit(
+            filled, static_argnums=0, donate_argnums=1, out_shardings=sharding,
+            compiler_options=initial_options(),
+        )  # fmt: skip
+        for first in range(0, rows, size):  # the last piece begins earlier, if it has to
+            table = fill(name, table, jnp.int32(min(first, rows - size)))
+        leaves[PARAMS + name] = table
+    return leaves

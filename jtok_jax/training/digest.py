@@ -40,42 +40,44 @@ def text_digest(values: object) -> str:
 @functools.partial(jax.jit, static_argnames="fold")
 def _of_devices(leaves: dict[str, jax.Array], *, fold: bool) -> dict[str, jax.Array]:
     """fold: no rows that would be added lie on several devices."""
-    return {name: _digest(value, jnp.uint32(0), fold=fold) for name, value in leaves.items()}
+    start = lambda value: jnp.zeros(value.ndim, jnp.uint32)
+    return {
+        name: _digest(value, start(value), fold=fold, shape=value.shape)
+        for name, value in leaves.items()
+    }
 
 
 def _of_pieces(value: np.ndarray) -> int:
     """Return the digest of an array that may lie in a file, and be larger than memory."""
     if value.nbytes <= PIECE:
-        return int(_digest(value, np.uint32(0), fold=True))
+        return piece_digest(value, (0,) * value.ndim, value.shape)
     axis = int(np.argmax(value.strides))  # so that a piece is a run of memory
     length, total = value.shape[axis], 0
     size = max(1, PIECE * length // value.nbytes)
     for first in range(0, length, size):
         part = value[(slice(None),) * axis + (slice(first, first + size),)]
-        total += piece_digest(part, first, axis=axis, length=length)
+        start = tuple(first if one == axis else 0 for one in range(value.ndim))
+        total += piece_digest(part, start, value.shape)
     return total % (1 << 32)
 
 
-def piece_digest(piece: np.ndarray, first: int, *, axis: int, length: int) -> int:
-    """Return what a piece adds to the digest of an array of `length` along `axis`.
+def piece_digest(piece: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """Return what a piece adds to the digest of an array of `shape`, in which it begins at `start`.
 
-    first: where it begins there. The sum over all pieces, modulo 2^32, is the digest.
+    The sum over all pieces, modulo 2^32, is the digest.
     """
-    return int(_digest(piece, np.uint32(first), fold=True, axis=axis, length=length))
+    return int(_digest(piece, np.array(start, np.uint32), fold=True, shape=shape))
 
 
-@functools.partial(jax.jit, static_argnames=("fold", "axis", "length"))
-def _digest(
-    array: jax.Array, first: jax.Array, *, fold: bool, axis: int = 0, length: int | None = None
-) -> jax.Array:
-    """Return the digest of a part of an array, which begins at `first` of `length` along `axis`."""
+@functools.partial(jax.jit, static_argnames=("fold", "shape"))
+def _digest(array: jax.Array, start: jax.Array, *, fold: bool, shape: tuple[int, ...]) -> jax.Array:
+    """Return the digest of a part of an array of `shape`, in which it begins at `start`."""
     word = {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(array, word)
     places = jnp.zeros(array.shape, jnp.uint32)
-    for one, size in enumerate(array.shape):
-        along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, one)
-        own = one == axis
-        places = places * jnp.uint32(length if own and length else size) + along + first * own
+    for axis, size in enumerate(shape):
+        along = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+        places = places * jnp.uint32(size) + along + start[axis]
     hashed = mixed(words.astype(jnp.uint32) ^ (places * jnp.uint32(GOLDEN)))
     # XLA for CPUs adds arrays by vectors, but to a sum one number at a time: 5 times slower.
     if fold and array.ndim > 1 and array.shape[-2] % FOLD == 0:

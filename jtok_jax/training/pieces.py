@@ -5,6 +5,7 @@
 Orbax has each array as one of Zarr 3, in a folder or in a database of OCDBT.
 """
 
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ import numpy as np
 import tensorstore
 
 STATE = "state"  # Orbax's folder of all arrays
-SIZE = 64 << 20  # bytes of a piece
-CACHE = 256 << 20  # bytes of chunks that the next piece may need too
 
 
-def pieces(checkpoint: pathlib.Path, name: str, axis: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (place of the first, piece) along an axis of the array `name` in a checkpoint's folder.
+def pieces(checkpoint: pathlib.Path, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Yield (where it begins, piece) for the array `name` in a checkpoint's folder.
+
+    Pieces are the chunks that it was written in, with the last axis whole. So each is read once,
+    and memory holds one: of an array that devices wrote, the part of one device or more.
 
     Raises ValueError: it is damaged.
     """
@@ -27,13 +29,9 @@ def pieces(checkpoint: pathlib.Path, name: str, axis: int) -> Iterator[tuple[int
         place = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
     else:
         place = {"driver": "file", "path": f"{folder / name}/"}
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE}})
-    found = tensorstore.open(
-        {"driver": "zarr3", "kvstore": place}, read=True, context=context
-    ).result()
-    length, chunk = found.shape[axis], found.chunk_layout.read_chunk.shape[axis]
-    size = max(1, SIZE * length // max(1, found.size * found.dtype.numpy_dtype.itemsize))
-    size = size // chunk * chunk or size
-    for first in range(0, length, size):
-        part = slice(first, min(first + size, length))
-        yield first, found[(slice(None),) * axis + (part,)].read().result()
+    found = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
+    sizes = [*found.chunk_layout.read_chunk.shape[:-1], found.shape[-1]]
+    starts = [range(0, end, size) for end, size in zip(found.shape, sizes, strict=True)]
+    for start in itertools.product(*starts):
+        ends = (min(x + size, end) for x, size, end in zip(start, sizes, found.shape, strict=True))
+        yield start, found[tuple(map(slice, start, ends))].read().result()

@@ -95,7 +95,12 @@ def _load_params(
         }
         if tables:
             wanted = {name: one for name, one in wanted.items() if name not in tables.saved_shapes}
-        leaves = load_leaves(checkpointer, found, wanted, tables, below=PARAMS)
+        try:
+            leaves = load_leaves(checkpointer, found, wanted, tables, below=PARAMS)
+        except BaseException:
+            if tables:
+                tables.close()
+            raise
     if tables and config.mesh.table_folder and not tables.is_filled:
         tables.filled()
     params = {name.removeprefix(PARAMS): value for name, value in leaves.items()}

@@ -59,9 +59,9 @@ def begin_with(
     if tables:
         tables.complete()
     for name in shapes:
-        value = read(name).astype(wanted[name].dtype)
+        value = read(name).astype(wanted[name].dtype, copy=False)
         if tables and name in tables.whole:
-            tables.fill(PARAMS + name, 0, value)
+            tables.fill(PARAMS + name, (0,) * value.ndim, value)
         else:
             taken[name] = jax.device_put(value, place(name, value.shape))
     own = sorted(wanted.keys() - shapes.keys())
