@@ -3,6 +3,8 @@
 """Tables in host memory: text, logits and losses of a run are those of tables on the device."""
 
 import dataclasses
+import errno
+import itertools
 import os
 import shutil
 
@@ -156,3 +158,19 @@ def test_int8_is_for_host_tables_that_are_read(config, finished, tmp_path):
     start = changed(config, {"mesh.table_memory": "host", "mesh.table_dtype": "int8"})
     with pytest.raises(ConfigError, match="tables are trained in"):
         train(start, tmp_path)
+
+
+def test_a_full_disk_while_files_are_made_is_told(finished, tmp_path, monkeypatch):
+    """After room for the files of `drawn`, which are made first."""
+    reserve, calls = os.posix_fallocate, itertools.count()
+
+    def is_full_then(*arguments):
+        if next(calls) >= 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return reserve(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", is_full_then)
+    with pytest.raises(WorkdirError, match=r"has no room for more rows: .*No space left"):
+        load(finished, table_folder=tmp_path / "files")
+    monkeypatch.undo()
+    assert load(finished, table_folder=tmp_path / "files").reader

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jtok_jax.errors import CheckpointError, DamagedError
+from jtok_jax.errors import CheckpointError, DamagedError, WorkdirError
 
 REMOVED_SECONDS = 0.5  # what it may take to remove one
 METADATA, METRICS = "_CHECKPOINT_METADATA", "metrics/metrics"  # Orbax's files of a checkpoint
@@ -29,6 +29,8 @@ def reading(folder: pathlib.Path, step: int) -> Iterator[None]:
     _silence_leftovers()
     try:
         yield
+    except WorkdirError:  # of what is filled with it
+        raise
     except Exception as error:
         root = _root(error)
         if isinstance(root, jax.errors.JaxRuntimeError):  # of a device, such as its memory
