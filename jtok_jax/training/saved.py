@@ -19,16 +19,16 @@ from jtok_jax.model.params import abstract_params, to_stored
 from jtok_jax.model.placement import parameter_sharding, table_operations
 from jtok_jax.store.mapped import Contents
 from jtok_jax.store.tables import HostTables
-from jtok_jax.training.checkpoint import (
+from jtok_jax.training.checkpoint import RANKED_BY
+from jtok_jax.training.damage import open_checkpointer, steps_of
+from jtok_jax.training.leaves import (
     DIGESTS,
     PARAMS,
-    RANKED_BY,
     config_of,
     load_leaves,
     read_metadata,
     sequences_seen,
 )
-from jtok_jax.training.damage import open_checkpointer, steps_of
 from jtok_jax.training.resume import checkpoints_of
 
 

@@ -16,7 +16,7 @@ from jtok_jax.huggingface.folder import is_folder, open_folder
 from jtok_jax.model.params import Params, abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.store.tables import HostTables
-from jtok_jax.training.checkpoint import PARAMS
+from jtok_jax.training.leaves import PARAMS
 from jtok_jax.training.saved import load_params
 
 
