@@ -38,7 +38,7 @@ def config(corpus):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where tables of the run are mapped."""
+    """Return where tables of the run are mapped."""
     return tmp_path_factory.mktemp("mapped") / "files"
 
 
