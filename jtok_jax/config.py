@@ -272,13 +272,16 @@ class MeshConfig:
                 "rows only those of a step are on devices. Split columns, or tables of a layer."
             )
 
-    def tables_in(self, memory: str, folder: str = "", dtype: str = "") -> "MeshConfig":
+    def tables_in(
+        self, memory: str | None, folder: str = "", dtype: str = "", *, otherwise: str = "device"
+    ) -> "MeshConfig":
         """Return this mesh with tables elsewhere; rows in host memory are not split.
 
         Args:
-            memory: "device" or "host".
+            memory: "device" or "host"; None: "host" with a folder or a dtype, or `otherwise`.
             folder, dtype: those of `table_folder` and `table_dtype`.
         """
+        memory = memory or ("host" if folder or dtype else otherwise)
         rows = "" if memory == "host" else self.table_rows
         return dataclasses.replace(
             self, table_memory=memory, table_rows=rows, table_folder=folder, table_dtype=dtype

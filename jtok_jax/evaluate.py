@@ -68,12 +68,15 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     hosts.agree("options", facts, ConfigError)
 
     def choose(config: Config) -> MeshConfig:
-        memory, folder, dtype = table_options(options).values()
-        memory = memory or ("host" if folder or dtype else None)
-        if memory == "host" and hosts.count > 1:
-            raise ConfigError("Tables in host memory are for one process.")
         own = config.mesh.table_memory if hosts.count == 1 else "device"
-        return (asked or fitting(config)).tables_in(memory or own, folder, dtype)
+        places = options.table_memory, options.table_folder, options.table_dtype
+        mesh = (asked or fitting(config)).tables_in(*places, otherwise=own)
+        if mesh.table_memory == "host" and hosts.count > 1:
+            raise ConfigError(
+                f"{hosts.count} processes evaluate, and tables in host memory are for one. Pass "
+                "--table_memory=device, or start one process."
+            )
+        return mesh
 
     saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)

@@ -146,9 +146,8 @@ def load(
     """
 
     def choose(config: Config) -> MeshConfig:
-        implied = "host" if table_folder or table_dtype else config.mesh.table_memory
-        mesh = over_all(config.model)
-        return mesh.tables_in(table_memory or implied, str(table_folder), table_dtype)
+        asked = table_memory, str(table_folder), table_dtype
+        return over_all(config.model).tables_in(*asked, otherwise=config.mesh.table_memory)
 
     saved = load_params(pathlib.Path(workdir), choose, step=step)
     encoder, end_id = _tokenizer(saved, pathlib.Path(workdir), data)

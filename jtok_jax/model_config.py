@@ -13,6 +13,10 @@ from jtok_jax.errors import ConfigError
 from jtok_jax.rope import parse_rope_scaling
 from jtok_jax.streams import IdStream, parse_streams
 
+ROUTER_NORMS = ("shared", "own", "weightless")
+PROBABILITIES = ("sigmoid", "normalized")  # of tables, in the balance loss
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
@@ -66,14 +70,14 @@ class JtokConfig:
     def __post_init__(self):
         one_of(self.kind, "model.jtok.kind", ("none", "jtok", "jtok_m"))
         one_of(self.norm, "model.jtok.norm", NORMS)
-        one_of(self.table_dtype, "model.jtok.table_dtype", ("float32", "bfloat16"))
+        one_of(self.table_dtype, "model.jtok.table_dtype", DTYPES)
         implementations = ("auto", "xla", "mosaic_gpu", "mosaic_tpu")
         one_of(self.implementation, "model.jtok.implementation", implementations)
         one_of(self.sharing, "model.jtok.sharing", ("per_layer", "shared"))
         one_of(self.router_input, "model.jtok.router_input", ("pre_attention", "post_attention"))
-        one_of(self.router_norm, "model.jtok.router_norm", ("shared", "own", "weightless"))
+        one_of(self.router_norm, "model.jtok.router_norm", ROUTER_NORMS)
         probability = self.balance_probability
-        one_of(probability, "model.jtok.balance_probability", ("sigmoid", "normalized"))
+        one_of(probability, "model.jtok.balance_probability", PROBABILITIES)
         at_least(self, "model.jtok", 0, "eps", "table_init_std", "balance_weight")
         at_least(self, "model.jtok", 1, "num_tables", "top_k")
         if self.top_k > self.num_tables:
@@ -170,8 +174,8 @@ class ModelConfig:
         kinds = ("auto", "xla", "chunked", "cudnn", "splash")
         one_of(self.attention, "model.attention", kinds)
         one_of(self.remat, "model.remat", ("none", "dots", "full"))
-        one_of(self.param_dtype, "model.param_dtype", ("float32", "bfloat16"))
-        one_of(self.compute_dtype, "model.compute_dtype", ("float32", "bfloat16"))
+        one_of(self.param_dtype, "model.param_dtype", DTYPES)
+        one_of(self.compute_dtype, "model.compute_dtype", DTYPES)
         if not self.head_dim and self.model_dim % self.num_heads:
             raise ConfigError(
                 f"model.model_dim ({self.model_dim}) is not a multiple of model.num_heads "

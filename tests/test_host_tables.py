@@ -25,7 +25,7 @@ from jtok_jax.planning.compiled import compile_for_topology, lacks, stand_in
 from jtok_jax.planning.topology import parse_topology
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.digest import digests, piece_digest
-from jtok_jax.training.pieces import pieces
+from jtok_jax.training.pieces import read_pieces
 from train import train
 
 HOST = {"mesh.table_memory": "host"}
@@ -220,7 +220,7 @@ def test_an_axis_without_divisors_is_not_split_into_rows(tmp_path, rows, expecte
     checkpoints.close()
     files = list(tmp_path.glob("checkpoints/0/state/params/tables/c/**/*"))
     assert len([path for path in files if path.is_file()]) == expected
-    parts = list(pieces(tmp_path / "checkpoints" / "0", "params/tables"))
+    parts = list(read_pieces(tmp_path / "checkpoints" / "0", "params/tables"))
     total = sum(piece_digest(part, start, table.shape) for start, part in parts)
     assert total % (1 << 32) == digests({"": table})[""]
     assert sum(part.size for _, part in parts) == table.size

@@ -145,7 +145,7 @@ def test_the_largest_logits_are_those_of_top_k(count):
 @pytest.mark.parametrize(("make", "message"), [
     (lambda **k: JTokM(8, 4, num_layers=0, **k), "num_layers is 0"),
     (lambda **k: JTokM(8, 4, num_layers=1, top_k=3, num_tables=2, **k), "top_k 3 of 2 tables"),
-    (lambda **k: JTok(8, 4, norm="layer", **k), "norm is 'layer'; expected one of rms, l2"),
+    (lambda **k: JTok(8, 4, norm="layer", **k), "norm is 'layer'; expected one of l2, rms"),
     (lambda **k: JTok(8, 4, table_dtype="float16", **k), "table_dtype is 'float16'"),
     (lambda **k: JTok(-8, 4, **k), "A table of -8 rows of 4 is none"),
 ])  # fmt: skip

@@ -93,8 +93,7 @@ def generate(
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     capacity = -(-(padded + tokens) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     mesh, config = _mesh_of(params), for_texts(config, params)
-    rows_of = reader.fetch if reader else lambda ids_BT, before_BC=None: None
-    some = rows_of(ids_BT)
+    some = reader and reader.fetch(ids_BT)
     logits, cache = _prefill(config, params, ids_BT, lengths_B, capacity, mesh, some)
     before_BC = np.asarray(following(ids_BT, lengths_B, config.context)) if reader else None
     sampling = sampling.without_neutral(config.vocab_size)
@@ -107,7 +106,7 @@ def generate(
             break
         if reader:
             ids_B1 = np.asarray(drawn[-1])[:, None]
-            some = rows_of(ids_B1, before_BC)
+            some = reader.fetch(ids_B1, before_BC)
             before_BC = np.concatenate([before_BC, ids_B1 + 1], axis=1)[:, 1:]
         next_ids, cache = _decode(config, params, drawn[-1], cache, keys, sampling, mesh, some)
         drawn.append(next_ids)

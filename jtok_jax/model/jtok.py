@@ -16,13 +16,14 @@ import jtok_kernels
 from flax import nnx
 from jtok_kernels import RowPlan, reference
 
+from jtok_jax.arms_config import NORMS
 from jtok_jax.checks import one_of
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.layers import rms_norm
 from jtok_jax.model.routing import Route, balance_loss, load, route
 from jtok_jax.model.tables import Lookup
 from jtok_jax.model.variables import Table, Vector, normal, ones
-from jtok_jax.model_config import ModelConfig
+from jtok_jax.model_config import DTYPES, PROBABILITIES, ROUTER_NORMS, ModelConfig
 
 HEALTH_TOKENS = 256  # at most so many tokens, spread over the batch, stand for all in `health`
 
@@ -40,7 +41,7 @@ class _TableLayer(nnx.Module):
     depth_scale: float | None = None
 
     def __init__(self, num_rows: int | None, dim: int, *, scale_init, norm, eps, implementation):
-        one_of(norm, "norm", ("rms", "l2"))
+        one_of(norm, "norm", NORMS)
         if dim < 1 or (num_rows is not None and num_rows < 1):
             raise ConfigError(f"A table of {num_rows} rows of {dim} is none; expected at least 1.")
         self.scale = Vector(jnp.full(dim, scale_init, jnp.float32), "D")
@@ -158,7 +159,7 @@ class JTok(_TableLayer):
             ids_BT: int32; not read where a `lookup` is given, such as that of `self.lookup`.
             prefetched: of `prefetch`.
         """
-        lookup = lookup or self.lookup(_fitting(ids_BT, h_BTD))
+        lookup = lookup or self.lookup(_one_a_vector(ids_BT, h_BTD))
         if lookup.exchange:
             prefetched = prefetched or self.prefetch(None, lookup)
             return self._add_fetched(h_BTD, delta_BTD, lookup, prefetched)
@@ -210,8 +211,8 @@ class JTokM(_TableLayer):
         super().__init__(
             num_rows, dim, scale_init=scale_init, norm=norm, eps=eps, implementation=implementation
         )
-        one_of(router_norm, "router_norm", ("shared", "own", "weightless"))
-        one_of(balance_probability, "balance_probability", ("sigmoid", "normalized"))
+        one_of(router_norm, "router_norm", ROUTER_NORMS)
+        one_of(balance_probability, "balance_probability", PROBABILITIES)
         if num_layers < 1 or not 1 <= top_k <= num_tables:
             raise ConfigError(
                 f"num_layers is {num_layers}, top_k {top_k} of {num_tables} tables; expected at "
@@ -246,7 +247,7 @@ class JTokM(_TableLayer):
             x_BTD: the router's input; not read where `prefetched` is given.
             others: as of `JTok`.
         """
-        lookup = lookup or self.lookup(_fitting(ids_BT, h_BTD))
+        lookup = lookup or self.lookup(_one_a_vector(ids_BT, h_BTD))
         prefetched = prefetched or self.prefetch(x_BTD, lookup)
         choice, weights, probabilities = prefetched.routed
         balance = balance_loss(probabilities, choice, probability=self.balance_probability)
@@ -267,7 +268,7 @@ class JTokM(_TableLayer):
         return route(x_BTD, self.router[...], bias, top_k=self.top_k)
 
 
-def _fitting(ids: jax.Array, h: jax.Array) -> jax.Array:
+def _one_a_vector(ids: jax.Array, h: jax.Array) -> jax.Array:
     """Return ids, one a vector of the stream."""
     if ids.shape != h.shape[:-1]:
         raise ConfigError(
@@ -277,7 +278,7 @@ def _fitting(ids: jax.Array, h: jax.Array) -> jax.Array:
 
 
 def _own_table(rngs: nnx.Rngs, *shape: int, std: float, dtype: str) -> Table:
-    one_of(dtype, "table_dtype", ("float32", "bfloat16"))
+    one_of(dtype, "table_dtype", DTYPES)
     axes = "XRC" if len(shape) == 3 else "RC"
     return normal(
         rngs, *shape, axes=axes, std=std, dtype=dtype, kind=Table, stream="token", layers=(),

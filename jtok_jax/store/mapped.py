@@ -26,20 +26,20 @@ import numpy as np
 from jtok_jax.errors import CheckpointError, WorkdirError
 from jtok_jax.lock import LOCK_FILE, locked
 
-SAID = "tables.json"
+MANIFEST = "tables.json"
 
 
 class Contents(NamedTuple):
     """Says whose arrays a folder holds: for people, and in plain values to compare."""
 
-    what: str
+    description: str
     identity: dict[str, object]
 
 
 class MappedFolder:
     """The arrays of a folder.
 
-    arrays: by name, NumPy arrays over the files. is_filled: all is written, and only read.
+    arrays: by name, NumPy arrays over the files. is_published: all is written, and only read.
     """
 
     def __init__(
@@ -56,41 +56,42 @@ class MappedFolder:
         """
         self.path, self._shapes, self._contents = path, dict(shapes), contents
         self._open_files = contextlib.ExitStack()
-        said = self._said()
-        if said is None and any(path.glob("*.npy")):
+        manifest = self._read_manifest()
+        if manifest is None and any(path.glob("*.npy")):
             raise WorkdirError(f"{path} has arrays that are no run's tables. Pass another folder.")
-        if said is not None and said["identity"] != contents.identity:
+        if manifest is not None and manifest["identity"] != contents.identity:
             raise CheckpointError(
-                f"{path} holds the tables of {said['what']}, and those of {contents.what} are "
-                "wanted. Nothing was changed. Pass another folder, or remove that one."
+                f"{path} holds the tables of {manifest['description']}, and those of "
+                f"{contents.description} are wanted. Nothing was changed. Pass another folder, or "
+                "remove that one."
             )
-        self.is_filled = bool(said and said["files"])
+        self.is_published = bool(manifest and manifest["files"])
         self._lock = self._open_files.enter_context(
-            locked(path / LOCK_FILE, shared=self.is_filled, option="table_folder")
+            locked(path / LOCK_FILE, shared=self.is_published, option="table_folder")
         )
-        if self._said() != said:
+        if self._read_manifest() != manifest:
             raise WorkdirError(f"{path} was written by another process just now; try again.")
         weakref.finalize(self, self._open_files.close)
         try:
-            if not self.is_filled:
-                self._say({})
-            self._open("r" if self.is_filled else "w+")
+            if not self.is_published:
+                self._write_manifest({})
+            self._open("r" if self.is_published else "w+")
         except OSError as error:
             raise WorkdirError(f"{path} cannot be written: {error}.") from error
-        if self.is_filled and said["files"] != self._stats:
+        if self.is_published and manifest["files"] != self._stats:
             raise CheckpointError(
                 f"Files of {path} were changed since they were written. Remove that folder; then "
                 "it is made anew."
             )
 
-    def fill(self) -> None:
+    def publish(self) -> None:
         """Say that all arrays are written, and let others read them from now on."""
         try:
             for array in self._files.values():
                 array.flush()
-            self.is_filled = True
+            self.is_published = True
             self._open("r")
-            self._say(self._stats)
+            self._write_manifest(self._stats)
         except OSError as error:
             raise WorkdirError(f"{self.path} cannot be written: {error}.") from error
         fcntl.flock(self._lock, fcntl.LOCK_SH)
@@ -120,7 +121,7 @@ class MappedFolder:
             ) from error
 
     @contextlib.contextmanager
-    def in_order(self) -> Iterator[None]:
+    def read_ahead(self) -> Iterator[None]:
         """While this lasts, let the system read ahead in the files."""
         self._advise(mmap.MADV_NORMAL)
         try:
@@ -134,8 +135,8 @@ class MappedFolder:
 
     def check(self) -> None:
         """Raise CheckpointError if a file is not what it was: reading on could end the process."""
-        for name, said in self._stats.items():
-            if said != self._stat(name):
+        for name, manifest in self._stats.items():
+            if manifest != self._stat(name):
                 raise CheckpointError(
                     f"{self._file(name)} was changed while it was mapped. Remove {self.path}; "
                     "then its files are made anew."
@@ -145,22 +146,24 @@ class MappedFolder:
         """Let others write there. The arrays must not be used any more."""
         self._open_files.close()
 
-    def _said(self) -> dict | None:
-        """Return what the folder says of its arrays: "what", "identity", "files"."""
+    def _read_manifest(self) -> dict | None:
+        """Return what the folder says of its arrays: "description", "identity", "files"."""
         try:
-            found = json.loads((self.path / SAID).read_text())
-            return {name: found[name] for name in ("what", "identity", "files")}
+            found = json.loads((self.path / MANIFEST).read_text())
+            return {name: found[name] for name in ("description", "identity", "files")}
         except FileNotFoundError:
             return None
         except NotADirectoryError as error:
             raise WorkdirError(f"{self.path} is no folder.") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path / SAID} is damaged; remove {self.path}.") from error
+            raise CheckpointError(
+                f"{self.path / MANIFEST} is damaged; remove {self.path}."
+            ) from error
 
-    def _say(self, files: dict[str, list[int]]) -> None:
-        partial = self.path / f"{SAID}.partial"
+    def _write_manifest(self, files: dict[str, list[int]]) -> None:
+        partial = self.path / f"{MANIFEST}.partial"
         partial.write_text(json.dumps(self._contents._asdict() | {"files": files}))
-        partial.rename(self.path / SAID)
+        partial.rename(self.path / MANIFEST)
 
     def _file(self, name: str) -> pathlib.Path:
         return self.path / f"{name.replace('/', '.')}.npy"
@@ -194,4 +197,4 @@ class MappedFolder:
     def _stat(self, name: str) -> list[int]:
         """Return the size of a file; and when it was changed, if it is not to be any more."""
         found = os.fstat(self._descriptors[name])
-        return [found.st_size, found.st_mtime_ns if self.is_filled else 0]
+        return [found.st_size, found.st_mtime_ns if self.is_published else 0]

@@ -28,8 +28,8 @@ FEW = 128  # rows that are drawn at once of those which a step reads for the fir
 class HostTables:
     """All tables of a model by rows. Of threads one at a time may use them.
 
-    whole: shapes of the leaves, see `whole_leaves`. broken: tables that took a row which is not
-    finite.
+    whole: shapes of the leaves, see `whole_leaves`. saved_shapes: those of a checkpoint, by name.
+    broken: tables that took a row which is not finite.
     """
 
     def __init__(self, config: Config, optimizers: Optimizers, *, contents: Contents | None = None):
@@ -46,7 +46,15 @@ class HostTables:
         self._int8, self.broken = config.mesh.table_dtype == "int8", set()
         self.whole = whole_leaves(config.model, optimizers, int8=self._int8)
         self._model, self._tables = config.model, declared_tables(config.model)
-        self._optimizers = optimizers
+        saved = whole_leaves(config.model, optimizers)
+        self._leaf_of = {  # by name in a checkpoint
+            f"params/{table}" if leaf == ROWS else f"opt_state/{table}/{leaf}": (table, leaf)
+            for table, leaves in saved.items()
+            for leaf in leaves
+        }
+        self.saved_shapes = {
+            name: saved[table][leaf] for name, (table, leaf) in self._leaf_of.items()
+        }
         self._seed, path = config.train.seed, config.mesh.table_folder
         shapes = {
             f"{name}.{leaf}": _by_rows(x, leaves[ROWS].ndim - 2)
@@ -66,9 +74,9 @@ class HostTables:
         )
 
     @property
-    def is_filled(self) -> bool:
+    def is_published(self) -> bool:
         """Return whether the files hold the checkpoint asked for; they are only read."""
-        return bool(self._folder) and self._folder.is_filled
+        return bool(self._folder) and self._folder.is_published
 
     @property
     def is_sparse(self) -> bool:
@@ -87,9 +95,9 @@ class HostTables:
             self.complete()
 
     @contextlib.contextmanager
-    def in_order(self) -> Iterator[None]:
+    def read_ahead(self) -> Iterator[None]:
         """While this lasts, read and write whole tables: files are then read ahead."""
-        with self._folder.in_order() if self._folder else contextlib.nullcontext():
+        with self._folder.read_ahead() if self._folder else contextlib.nullcontext():
             yield
 
     def fill(self, name: str, start: tuple[int, ...], piece: np.ndarray) -> None:
@@ -119,7 +127,7 @@ class HostTables:
         """Return the axis of rows in leaves of a table, stacked."""
         return len(self._tables[table].shape) - 2
 
-    def restored(self, *, sparse: bool) -> None:
+    def finish_restore(self, *, sparse: bool) -> None:
         """Take what was filled as a checkpoint, which may be sparse."""
         for stream, drawn in self._drawn.items():
             drawn[...] = not sparse
@@ -133,9 +141,9 @@ class HostTables:
         if not self._folder:
             self.complete()
 
-    def filled(self) -> None:
+    def publish(self) -> None:
         """Keep the files as those of the checkpoint, for other processes to read."""
-        self._folder.fill()
+        self._folder.publish()
         self._take(self._folder.arrays)
 
     def close(self) -> None:
@@ -187,22 +195,6 @@ class HostTables:
         for name, (table, leaf) in self._leaf_of.items():
             views[name] = np.moveaxis(self._arrays[table][leaf], 0, self._axis(table))
         return views
-
-    @property
-    def saved_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shape of every leaf by its name in a checkpoint."""
-        own = whole_leaves(self._model, self._optimizers)
-        return {name: own[table][leaf] for name, (table, leaf) in self._leaf_of.items()}
-
-    @property
-    def _leaf_of(self) -> dict[str, tuple[str, str]]:
-        """Return the table and leaf of every name in a checkpoint."""
-        return {
-            f"params/{table}" if leaf == ROWS else f"opt_state/{table}/{leaf}": (table, leaf)
-            for table, leaves in self.whole.items()
-            for leaf in leaves
-            if leaf != SCALE
-        }
 
     def _stored(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return the leaves that hold rows [n, G, (M,) D], in int8 to the nearest."""

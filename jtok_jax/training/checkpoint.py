@@ -142,15 +142,13 @@ class Checkpoints:
         finite = val_loss is not None and math.isfinite(val_loss)
         metrics = {RANKED_BY: val_loss} if finite else None
         leaves = named_leaves(state) | (tables.by_name() if tables else {})
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._failure(step))
-            if tables:
-                stack.enter_context(tables.in_order())
-                stack.enter_context(_in_pieces(leaves))
+        pieces = _in_pieces(leaves) if tables else contextlib.nullcontext()
+        with tables.read_ahead() if tables else contextlib.nullcontext():
             metadata = self._metadata(leaves, step, sparse=bool(tables) and tables.is_sparse)
-            response = self._checkpointer.save_async(
-                step, leaves, metrics=metrics, custom_metadata=metadata
-            )
+            with self._failure(step), pieces:
+                response = self._checkpointer.save_async(
+                    step, leaves, metrics=metrics, custom_metadata=metadata
+                )
             self._pending = step, response
             if tables:  # a copy of them may not fit
                 self.wait()

@@ -14,7 +14,7 @@ from jtok_jax.model.params import declared_tables, init_rows, initial_options
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import reading
 from jtok_jax.training.digest import PIECE, digests, piece_digest, text_digest
-from jtok_jax.training.pieces import pieces
+from jtok_jax.training.pieces import read_pieces
 
 PARAMS = "params/"  # leaves of a checkpoint that the tools read
 SPARSE = "sparse"  # whether rows of tables that were never read are left out, as zeros
@@ -59,7 +59,7 @@ def load_leaves(
 
     Args:
         wanted: shapes with shardings, by name.
-        host_tables: tables in host memory, which are filled with all other leaves.
+        host_tables: tables in host memory, which are fill_rows with all other leaves.
 
     Raises:
         CheckpointError: they are not those of `wanted` and `host_tables`. Orbax would cast dtypes.
@@ -73,16 +73,16 @@ def load_leaves(
         leaves = checkpointer.load(found.step, skipped | wanted)
         leaves = {name: leaves[name] for name in wanted}
         own = digests(leaves) if said else {}  # none: of an earlier version
-        if host_tables and not host_tables.is_filled:
-            with host_tables.in_order():
+        if host_tables and not host_tables.is_published:
+            with host_tables.read_ahead():
                 own |= _fill(host_tables, folder / str(found.step))
         changed = [name for name in own if said and own[name] != said[name]]
         if changed:
             raise ValueError(f"{', '.join(changed)} differ from what was saved")
-    if host_tables and not host_tables.is_filled:
-        with host_tables.in_order():
-            host_tables.restored(sparse=sparse)
-    return with_first_rows(config_of(found), leaves) if sparse else leaves
+    if host_tables and not host_tables.is_published:
+        with host_tables.read_ahead():
+            host_tables.finish_restore(sparse=sparse)
+    return _with_first_rows(config_of(found), leaves) if sparse else leaves
 
 
 def _fill(tables: HostTables, checkpoint: pathlib.Path) -> dict[str, int]:
@@ -90,7 +90,7 @@ def _fill(tables: HostTables, checkpoint: pathlib.Path) -> dict[str, int]:
     found = {}
     for name, shape in tables.saved_shapes.items():
         found[name] = 0
-        for start, piece in pieces(checkpoint, name):
+        for start, piece in read_pieces(checkpoint, name):
             tables.fill(name, start, piece)
             found[name] += piece_digest(piece, start, shape.shape)
     return {name: value % (1 << 32) for name, value in found.items()}
@@ -114,13 +114,13 @@ def _require_same_leaves(found, wanted: dict, below: str) -> None:
         )
 
 
-def with_first_rows(config: Config, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _with_first_rows(config: Config, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Return leaves of a sparse checkpoint, the rows that it leaves out drawn as at the start."""
     key, tables = jax.random.key(config.train.seed), declared_tables(config.model)
     streams = {table.stream for table in tables.values()}
     leaves = dict(leaves)
 
-    def filled(name: str, table: jax.Array, first: jax.Array) -> jax.Array:
+    def fill_rows(name: str, table: jax.Array, first: jax.Array) -> jax.Array:
         """Return `table`, donated, complete in rows from `first` on."""
         ids = first + jnp.arange(size, dtype=jnp.int32)
         beyond = jnp.full_like(ids, jnp.iinfo(jnp.int32).max)
@@ -135,7 +135,7 @@ def with_first_rows(config: Config, leaves: dict[str, jax.Array]) -> dict[str, j
         rows, sharding = table.shape[-2], table.sharding
         size = min(rows, max(1, PIECE * rows // table.nbytes))
         fill = jax.jit(
-            filled, static_argnums=0, donate_argnums=1, out_shardings=sharding,
+            fill_rows, static_argnums=0, donate_argnums=1, out_shardings=sharding,
             compiler_options=initial_options(),
         )  # fmt: skip
         for first in range(0, rows, size):  # the last piece begins earlier, if it has to

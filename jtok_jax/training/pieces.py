@@ -16,7 +16,9 @@ import tensorstore
 STATE = "state"  # Orbax's folder of all arrays
 
 
-def pieces(checkpoint: pathlib.Path, name: str) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def read_pieces(
+    checkpoint: pathlib.Path, name: str
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Yield (where it begins, piece) for the array `name` in a checkpoint's folder.
 
     Pieces are the chunks that it was written in, with the last axis whole. So each is read once,

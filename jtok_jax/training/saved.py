@@ -101,8 +101,8 @@ def _load_params(
             if tables:
                 tables.close()
             raise
-    if tables and config.mesh.table_folder and not tables.is_filled:
-        tables.filled()
+    if tables and config.mesh.table_folder and not tables.is_published:
+        tables.publish()
     params = {name.removeprefix(PARAMS): value for name, value in leaves.items()}
     params = to_stored(config.model, params)
     metadata = found.custom_metadata
