@@ -26,10 +26,10 @@ from jtok_jax.config import TableOptimizerConfig as TableOptimizer
 from jtok_jax.data.loader import make_batch, open_source
 from jtok_jax.inference.generator import for_inference, generate
 from jtok_jax.inference.sampling import Sampling
-from jtok_jax.mesh import make_mesh, put_batch
+from jtok_jax.mesh import make_mesh, put_batch, put_whole
 from jtok_jax.model.params import init_params
 from jtok_jax.model_config import JtokConfig, ModelConfig
-from jtok_jax.store.reader import RowReader, put_whole
+from jtok_jax.store.reader import RowReader
 from jtok_jax.store.rows import abstract_rows, bytes_of
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.optimizer import make_optimizer
@@ -43,7 +43,9 @@ HOST = MeshConfig(table_memory="host")
 class Arm:
     """A run with its tables at one place; `take` steps it."""
 
-    def __init__(self, config: Config, batches):
+    def __init__(self, config: Config):
+        source = open_source(config)
+        batches = [make_batch(source.sequences(step)) for step in range(1, BATCHES + 1)]
         self._mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
         self.state, self.losses, self.seconds = init_state(config, optimizer, self._mesh), [], []
         self._steps = Steps(config, optimizer, self._mesh)
@@ -68,7 +70,7 @@ def decode(config: Config, options) -> None:
     """Print tokens a second with host tables over those with tables on the device."""
     mesh, model = make_mesh(config.mesh), config.model
     params = for_inference(model, init_params(model, jax.random.key(config.train.seed)))
-    tables = HostTables(dataclasses.replace(config, mesh=HOST), {})
+    tables = HostTables(dataclasses.replace(config, mesh=HOST), mesh, {})
     tables.initialise()
     reader = RowReader(config, mesh, tables, put_whole)
     without = {name: value for name, value in params.items() if name not in tables.whole}
@@ -98,12 +100,28 @@ def decode(config: Config, options) -> None:
         record(benchmark="host_decode", batch=batch, ratio=float(np.median(ratio)))
 
 
-def make_config(options, kind: str) -> Config:
+def paired(kind: str, arms: dict[str, Arm], options, *, equal: bool) -> None:
+    """Print the time of a step of each arm, over that of the first; taken in turn."""
+    for number in range(options.rounds + 1):  # the first is not counted
+        names = list(arms)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            arms[name].take(options.steps)
+    first = next(iter(arms.values()))
+    expected = jax.device_get(first.losses)
+    for name, arm in arms.items():
+        ratio = np.array(arm.seconds[1:]) / np.array(first.seconds[1:])
+        middle = 1e3 * np.median(arm.seconds[1:]) / options.steps
+        same = "losses equal" if jax.device_get(arm.losses) == expected else "losses OTHER"
+        say(f"  {name:15} {middle:8.1f} ms a step  {percentiles(ratio)}  {same * equal}")
+        record(benchmark="host_tables", kind=kind, arm=name, ms=middle)
+
+
+def make_config(options, kind: str, rows: int) -> Config:
     """The shapes of the quickstart, with as many rows as asked for."""
     jtok = JtokConfig(kind=kind, stream="ids", table_dtype=options.table_dtype)
-    if options.rows == 4096:
+    if rows == 4096:
         jtok = dataclasses.replace(jtok, stream="token")
-    streams = "" if options.rows == 4096 else f"ids=2:{options.rows}"
+    streams = "" if rows == 4096 else f"ids=2:{rows}"
     return Config(
         model=ModelConfig(compute_dtype="float32", jtok=jtok, streams=streams),
         optimizer=OptimizerConfig(tables=TableOptimizer(kind=options.optimizer)),
@@ -115,10 +133,11 @@ def make_config(options, kind: str) -> Config:
 def rates(config: Config, options) -> None:
     """Print GB/s of reading and writing the rows of a step, and of a copy as large."""
     optimizer = make_optimizer(config)
-    tables = HostTables(dataclasses.replace(config, mesh=HOST), optimizer.rows)
+    mesh = make_mesh(config.mesh)
+    tables = HostTables(dataclasses.replace(config, mesh=HOST), mesh, optimizer.rows)
     tables.initialise()
     rng = np.random.default_rng(0)
-    size = abstract_rows(config, make_mesh(config.mesh), optimizer.rows)
+    size = abstract_rows(config, mesh, optimizer.rows)
     room = {name: x.shape[0] for name, x in size.ids.items()}
     draw = lambda name, count: np.sort(
         rng.choice(config.model.id_streams[name].num_rows, count, replace=False)
@@ -130,8 +149,9 @@ def rates(config: Config, options) -> None:
         began = time.perf_counter()
         rows = tables.read(ids, room)
         times["read"].append(time.perf_counter() - began)
+        on_device = jax.block_until_ready(tables.put(rows))
         began = time.perf_counter()
-        tables.write(ids, rows)
+        tables.write(ids, on_device)
         times["write"].append(time.perf_counter() - began)
         flat = [x for one in rows.values() for x in one.values()]
         size = sum(x.nbytes for x in flat) // 4
@@ -160,12 +180,18 @@ def main() -> None:
     option("--prefetch", default="0,1", help="steps read ahead, of one arm each")
     option("--decode", default="1,16,64", help="texts at a time in decode; none: leave it out")
     option("--tokens", type=int, default=64, help="of each text")
+    option("--grow", default="", help="numbers of rows, one arm each; nothing else is timed then")
     options = parser.parse_args()
     say(f"$ python {shlex.join(sys.argv)}\n{jax.__version__}, {jax.devices()[0].device_kind}")
     for kind in options.kinds.split(","):
-        config = make_config(options, kind)
-        source = open_source(config)
-        batches = [make_batch(source.sequences(step)) for step in range(1, BATCHES + 1)]
+        if options.grow:
+            at = lambda rows, kind=kind: dataclasses.replace(
+                make_config(options, kind, int(rows)), mesh=HOST
+            )
+            arms = {f"{int(rows):,} rows": Arm(at(rows)) for rows in options.grow.split(",")}
+            paired(kind, arms, options, equal=False)
+            continue
+        config = make_config(options, kind, options.rows)
         optimizer = make_optimizer(config)
         moved = bytes_of(abstract_rows(config, make_mesh(config.mesh), optimizer.rows).leaves)
         say(f"{kind}: at most {moved / 1e6:.1f} MB of rows and their state a step, each way")
@@ -175,20 +201,10 @@ def main() -> None:
         host = lambda depth, config=config: dataclasses.replace(
             config, mesh=dataclasses.replace(HOST, table_prefetch=depth)
         )
-        arms = {"device": Arm(config, batches)}
+        arms = {"device": Arm(config)}
         for depth in map(int, options.prefetch.split(",")):
-            arms[f"host, {depth} ahead"] = Arm(host(depth), batches)
-        for number in range(options.rounds + 1):  # the first is not counted
-            names = list(arms)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                arms[name].take(options.steps)
-        expected = jax.device_get(arms["device"].losses)
-        for name, arm in arms.items():
-            ratio = np.array(arm.seconds[1:]) / np.array(arms["device"].seconds[1:])
-            middle = 1e3 * np.median(arm.seconds[1:]) / options.steps
-            same = "equal" if jax.device_get(arm.losses) == expected else "OTHER"
-            say(f"  {name:15} {middle:8.1f} ms a step  {percentiles(ratio)}  losses {same}")
-            record(benchmark="host_tables", kind=kind, arm=name, ms=middle)
+            arms[f"host, {depth} ahead"] = Arm(host(depth))
+        paired(kind, arms, options, equal=True)
 
 
 if __name__ == "__main__":

@@ -68,15 +68,9 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     hosts.agree("options", facts, ConfigError)
 
     def choose(config: Config) -> MeshConfig:
-        own = config.mesh.table_memory if hosts.count == 1 else "device"
         places = options.table_memory, options.table_folder, options.table_dtype
-        mesh = (asked or fitting(config)).tables_in(*places, otherwise=own)
-        if mesh.table_memory == "host" and hosts.count > 1:
-            raise ConfigError(
-                f"{hosts.count} processes evaluate, and tables in host memory are for one. Pass "
-                "--table_memory=device, or start one process."
-            )
-        return mesh
+        own = config.mesh.table_memory
+        return (asked or fitting(config)).tables_in(*places, otherwise=own)
 
     saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)

@@ -18,11 +18,11 @@ from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.inference.cache import logits
 from jtok_jax.inference.generator import for_inference, for_texts, generate
 from jtok_jax.inference.sampling import Sampling
-from jtok_jax.mesh import make_mesh
+from jtok_jax.mesh import make_mesh, put_whole
 from jtok_jax.model.params import Params, bind
 from jtok_jax.model.placement import over_all
 from jtok_jax.model.transformer import Transformer
-from jtok_jax.store.reader import RowReader, put_whole
+from jtok_jax.store.reader import RowReader
 from jtok_jax.store.rows import with_rows
 from jtok_jax.training.saved import Saved, load_params, require_same_tokenizer
 

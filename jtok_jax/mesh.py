@@ -174,8 +174,13 @@ def split_columns(mesh: Mesh) -> NamedSharding:
 
 
 @functools.cache
-def rows_here(mesh: Mesh, size: int) -> tuple[int, ...]:
-    """Return which sequences of a batch of `size` the devices of this process need, ascending."""
+def rows_here(mesh: Mesh, size: int, *, whole: bool = False) -> tuple[int, ...]:
+    """Return which sequences of a batch of `size` this process reads, ascending.
+
+    They are those that its devices need. whole: all, as for tables in host memory.
+    """
+    if whole:
+        return tuple(range(size))
     parts = split_batch(mesh).addressable_devices_indices_map((size,)).values()
     return tuple(sorted({row for (part,) in parts for row in range(*part.indices(size))}))
 
@@ -183,10 +188,10 @@ def rows_here(mesh: Mesh, size: int) -> tuple[int, ...]:
 def put_batch(mesh: Mesh, array: np.ndarray, *, size: int | None = None) -> jax.Array:
     """Return a batch on the devices, split along its first axis.
 
-    size: sequences of the batch, of which `array` has those of `rows_here`; None: all of them.
+    size: sequences of the batch, of which `array` has those of `rows_here`, or all; None: all.
     """
     size = size or len(array)
-    rows = rows_here(mesh, size)
+    rows = range(size) if len(array) == size else rows_here(mesh, size)
 
     def part(index):
         start, stop, _ = index[0].indices(size)
@@ -194,6 +199,11 @@ def put_batch(mesh: Mesh, array: np.ndarray, *, size: int | None = None) -> jax.
         return array[first : first + stop - start]
 
     return jax.make_array_from_callback((size, *array.shape[1:]), split_batch(mesh), part)
+
+
+def put_whole(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """Return an array that is whole on every device, as every process has it."""
+    return jax.make_array_from_callback(array.shape, replicated(mesh), array.__getitem__)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -90,6 +90,17 @@ def alone(corpus, tmp_path_factory):
     return workdir
 
 
+def check_same(expected, found) -> None:
+    """Equal losses, batches and final state."""
+    for left, right in zip(records(expected), records(found), strict=True):
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert left.get(key, 0.0).hex() == right.get(key, 0.0).hex(), (left["step"], key)
+        assert left.get("batch_hash") == right.get("batch_hash")
+    left, right = final_state(expected, STEPS), final_state(found, STEPS)
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
 SIGNAL_IN_VALIDATION = """
 import functools
 import signal
@@ -114,11 +125,16 @@ train.app.run(train.main, flags_parser=train.parse_flags)
 def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
     alone, corpus, tmp_path
 ):
-    """SIGKILL to one, then SIGTERM to one: equal losses, batches and final state."""
+    """SIGKILL to one, then SIGTERM to one: equal losses, batches and final state.
+
+    Tables lie in host memory, on the device and in files by turns, each process has its columns.
+    """
     script = tmp_path / "signal_in_validation.py"
     script.write_text(SIGNAL_IN_VALIDATION)
-    arguments = settings(tmp_path, corpus, {})
-    first, second = start_two(arguments)
+    host = {"mesh.table_memory": "host"}
+    placements = {"memory": host, "files": host | {"mesh.table_folder": str(tmp_path / "files")}}
+    arguments = lambda place="device": settings(tmp_path, corpus, placements.get(place, {}))
+    first, second = start_two(arguments("memory"))
     wait_for_step(first, tmp_path, 13)
     second.kill()
     killed = time.monotonic()
@@ -133,7 +149,8 @@ def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
     resumed = 10
     for moment in ("validation", "middle", "start"):  # of step 30, at 33, before it compiles
         in_validation = {"script": script} if moment == "validation" else {}
-        first, second = start_two(arguments, **in_validation)
+        place = "files" if moment == "middle" else "device"
+        first, second = start_two(arguments(place), **in_validation)
         if moment == "middle":
             wait_for_step(first, tmp_path, 33)
         elif moment == "start":
@@ -151,17 +168,15 @@ def test_killed_and_stopped_processes_end_together_and_go_on_as_if_nothing_was(
         assert (resumed == 30) == (moment == "validation")
         assert ("val_loss" in records(tmp_path)[30]) == (moment != "validation")
 
-    (code, out, err), (code_1, _, err_1) = ends(start_two(arguments))
+    (code, out, err), (code_1, _, err_1) = ends(start_two(arguments("memory")))
     assert (code, code_1) == (0, 0), err + err_1
     assert f"resumed at step {resumed}\n" in out
+    assert "reads 8 of 8 sequences" in out
+    for process in (0, 1):
+        rows = np.load(tmp_path / f"files/process-{process}-of-2/tables.rows.npy", mmap_mode="r")
+        assert rows.shape[-1] == OVERRIDES["model.model_dim"] // 2
     assert [record["step"] for record in records(tmp_path)] == list(range(STEPS + 1))
-    for left, right in zip(records(alone), records(tmp_path), strict=True):
-        for key in ("loss", "val_loss", "grad_norm"):
-            assert left.get(key, 0.0).hex() == right.get(key, 0.0).hex(), (left["step"], key)
-        assert left.get("batch_hash") == right.get("batch_hash")
-    left, right = final_state(alone, STEPS), final_state(tmp_path, STEPS)
-    for name in left:
-        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+    check_same(alone, tmp_path)
 
 
 @newest

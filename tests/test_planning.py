@@ -17,6 +17,7 @@ from pythons import oldest
 from small import KINDS, one_device, small_config
 from test_configs import load
 
+from jtok_jax.config import MeshConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import abstract_mesh
 from jtok_jax.planning import advice, compiled, traffic
@@ -229,6 +230,24 @@ def test_host_tables_are_counted_by_hand():
     assert "host_tables" not in make_plan(
         changed(config, {"mesh.table_memory": "device"}), topology
     )
+
+
+@pytest.mark.parametrize(
+    ("columns", "share"), [("", 1), ("fsdp", 1), ("data", 2), ("fsdp,data", 2)]
+)
+def test_a_host_of_several_holds_what_its_devices_have(columns, share):
+    """Two hosts of eight; fsdp lies within a host, data across both."""
+    fields = {"mesh.table_memory": "host", "mesh.fsdp": 8, "mesh.table_columns": columns}
+    config = changed(load("dense_s"), fields | {"model.jtok.kind": "jtok", "train.batch_size": 64})
+    found = traffic.host_rows(config, abstract_mesh(config.mesh, 16), parse_topology("h100:2x8"))
+    alone = traffic.host_rows(
+        changed(config, {"mesh.fsdp": 1, "mesh.table_columns": ""}),
+        abstract_mesh(MeshConfig(), 1), parse_topology("h100:1x1"),
+    )  # fmt: skip
+    # What the optimizer keeps of a row as a whole is not split.
+    assert found.host == pytest.approx(alone.host / share, rel=0.01)
+    shards = {"": 1, "fsdp": 8, "data": 2, "fsdp,data": 16}[columns]
+    assert found.of_device == pytest.approx(alone.host / shards, rel=0.02)
 
 
 def test_tables_in_host_memory_are_a_change_that_fits():

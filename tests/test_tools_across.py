@@ -30,10 +30,10 @@ def tool(name: str, workdir, *options: str, devices: int = 1):
     return start_on(["-m", f"jtok_jax.{name}", f"--workdir={workdir}", *options], devices=devices)
 
 
-def check_losses(out: str, workdir) -> None:
+def check_losses(out: str, workdir, *, rtol: float = 1e-5) -> None:
     found, last = re.search(LOSS, out), records(workdir)[-1]
     expected = last["val_loss"], last["val_bpb"]
-    np.testing.assert_allclose([float(x) for x in found.groups()], expected, rtol=1e-5)
+    np.testing.assert_allclose([float(x) for x in found.groups()], expected, rtol=rtol)
 
 
 @pytest.mark.parametrize(("devices", "options", "mesh"), [
@@ -47,16 +47,23 @@ def test_evaluation_on_several_devices(finished, devices, options, mesh):
     check_losses(out, finished)
 
 
-def test_evaluation_by_two_processes(finished):
-    """Of two devices each; one of them prints."""
+TABLES = {"device": (), "memory": ("--table_memory=host",), "int8": ("--table_dtype=int8",)}
+
+
+@pytest.mark.parametrize("place", TABLES)
+def test_evaluation_by_two_processes(finished, tmp_path, place):
+    """Of two devices each; one of them prints. In files each has the columns of its devices."""
+    tables = [*TABLES[place], *[f"--table_folder={tmp_path}"] * (place == "int8")]
     given = "--num_processes=2", f"--coordinator_address={free_address()}", "--config.mesh.fsdp=4"
     (code, out, err), (other, out_1, err_1) = ends([
-        tool("evaluate", finished, *given, f"--process_id={i}", devices=2) for i in range(2)
+        tool("evaluate", finished, *given, *tables, f"--process_id={i}", devices=2)
+        for i in range(2)
     ])  # fmt: skip
     assert (code, other) == (0, 0), err + err_1
     assert "mesh: data 1, fsdp 4" in out
     assert "nats" not in out_1
-    check_losses(out, finished)
+    check_losses(out, finished, rtol=1e-3 if place == "int8" else 1e-5)
+    assert len(list(tmp_path.glob("process-?-of-2/*.npy"))) == (6 if place == "int8" else 0)
     assert not (finished / "starting").exists()
 
 

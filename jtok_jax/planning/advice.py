@@ -91,6 +91,8 @@ def _candidates(config: Config, devices: int) -> Iterator[Change]:
             yield {"optimizer.tables.kind": kind}
         if config.mesh.table_memory == "device":
             yield {"mesh.table_memory": "host"}
+        elif config.mesh.table_prefetch:
+            yield {"mesh.table_prefetch": 0}
     if not model.loss_chunk:
         yield {"model.loss_chunk": 4096}
 

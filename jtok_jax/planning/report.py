@@ -45,7 +45,7 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
     config = resolved(config, topology)
     mesh = abstract_mesh(config.mesh, topology.devices)
     check_batches(config, mesh)
-    require_trainable(config, processes=topology.hosts)
+    require_trainable(config)
     found = memory(config, mesh)
     time = traffic.step_time(config, mesh, topology)
     counts = flops.count(config.model, seq_len=config.train.seq_len)
@@ -104,7 +104,7 @@ def _memory(found: Memory, topology: Topology) -> dict:
 
 def _changes(config: Config, topology: Topology) -> list[advice.Change]:
     def fits(candidate: Config) -> bool:
-        require_trainable(candidate, processes=topology.hosts)
+        require_trainable(candidate)
         mesh = abstract_mesh(candidate.mesh, topology.devices)
         check_batches(candidate, mesh)
         return memory(candidate, mesh).total <= topology.chip.memory * ROOM
@@ -243,7 +243,7 @@ def _host_lines(plan: dict) -> list[str]:
         lines[-1] += f"; of {link}: {'hidden' if found['hides'] else 'NOT hidden'}"
         size = found["batch_size"]
         lines.append(f"  hidden {f'from train.batch_size={size} on' if size else 'at no batch'}")
-    if 2 * found["each_way"] > found["host"]:
+    if 2 * found["each_way"] > found["of_device"]:
         lines.append(
             "  a step may read most rows: on the device tables take less. Set train.max_unique_ids "
             "if batches have fewer different tokens, or take smaller ones"

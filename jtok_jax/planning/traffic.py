@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import NamedTuple
 
+import numpy as np
 from jax.sharding import AbstractMesh
 
 from jtok_jax import flops
@@ -16,7 +17,7 @@ from jtok_jax.model.params import declared, declared_tables
 from jtok_jax.model.placement import entries_here, table_layouts
 from jtok_jax.planning.memory import update_bytes
 from jtok_jax.planning.topology import Topology
-from jtok_jax.store.rows import abstract_rows, bytes_of, whole_leaves
+from jtok_jax.store.rows import abstract_rows, bytes_of, stacked_shardings, whole_leaves
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.rows import row_gradient_bytes
 
@@ -56,7 +57,8 @@ class Time(NamedTuple):
 class HostRows(NamedTuple):
     """Tables in host memory: bytes they take there, and what rows of them a step moves."""
 
-    host: int  # all tables with what their optimizer keeps, of one process
+    host: int  # tables with what their optimizer keeps, that one host holds
+    of_device: int  # what one device would hold of them
     each_way: int  # bytes a step to one device, and back; at most
     rate: float  # bytes a second that this needs each way, to hide behind the least time of a step
     link: float  # bytes a second between a host and a device, as stated; 0: it is not
@@ -87,8 +89,25 @@ def host_rows(config: Config, mesh: AbstractMesh, topology: Topology) -> HostRow
     hides = lambda size: moved(size)[1] <= LINK_SHARE * link
     found = list(itertools.takewhile(hides, reversed(sizes)))
     each_way, rate = moved(config.train.batch_size)
-    host = bytes_of(whole_leaves(config.model, rows))
-    return HostRows(host, each_way, rate, link, found[-1] if found else None)
+    held = _held(config, mesh, topology.devices_per_host)
+    return HostRows(*held, each_way, rate, link, found[-1] if found else None)
+
+
+def _held(config: Config, mesh: AbstractMesh, devices: int) -> tuple[int, int]:
+    """Return the bytes of tables that a host of so many devices holds, and those of one device."""
+    whole = whole_leaves(config.model, make_optimizer(config).rows)
+    shardings = stacked_shardings(config, mesh, whole)
+    numbers = np.unravel_index(np.arange(devices), tuple(mesh.shape.values()))
+    along = dict(zip(mesh.shape, numbers, strict=True))  # of every device of the first host
+    host = device = 0
+    for name, leaves in whole.items():
+        for leaf, x in leaves.items():
+            spec = [(of,) if isinstance(of, str) else of or () for of in shardings[name][leaf].spec]
+            axes = tuple(itertools.chain(*spec))
+            size = x.size * x.dtype.itemsize // num_shards(mesh, axes)
+            parts = set(zip(*(along[axis] for axis in axes), strict=True)) or {()}
+            host, device = host + size * len(parts), device + size
+    return host, device
 
 
 def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch, check_unique
-from jtok_jax.mesh import replicated
+from jtok_jax.mesh import put_whole
 from jtok_jax.model.params import declared_tables
 from jtok_jax.model.tables import SomeRows
 from jtok_jax.store.reader import Ids, RowReader
@@ -53,7 +53,7 @@ class RowFeed:
         self._results = collections.deque(maxlen=depth)  # leaves of the last steps
         self._taken: Ids = {}  # ids of the step under way
         self._last_write, self._failed = self._thread.submit(lambda: None), None
-        self._merge = jax.jit(_merge, out_shardings=self._reader.shardings, donate_argnums=0)
+        self._merge = jax.jit(_merge, out_shardings=store.shardings, donate_argnums=0)
 
     def fetch(self, ids_BT: np.ndarray) -> SomeRows:
         """Return the rows of a batch that changes none, after all changes under way."""
@@ -105,7 +105,7 @@ class RowFeed:
         rows = self._reader.put(places, ids, room)
         found = [_found_in(earlier, ids, room) for earlier in self._earlier]
         self._earlier.append(ids)
-        return _Ready(ids, rows, jax.device_put(found, replicated(self._mesh)))
+        return _Ready(ids, rows, jax.tree.map(lambda x: put_whole(self._mesh, x), found))
 
     def _write(self, ids: Ids, leaves: Leaves) -> None:
         """Write rows; after one write that failed none is made, as later ones build on it."""

@@ -2,7 +2,9 @@
 # Copyright 2026 The jtok_jax authors
 """Brings the rows of a batch from host memory to the devices of a mesh.
 
-ids of the batch --stream_ids, unique--> ids --HostTables.read--> rows --device_put--> SomeRows
+ids of the batch --stream_ids, unique--> ids --HostTables.read--> rows --put--> SomeRows
+
+Of several processes each has the ids of the whole batch, so all have the same unique ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,10 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config
-from jtok_jax.mesh import put_batch, replicated
+from jtok_jax.mesh import put_batch, put_whole
 from jtok_jax.model.params import declared_tables
 from jtok_jax.model.tables import SomeRows, stream_ids
-from jtok_jax.store.rows import shardings_by_rows, stacked_shardings
 from jtok_jax.store.tables import HostTables
 
 Ids = dict[str, np.ndarray]  # by stream; int32, ascending, each once
@@ -36,7 +37,6 @@ class RowReader:
         self._mesh, self._store, self._put = mesh, store, put
         streams = {table.stream for table in declared_tables(config.model).values()}
         self.streams = {name: config.model.id_streams[name] for name in sorted(streams)}
-        self.shardings = shardings_by_rows(stacked_shardings(config, mesh, store.whole))
 
     def fetch(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> SomeRows:
         """Return the rows of a batch that changes none, without their ids.
@@ -52,7 +52,7 @@ class RowReader:
         leaves = self._store.read(ids, room)
         if self._mesh.size > 1:
             places = {name: self._put(self._mesh, one) for name, one in places.items()}
-            leaves = jax.device_put(leaves, self.shardings)
+            leaves = self._store.put(leaves)
         return SomeRows(places, {}, leaves)
 
     def unique(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> tuple[Ids, Ids]:
@@ -71,17 +71,11 @@ class RowReader:
             )
             for name, stream in self.streams.items()
         }
-        leaves = jax.device_put(self._store.read(ids, room), self.shardings)
         return SomeRows(
             places={name: self._put(self._mesh, one) for name, one in places.items()},
-            ids=jax.device_put(padded, replicated(self._mesh)),
-            leaves=leaves,
+            ids={name: put_whole(self._mesh, one) for name, one in padded.items()},
+            leaves=self._store.put(self._store.read(ids, room)),
         )
-
-
-def put_whole(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """Return an array that is whole on every device."""
-    return jax.device_put(array, replicated(mesh))
 
 
 def _unique(ids: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -50,14 +50,9 @@ def whole_leaves(model: ModelConfig, optimizers: Optimizers, *, int8: bool = Fal
     return found
 
 
-def require_trainable(config: Config, *, processes: int) -> None:
+def require_trainable(config: Config) -> None:
     """Raise ConfigError where tables cannot be trained in host memory as configured."""
     mesh = config.mesh
-    if mesh.table_memory == "host" and processes > 1:
-        raise ConfigError(
-            f"mesh.table_memory is host, and {processes} processes share this run; tables in host "
-            "memory are for one process with any number of devices."
-        )
     if mesh.table_dtype:
         raise ConfigError(
             f"mesh.table_dtype is {mesh.table_dtype}; tables are trained in "
@@ -93,6 +88,12 @@ def stacked_shardings(config: Config, mesh: Mesh, leaves: Leaves) -> Leaves:
     return found
 
 
+def shape_by_rows(stacked: jax.ShapeDtypeStruct, axis: int) -> tuple[int, ...]:
+    """Return the shape of a leaf in the other form; `axis` is that of rows."""
+    shape = stacked.shape
+    return (shape[axis], *shape[:axis], *shape[axis + 1 :])
+
+
 def shardings_by_rows(shardings: Leaves) -> Leaves:
     """Return the shardings of the other form."""
     moved = {}
@@ -117,11 +118,10 @@ def abstract_rows(config: Config, mesh: Mesh, optimizers: Optimizers) -> SomeRow
         axis, rows = one[ROWS].ndim - 2, room[tables[name].stream]
         leaves[name] = {
             leaf: place(
-                (rows, *x.shape[:axis], *x.shape[axis + 1 :]), x.dtype,
-                sharding=shardings[name][leaf],
+                (rows, *shape_by_rows(x, axis)[1:]), x.dtype, sharding=shardings[name][leaf]
             )
             for leaf, x in one.items()
-        }  # fmt: skip
+        }
     shape, everywhere = (config.train.batch_size, config.train.seq_len), replicated(mesh)
     return SomeRows(
         places={

@@ -4,6 +4,8 @@
 
 A row has its first value from the seed, the table and its id. In memory all are drawn at once. In
 files each is drawn when it is read, until it is written: so they take the room of rows in use.
+
+Of several processes each has its part of every row, see part.py; "whole" is said of all parts.
 """
 
 import contextlib
@@ -12,13 +14,24 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.params import declared_tables, init_rows, initial_options
 from jtok_jax.model.tables import ROWS
 from jtok_jax.store.mapped import Contents, MappedFolder
-from jtok_jax.store.rows import SCALE, Leaves, Optimizers, bytes_of, whole_leaves, words
+from jtok_jax.store.part import Part, Region, of_all_processes
+from jtok_jax.store.pieces import Pieces
+from jtok_jax.store.rows import (
+    SCALE,
+    Optimizers,
+    shape_by_rows,
+    shardings_by_rows,
+    stacked_shardings,
+    whole_leaves,
+    words,
+)
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by table and leaf
 CHUNK = 32 << 20  # bytes of rows that are drawn, or looked at, at once
@@ -29,21 +42,28 @@ class HostTables:
     """All tables of a model by rows. Of threads one at a time may use them.
 
     whole: shapes of the leaves, see `whole_leaves`. saved_shapes: those of a checkpoint, by name.
-    broken: tables that took a row which is not finite.
     """
 
-    def __init__(self, config: Config, optimizers: Optimizers, *, contents: Contents | None = None):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        optimizers: Optimizers,
+        *,
+        contents: Contents | None = None,
+    ):
         """Allocate, without a value: in memory, or sparse files in mesh.table_folder.
 
         Args:
+            mesh: whose devices of this process say what it holds.
             optimizers: by table, {} where nothing is trained.
             contents: of mesh.table_folder, whose files are used if they hold them.
 
         Raises:
-            ConfigError: this machine has less memory left.
+            ConfigError: this machine has less memory left; see also `Part`.
             CheckpointError, WorkdirError: see `MappedFolder`.
         """
-        self._int8, self.broken = config.mesh.table_dtype == "int8", set()
+        self._int8, self._broken = config.mesh.table_dtype == "int8", set()
         self.whole = whole_leaves(config.model, optimizers, int8=self._int8)
         self._model, self._tables = config.model, declared_tables(config.model)
         saved = whole_leaves(config.model, optimizers)
@@ -56,22 +76,41 @@ class HostTables:
             name: saved[table][leaf] for name, (table, leaf) in self._leaf_of.items()
         }
         self._seed, path = config.train.seed, config.mesh.table_folder
-        shapes = {
-            f"{name}.{leaf}": _by_rows(x, leaves[ROWS].ndim - 2)
-            for name, leaves in self.whole.items()
-            for leaf, x in leaves.items()
-        }
+        self._parts: dict[str, dict[str, Part]] = {}
+        shapes, shardings = {}, shardings_by_rows(stacked_shardings(config, mesh, self.whole))
+        for name, leaves in self.whole.items():
+            self._parts[name] = {}
+            for leaf, x in leaves.items():
+                count, *row = shape_by_rows(x, self._axis(name))
+                part = self._parts[name][leaf] = Part(row, shardings[name][leaf])
+                shapes[f"{name}.{leaf}"] = jax.ShapeDtypeStruct((count, *part.shape), x.dtype)
         for name in {table.stream for table in self._tables.values()}:
             rows = config.model.id_streams[name].num_rows
             shapes[f"drawn.{name}"] = jax.ShapeDtypeStruct((rows,), bool)
-        self._folder = MappedFolder(pathlib.Path(path), shapes, contents) if path else None
+        self._folder = self._open(pathlib.Path(path), shapes, contents) if path else None
         if not path:
-            _require_memory(self.whole)
+            _require_memory(sum(x.size * x.dtype.itemsize for x in shapes.values()))
         self._take(
             self._folder.arrays
             if self._folder
             else {name: np.empty(x.shape, x.dtype) for name, x in shapes.items()}
         )
+
+    def _open(self, path: pathlib.Path, shapes: dict, contents: Contents) -> MappedFolder:
+        """Open the files of this process, in a folder of its own where there are several."""
+        if jax.process_count() > 1:
+            path /= f"process-{jax.process_index()}-of-{jax.process_count()}"
+            parts = str([part.mine for of in self._parts.values() for part in of.values()])
+            contents = contents._replace(identity=contents.identity | {"parts": parts})
+        return MappedFolder(path, shapes, contents)
+
+    @property
+    def shardings(self) -> dict[str, dict[str, NamedSharding]]:
+        """Return how `put` lays rows on the devices, by table and leaf."""
+        return {
+            name: {leaf: part.sharding for leaf, part in leaves.items()}
+            for name, leaves in self._parts.items()
+        }
 
     @property
     def is_published(self) -> bool:
@@ -100,28 +139,43 @@ class HostTables:
         with self._folder.read_ahead() if self._folder else contextlib.nullcontext():
             yield
 
+    def regions(self, name: str) -> dict[Region, bool]:
+        """Return the regions of a leaf of `saved_shapes` to fill; whether by this process."""
+        table, leaf = self._leaf_of[name]
+        if self._int8:  # the scale of a row is that of all its columns
+            return {tuple((0, size) for size in self.saved_shapes[name].shape): True}
+        part = self._parts[table][leaf]
+        return {self._stacked(name, region): region in part.mine for region in part.holders}
+
+    def _stacked(self, name: str, region: Region) -> Region:
+        """Return a region of rows as one of a stacked leaf."""
+        axis = self._axis(self._leaf_of[name][0])
+        return (*region[:axis], (0, self.saved_shapes[name].shape[axis]), *region[axis:])
+
     def fill(self, name: str, start: tuple[int, ...], piece: np.ndarray) -> None:
-        """Take a piece of a leaf of `saved_shapes`, with all columns of its rows.
+        """Take what this process holds of a piece of a leaf of `saved_shapes`.
 
         What is there already is not written: holes in files stay holes.
 
         Args:
             start: where the piece begins in the leaf.
+            piece: stacked; for int8 with all columns of its rows.
 
         Raises WorkdirError: the disk of the files is full.
         """
         table, leaf = self._leaf_of[name]
         axis = self._axis(table)
-        region = [slice(x, x + size) for x, size in zip(start, piece.shape, strict=True)]
-        region.insert(0, region.pop(axis))
-        rows = np.moveaxis(piece, axis, 0)
+        rows, begin, first = np.moveaxis(piece, axis, 0), [*start], start[axis]
+        del begin[axis]
         for one, value in (self._stored(rows) if leaf == ROWS else {leaf: rows}).items():
-            into = self._arrays[table][one][tuple(region[: value.ndim])]
-            word = np.dtype(f"u{value.itemsize}")
-            differs = value.view(word) != into.view(word)
-            changed = differs.reshape(len(differs), -1).any(axis=1)
-            self._reserve(table, one, start[axis] + np.flatnonzero(changed))
-            np.copyto(into, value, where=differs)
+            at = begin[: value.ndim - 1]
+            for here, there in self._parts[table][one].overlaps(at, value.shape[1:]):
+                into = self._arrays[table][one][first : first + len(value), *here]
+                mine, word = value[:, *there], np.dtype(f"u{value.itemsize}")
+                differs = mine.view(word) != into.view(word)
+                changed = differs.reshape(len(differs), -1).any(axis=1)
+                self._reserve(table, one, first + np.flatnonzero(changed))
+                np.copyto(into, mine, where=differs)
 
     def _axis(self, table: str) -> int:
         """Return the axis of rows in leaves of a table, stacked."""
@@ -153,7 +207,7 @@ class HostTables:
             self._folder.close()
 
     def read(self, ids: Mapping[str, np.ndarray], room: Mapping[str, int]) -> Arrays:
-        """Return the rows of int32 ids [U] by stream, and zeros up to the room of each.
+        """Return this process's rows of int32 ids [U] by stream, and zeros up to the room of each.
 
         Raises CheckpointError: files were changed.
         """
@@ -169,12 +223,22 @@ class HostTables:
             for name, first, rows in self._first_rows(wanted, FEW):
                 places = missing[self._tables[name].stream][first : first + len(rows)]
                 for leaf, value in self._stored(rows).items():
-                    found[name][leaf][places] = value
+                    found[name][leaf][places] = self._parts[name][leaf].cut(value)
         return found
+
+    def put(self, rows: Arrays) -> dict[str, dict[str, jax.Array]]:
+        """Return rows of `read` on the devices of all processes."""
+        return {
+            name: {leaf: self._parts[name][leaf].put(value) for leaf, value in leaves.items()}
+            for name, leaves in rows.items()
+        }
 
     @jax.profiler.annotate_function
     def write(self, ids: Mapping[str, np.ndarray], rows: Mapping[str, Mapping]) -> None:
         """Take the first len(ids) of `rows` as the rows of `ids`, each once and in the tables.
+
+        Args:
+            rows: on the devices of all processes, waited for; by table and leaf.
 
         Raises WorkdirError: the disk of the files is full.
         """
@@ -182,19 +246,33 @@ class HostTables:
             of_table = ids[self._tables[name].stream]
             for leaf, value in leaves.items():
                 self._reserve(name, leaf, of_table)
-                new = np.asarray(rows[name][leaf])[: len(of_table)]
+                new = self._parts[name][leaf].take(rows[name][leaf])[: len(of_table)]
                 if leaf == ROWS and not np.isfinite(new).all():
-                    self.broken.add(name)
+                    self._broken.add(name)
                 words(value)[of_table] = words(new)
         for stream, of_stream in ids.items():
             self._drawn[stream][of_stream] = True
 
-    def by_name(self) -> dict[str, np.ndarray]:
-        """Return every leaf of `saved_shapes`: a view."""
-        views = {}
+    def broken(self) -> list[str]:
+        """Return the tables that took a row which is not finite; all processes call this."""
+        own = np.array([name in self._broken for name in self.whole])
+        found = of_all_processes(own).any(axis=0)
+        return [name for name, is_broken in zip(self.whole, found, strict=True) if is_broken]
+
+    def by_name(self) -> dict[str, Pieces]:
+        """Return every leaf of `saved_shapes`: views."""
+        found = {}
         for name, (table, leaf) in self._leaf_of.items():
-            views[name] = np.moveaxis(self._arrays[table][leaf], 0, self._axis(table))
-        return views
+            part, array = self._parts[table][leaf], self._arrays[table][leaf]
+            regions, owned, axis = {}, [], self._axis(table)
+            for region in part.holders:
+                stacked, is_mine = self._stacked(name, region), region in part.mine
+                view = np.moveaxis(array[:, *part.here(region)], 0, axis) if is_mine else None
+                regions[stacked] = view
+                owned += [stacked] * (is_mine and part.owns(region))
+            shape = self.saved_shapes[name]
+            found[name] = Pieces(shape.shape, shape.dtype, regions, owned=owned, rows=axis)
+        return found
 
     def _stored(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Return the leaves that hold rows [n, G, (M,) D], in int8 to the nearest."""
@@ -228,7 +306,7 @@ class HostTables:
             ids = missing[self._tables[name].stream][first : first + len(rows)]
             for leaf, value in self._stored(rows).items():
                 self._reserve(name, leaf, ids)
-                self._arrays[name][leaf][ids] = value
+                self._arrays[name][leaf][ids] = self._parts[name][leaf].cut(value)
         for drawn in self._drawn.values():
             drawn[...] = True
 
@@ -258,8 +336,8 @@ class HostTables:
             room[new] = True
 
 
-def _require_memory(leaves: Leaves) -> None:
-    wanted, there = bytes_of(leaves), _memory_left()
+def _require_memory(wanted: int) -> None:
+    there = _memory_left()
     if there is not None and wanted > there:
         raise ConfigError(
             f"Tables in host memory take {wanted / 2**30:.1f} GiB with what their optimizer keeps, "
@@ -276,11 +354,6 @@ def _memory_left() -> int | None:
         return None
     found = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     return 1024 * found[0] if found else None
-
-
-def _by_rows(stacked: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
-    shape = stacked.shape
-    return jax.ShapeDtypeStruct((shape[axis], *shape[:axis], *shape[axis + 1 :]), stacked.dtype)
 
 
 def _take(array: np.ndarray, ids: np.ndarray, room: int) -> np.ndarray:

@@ -27,9 +27,10 @@ from jtok_jax.model.params import (
     to_logical,
     to_stored,
 )
+from jtok_jax.store.pieces import STATE, Pieces
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import METRICS, open_checkpointer
-from jtok_jax.training.digest import PIECE, digests, text_digest
+from jtok_jax.training.digest import digests, text_digest
 from jtok_jax.training.leaves import (
     DIGEST,
     DIGESTS,
@@ -133,7 +134,7 @@ class Checkpoints:
         """
         self.wait()
         state = _logical(state)
-        broken = non_finite(state.params) + sorted(tables.broken if tables else ())
+        broken = non_finite(state.params) + (tables.broken() if tables else [])
         if broken:
             raise NonFiniteError(
                 f"Step {step}: parameters are not finite ({', '.join(broken)}). Not saved; last "
@@ -142,12 +143,11 @@ class Checkpoints:
         finite = val_loss is not None and math.isfinite(val_loss)
         metrics = {RANKED_BY: val_loss} if finite else None
         leaves = named_leaves(state) | (tables.by_name() if tables else {})
-        pieces = _in_pieces(leaves) if tables else contextlib.nullcontext()
         with tables.read_ahead() if tables else contextlib.nullcontext():
             metadata = self._metadata(leaves, step, sparse=bool(tables) and tables.is_sparse)
-            with self._failure(step), pieces:
-                response = self._checkpointer.save_async(
-                    step, leaves, metrics=metrics, custom_metadata=metadata
+            with self._failure(step), _files() if tables else contextlib.nullcontext():
+                response = self._checkpointer.save_checkpointables_async(
+                    step, {STATE: leaves}, metrics=metrics, custom_metadata=metadata
                 )
             self._pending = step, response
             if tables:  # a copy of them may not fit
@@ -159,12 +159,16 @@ class Checkpoints:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        leaves = {PARAMS + name: value for name, value in params.items()}
-        with self._failure(0), _in_pieces(leaves):
-            self._checkpointer.save(0, leaves, custom_metadata=self._metadata(leaves, 0))
+        leaves = {
+            PARAMS + name: Pieces.of(value) if isinstance(value, np.ndarray) else value
+            for name, value in params.items()
+        }
+        with self._failure(0), _files():
+            metadata = self._metadata(leaves, 0)
+            self._checkpointer.save_checkpointables(0, {STATE: leaves}, custom_metadata=metadata)
 
     def _metadata(
-        self, leaves: dict[str, jax.Array | np.ndarray], step: int, *, sparse: bool = False
+        self, leaves: dict[str, jax.Array | Pieces], step: int, *, sparse: bool = False
     ) -> dict[str, object]:
         found = {
             "config": to_dict(self._config),
@@ -266,31 +270,11 @@ class Checkpoints:
         return state._replace(params=to_stored(self._config.model, state.params))
 
 
-def _in_pieces(leaves: dict[str, jax.Array | np.ndarray]) -> ocp.Context:
-    """Return Orbax's options for arrays in files, or larger than half of the memory: no copies.
-
-    OCDBT would hold the largest thrice.
-    """
+def _files() -> ocp.Context:
+    """Return Orbax's options for files of each array: OCDBT holds the largest thrice in memory."""
     context = ocp.Context()
-    saving = context.array.saving
-    saving.use_ocdbt, saving.scoped_storage_options_creator = False, _chunked
-    context.memory.write_concurrent_bytes = max(value.nbytes for value in leaves.values()) + 1
-    context.memory.deepcopy_host_arrays = False
+    context.array.saving.use_ocdbt = False
     return context
-
-
-def _chunked(path: tuple, value: jax.Array | np.ndarray) -> object:
-    """Return Orbax's options of an array: it splits the longest axis, by its divisors alone.
-
-    Of a length without a fitting one, such as a prime, the array stays whole.
-    """
-    options = ocp.options.ArrayOptions.Saving.StorageOptions
-    if value.nbytes <= PIECE:
-        return options()
-    length = max(value.shape)
-    most = PIECE * length // value.nbytes  # of its places in a chunk
-    fits = any(length % size == 0 for size in range(most, most // 16, -1))
-    return options(chunk_byte_size=PIECE if fits else None)
 
 
 class _FailureLog(logging.Filter):

@@ -10,26 +10,54 @@ probability of 2^-32. They are computed where the arrays are: copies to the host
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jtok_kernels import mixed
 
+from jtok_jax.errors import CheckpointError
+from jtok_jax.store.part import Region, of_all_processes
+from jtok_jax.store.pieces import Pieces
+
 GOLDEN = 0x9E3779B9
-PIECE = 16 << 20  # bytes
 FOLD = 8  # rows
 
 
-def digests(leaves: dict[str, jax.Array | np.ndarray]) -> dict[str, int]:
-    """Return the digest of every array by its name; waits for them."""
-    here = {name: value for name, value in leaves.items() if isinstance(value, np.ndarray)}
-    on_devices = {name: value for name, value in leaves.items() if name not in here}
+def digests(leaves: Mapping[str, jax.Array | Pieces]) -> dict[str, int]:
+    """Return the digest of every array by its name; waits for them. All processes call this.
+
+    Raises CheckpointError: processes have different copies of one.
+    """
+    in_pieces = {name: value for name, value in leaves.items() if isinstance(value, Pieces)}
+    on_devices = {name: value for name, value in leaves.items() if name not in in_pieces}
     whole = all(len(value.sharding.device_set) == 1 for value in on_devices.values())
     # One program: CPUs of several processes may wait for each other in one they began out of order.
     found = jax.device_get(_of_devices(on_devices, fold=whole))
-    found |= {name: _of_pieces(value) for name, value in here.items()}
+    found |= digests_of_regions({name: _by_region(value) for name, value in in_pieces.items()})
     return {name: int(found[name]) for name in leaves}
+
+
+def digests_of_regions(regions: Mapping[str, Mapping[Region, int | None]]) -> dict[str, int]:
+    """Return the digest of every array from those of its regions, None where others have one.
+
+    All processes call this, with the same regions. Raises CheckpointError: copies of one differ.
+    """
+    if not regions:
+        return {}
+    own = [value for one in regions.values() for value in one.values()]
+    own = np.array([(value or 0, value is not None) for value in own], np.uint32).reshape(-1, 2)
+    values, here = np.moveaxis(of_all_processes(own), 2, 0)
+    largest = np.where(here, values, 0).max(axis=0, initial=0)
+    owners = np.repeat(list(regions), [len(one) for one in regions.values()])
+    differs = np.any(here.astype(bool) & (values != largest), axis=0)
+    if differs.any():
+        raise CheckpointError(
+            f"Processes have different copies of {', '.join(sorted(set(owners[differs])))}. "
+            "Nothing was saved or loaded; earlier checkpoints are intact."
+        )
+    return {name: int(largest[owners == name].sum(dtype=np.uint64)) % (1 << 32) for name in regions}
 
 
 def text_digest(values: object) -> str:
@@ -47,18 +75,14 @@ def _of_devices(leaves: dict[str, jax.Array], *, fold: bool) -> dict[str, jax.Ar
     }
 
 
-def _of_pieces(value: np.ndarray) -> int:
-    """Return the digest of an array that may lie in a file, and be larger than memory."""
-    if value.nbytes <= PIECE:
-        return piece_digest(value, (0,) * value.ndim, value.shape)
-    axis = int(np.argmax(value.strides))  # so that a piece is a run of memory
-    length, total = value.shape[axis], 0
-    size = max(1, PIECE * length // value.nbytes)
-    for first in range(0, length, size):
-        part = value[(slice(None),) * axis + (slice(first, first + size),)]
-        start = tuple(first if one == axis else 0 for one in range(value.ndim))
-        total += piece_digest(part, start, value.shape)
-    return total % (1 << 32)
+def _by_region(value: Pieces) -> dict[Region, int | None]:
+    """Return the digest of every region of an array, None where another process has it."""
+    found = {}
+    for region, array in value.regions.items():
+        parts = [] if array is None else value.split(region)
+        total = sum(piece_digest(part, start, value.shape) for start, part in parts)
+        found[region] = None if array is None else total % (1 << 32)
+    return found
 
 
 def piece_digest(piece: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:

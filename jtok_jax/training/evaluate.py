@@ -51,7 +51,7 @@ def evaluate(
         stop: asked before every batch, such as `StopSignal.reached`; if so, None is returned.
     """
     nats = weight = 0.0
-    batches = source.valid_batches(rows_here(mesh, batch_size))
+    batches = source.valid_batches(rows_here(mesh, batch_size, whole=rows_of is not None))
     for number in itertools.count(1):
         if stop():
             return None

@@ -11,10 +11,10 @@ from jtok_jax.config import Config
 from jtok_jax.config_dict import completed, from_config_dict
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.params import declared_tables, init_rows, initial_options
+from jtok_jax.store.pieces import PIECE, read_pieces
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import reading
-from jtok_jax.training.digest import PIECE, digests, piece_digest, text_digest
-from jtok_jax.training.pieces import read_pieces
+from jtok_jax.training.digest import digests, digests_of_regions, piece_digest, text_digest
 
 PARAMS = "params/"  # leaves of a checkpoint that the tools read
 SPARSE = "sparse"  # whether rows of tables that were never read are left out, as zeros
@@ -89,11 +89,14 @@ def _fill(tables: HostTables, checkpoint: pathlib.Path) -> dict[str, int]:
     """Read the leaves of tables in host memory; return their digests."""
     found = {}
     for name, shape in tables.saved_shapes.items():
-        found[name] = 0
-        for start, piece in read_pieces(checkpoint, name):
-            tables.fill(name, start, piece)
-            found[name] += piece_digest(piece, start, shape.shape)
-    return {name: value % (1 << 32) for name, value in found.items()}
+        found[name] = dict.fromkeys(tables.regions(name))
+        for region, is_read in tables.regions(name).items():
+            total = 0
+            for start, piece in read_pieces(checkpoint, name, region) if is_read else ():
+                tables.fill(name, start, piece)
+                total += piece_digest(piece, start, shape.shape)
+            found[name][region] = total % (1 << 32) if is_read else None
+    return digests_of_regions(found)
 
 
 def _require_same_leaves(found, wanted: dict, below: str) -> None:

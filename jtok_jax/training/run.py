@@ -103,12 +103,13 @@ class Run:
         with stall.waiting_for("devices of all processes"):
             self._mesh = make_mesh(config.mesh)
         size = config.train.batch_size
+        reads = len(rows_here(self._mesh, size, whole=config.mesh.table_memory == "host"))
         hosts.stage(
-            f"has {jax.local_device_count()} of {jax.device_count()} devices and reads "
-            f"{len(rows_here(self._mesh, size))} of {size} sequences of a batch"
+            f"has {jax.local_device_count()} of {jax.device_count()} devices and reads {reads} of "
+            f"{size} sequences of a batch"
         )
         check_batches(config, self._mesh)
-        require_trainable(config, processes=hosts.count)
+        require_trainable(config)
         if config.init_from and not any((workdir / CHECKPOINTS).glob("*")):
             require_same_words(config)
         self._source = open_source(config)
@@ -261,7 +262,7 @@ class Run:
         That are ids and targets, int32 [B, T], and of tables in host memory their `SomeRows`.
         """
         size, first = self.config.train.batch_size, self.first_step
-        rows = rows_here(self._mesh, size)
+        rows = rows_here(self._mesh, size, whole=self.steps.rows_of is not None)
         batches = train_batches(self._source, self.config, rows, first_step=first)
         batches = self.steps.read_ahead(batches, first_step=first)
         self._timer.start()

@@ -89,7 +89,7 @@ def _load_params(
         config = dataclasses.replace(config, mesh=mesh_config)
         place, mesh = _placing(config, alone=choose is None)
         config = anywhere(config, mesh)
-        tables = _tables_of(config, found, workdir)
+        tables = _tables_of(config, mesh, found, workdir)
         wanted = {
             PARAMS + name: place(name, leaf) for name, leaf in abstract_params(config.model).items()
         }
@@ -110,7 +110,9 @@ def _load_params(
     return Saved(number, config, metadata["data"], params, tables, workdir, end_id, seen)
 
 
-def _tables_of(config: Config, found, workdir: pathlib.Path) -> HostTables | None:
+def _tables_of(
+    config: Config, mesh: Mesh | AbstractMesh, found, workdir: pathlib.Path
+) -> HostTables | None:
     """Return room for the tables of a checkpoint in host memory; None: they are on devices."""
     if config.mesh.table_memory != "host":
         return None
@@ -120,7 +122,7 @@ def _tables_of(config: Config, found, workdir: pathlib.Path) -> HostTables | Non
         f"step {found.step} of {workdir}{' in ' * bool(dtype)}{dtype}",
         {"step": found.step, "dtype": dtype, "digests": written},
     )
-    return HostTables(config, {}, contents=contents)
+    return HostTables(config, mesh, {}, contents=contents)
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:

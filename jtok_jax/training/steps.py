@@ -41,7 +41,7 @@ class Steps:
         self.tables = self._feed = None
         if config.mesh.table_memory == "host":
             contents = Contents(f"the run {workdir}, in training", {"run": workdir})
-            self.tables = HostTables(config, optimizer.rows, contents=contents)
+            self.tables = HostTables(config, mesh, optimizer.rows, contents=contents)
             self._feed = RowFeed(config, mesh, self.tables)
 
     @property

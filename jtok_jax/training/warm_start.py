@@ -15,6 +15,7 @@ from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.huggingface.folder import is_folder, open_folder
 from jtok_jax.model.params import Params, abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import parameter_sharding
+from jtok_jax.store.pieces import Pieces
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.leaves import PARAMS
 from jtok_jax.training.saved import load_params
@@ -59,11 +60,13 @@ def begin_with(
     if tables:
         tables.complete()
     for name in shapes:
-        value = read(name).astype(wanted[name].dtype, copy=False)
+        value, dtype = read(name), wanted[name].dtype
         if tables and name in tables.whole:
-            tables.fill(PARAMS + name, (0,) * value.ndim, value)
+            pieces = value if isinstance(value, Pieces) else Pieces.of(value)
+            for start, piece in pieces.mine():
+                tables.fill(PARAMS + name, start, piece.astype(dtype, copy=False))
         else:
-            taken[name] = jax.device_put(value, place(name, value.shape))
+            taken[name] = jax.device_put(value.astype(dtype, copy=False), place(name, value.shape))
     own = sorted(wanted.keys() - shapes.keys())
     say(f"begins with {what}: {len(shapes)} parameters; new ones: {', '.join(own) or 'none'}")
     return params | to_stored(config.model, taken)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""The part of an array by rows that a process holds: all rows, and what its devices have of each.
+
+Devices split rows by columns and experts, never the rows among them. A process holds what its own
+devices have, side by side in the order of the whole: of columns 0-3 and 8-11 an array of 8 columns.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from jtok_jax.errors import ConfigError
+
+Region = tuple[tuple[int, int], ...]  # along each axis the first place, and the one after the last
+Slices = tuple[slice, ...]
+
+
+class Part:
+    """Says which regions of a row there are, and where this process has them; holds no array.
+
+    holders: the processes of every region of a row. mine: regions of this process. shape: of a row
+    here. sharding: of rows on the devices.
+    """
+
+    def __init__(self, row: Sequence[int], sharding: NamedSharding):
+        """Take what the devices of this process have of each `row`.
+
+        Args:
+            row: its shape, [G, (M,) (D)].
+            sharding: of an array by rows, [n, G, (M,) (D)].
+
+        Raises:
+            ConfigError: the regions of a process are no product of experts and columns.
+        """
+        self._row, self.sharding = tuple(row), sharding
+        self.holders: dict[Region, set[int]] = {}
+        if sharding.is_fully_addressable:  # as one piece, however its devices split it
+            self.holders[tuple((0, size) for size in row)] = {jax.process_index()}
+        else:
+            for device, index in sharding.devices_indices_map((1, *row)).items():
+                region = _region(index[1:], self._row)
+                self.holders.setdefault(region, set()).add(device.process_index)
+        self.mine = [one for one, of in self.holders.items() if jax.process_index() in of]
+        self._kept = [sorted(set(spans)) for spans in zip(*self.mine, strict=True)]
+        self.shape = tuple(sum(end - first for first, end in spans) for spans in self._kept)
+        if np.prod([len(spans) for spans in self._kept]) != len(self.mine):
+            raise ConfigError(
+                "The devices of a process have parts of tables that form no block. Tables in host "
+                "memory need a mesh where they do: set mesh.table_columns and mesh.table_experts."
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether one process holds all."""
+        return self.shape == self._row
+
+    def owns(self, region: Region) -> bool:
+        """Return whether it is this process that writes a region of its own."""
+        return min(self.holders[region]) == jax.process_index()
+
+    def here(self, region: Region) -> Slices:
+        """Return where the array of this process has a region that lies in one of its own."""
+        found = []
+        for (first, end), spans in zip(region, self._kept, strict=True):
+            place = 0
+            for start, stop in spans:
+                if start <= first < stop:
+                    break
+                place += stop - start
+            found.append(slice(place + first - start, place + end - start))
+        return tuple(found)
+
+    def cut(self, rows: np.ndarray) -> np.ndarray:
+        """Return what this process holds of whole rows [n, ...]."""
+        if self.is_whole:
+            return rows
+        out = np.empty((len(rows), *self.shape), rows.dtype)
+        for here, there in self.overlaps((0,) * len(self._row), self._row):
+            out[:, *here] = rows[:, *there]
+        return out
+
+    def overlaps(
+        self, begin: Sequence[int], shape: Sequence[int]
+    ) -> Iterator[tuple[Slices, Slices]]:
+        """Yield (where it lies here, where in the piece) of all that a piece of rows has of mine.
+
+        Args:
+            begin: where the piece begins in a row. shape: of a row of the piece.
+        """
+        for region in self.mine:
+            shared = tuple(
+                (max(first, start), min(end, start + size))
+                for (first, end), start, size in zip(region, begin, shape, strict=True)
+            )
+            if all(first < end for first, end in shared):
+                there = (slice(a - x, b - x) for (a, b), x in zip(shared, begin, strict=True))
+                yield self.here(shared), tuple(there)
+
+    def put(self, rows: np.ndarray) -> jax.Array:
+        """Return rows [n, ...] of this process as part of an array on the devices of all."""
+        place = lambda index: rows[:, *self.here(_region(index[1:], self._row))]
+        shape = len(rows), *self._row
+        return jax.make_array_from_callback(shape, self.sharding, place)
+
+    def take(self, array: jax.Array) -> np.ndarray:
+        """Return what this process holds of rows [n, ...] on the devices of all; waits for them."""
+        shards = array.addressable_shards
+        if shards[0].data.shape[1:] == self.shape:
+            return np.asarray(shards[0].data)
+        out = np.empty((len(array), *self.shape), array.dtype)
+        by_region = {_region(shard.index[1:], self._row): shard.data for shard in shards}
+        for region, data in by_region.items():
+            out[:, *self.here(region)] = data
+        return out
+
+
+def of_all_processes(values: np.ndarray) -> np.ndarray:
+    """Return an array [P, ...] of what every process passed here, all of one shape; all call it."""
+    if jax.process_count() == 1:
+        return values[None]
+    return multihost_utils.process_allgather(values)
+
+
+def _region(index: Slices, shape: Sequence[int]) -> Region:
+    return tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))

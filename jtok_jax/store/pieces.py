@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Arrays of a checkpoint that lie in host memory: written and read piece by piece, by TensorStore.
+
+They may be larger than memory, and each of several processes may have a part. Orbax reads and
+writes them whole, from one process. In a checkpoint all are alike: arrays of Zarr 3.
+"""
+
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorstore
+from orbax.checkpoint.experimental.v1._src.serialization import numpy_leaf_handler, registry
+
+from jtok_jax.store.part import Region
+
+STATE = "state"  # Orbax's folder of all arrays
+PIECE = 16 << 20  # bytes
+
+
+class Pieces:
+    """An array of which this process has some regions, as views.
+
+    shape, dtype: of the whole. regions: all there are, None where another process has one.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: np.dtype,
+        regions: Mapping[Region, np.ndarray | None],
+        *,
+        owned: Sequence[Region],
+        rows: int,
+    ):
+        """Take regions, of which this process writes those it owns; `rows` is the axis of rows."""
+        self.shape, self.dtype, self.rows = tuple(shape), np.dtype(dtype), rows
+        self.regions, self.owned = regions, owned
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Pieces":
+        """Return an array that is here as a whole."""
+        region = tuple((0, size) for size in array.shape)
+        rows = int(np.argmax(array.shape[:-1])) if array.ndim > 1 else 0
+        return cls(array.shape, array.dtype, {region: array}, owned=[region], rows=rows)
+
+    def mine(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """Yield (where it begins, piece) of all that is here."""
+        for region, array in self.regions.items():
+            if array is not None:
+                yield from self.split(region)
+
+    def split(self, region: Region) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """Yield (where it begins, piece) of a region that is here."""
+        begin, array = tuple(first for first, _ in region), self.regions[region]
+        if array.nbytes <= PIECE:
+            yield begin, array
+            return
+        size = self._rows_of(array.shape)
+        for first in range(0, array.shape[self.rows], size):
+            part = array[(slice(None),) * self.rows + (slice(first, first + size),)]
+            yield (*begin[: self.rows], begin[self.rows] + first, *begin[self.rows + 1 :]), part
+
+    async def write(self, folder: pathlib.Path) -> None:
+        """Write what this process owns into the Zarr array of all."""
+        region = next(iter(self.regions))  # all are of one shape
+        chunk = [end - first for first, end in region]
+        if chunk:
+            chunk[self.rows] = min(chunk[self.rows], self._rows_of(chunk))
+        configuration = lambda **values: {"configuration": values}
+        array = await tensorstore.open({
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{folder}/"},
+            "metadata": {
+                "shape": self.shape,
+                "data_type": self.dtype.name,
+                "chunk_grid": {"name": "regular"} | configuration(chunk_shape=chunk),
+                "codecs": [
+                    {"name": "bytes"} | configuration(endian="little"),
+                    {"name": "zstd"} | configuration(level=3),
+                ],
+            },
+        }, create=True, open=True)  # fmt: skip
+        for region in self.owned:
+            place = tuple(slice(first, end) for first, end in region)
+            await array[place].write(
+                self.regions[region], can_reference_source_data_indefinitely=True
+            )
+
+    def _rows_of(self, shape: Sequence[int]) -> int:
+        """Return how many rows of a region of `shape` are a piece."""
+        row = math.prod(shape) // max(1, shape[self.rows]) * self.dtype.itemsize
+        return max(1, PIECE // max(1, row))
+
+
+class _Handler(numpy_leaf_handler.NumpyLeafHandler):
+    """Lets Orbax save `Pieces` among other arrays; it loads them as arrays of NumPy, or others."""
+
+    async def serialize(self, params, serialization_context):
+        """Return what writes them, begun when it is awaited."""
+
+        async def write() -> None:
+            folder = await serialization_context.parent_dir.await_creation()
+            for param in params:  # one after the other, each by several threads
+                await param.value.write(pathlib.Path(folder) / param.name)
+
+        return write()
+
+
+# Orbax 0.12 has no public way to add a leaf that its own handler of trees takes.
+registry.STANDARD_TYPE_AND_ABSTRACT_TYPE_AND_TYPESTR_TO_HANDLER.append(
+    (Pieces, Pieces, ["np.ndarray"], _Handler)
+)
+
+
+def read_pieces(
+    checkpoint: pathlib.Path, name: str, region: Region | None = None
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Yield (where it begins, piece) for a region of an array in a checkpoint's folder; None: all.
+
+    Pieces are the chunks that it was written in, with the last axis whole. So each is read once,
+    and memory holds one: of an array that devices wrote, the part of one device or more.
+
+    Raises ValueError: it is damaged.
+    """
+    folder = checkpoint / STATE
+    if json.loads((folder / "_METADATA").read_text())["use_ocdbt"]:
+        place = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{name}/"}
+    else:
+        place = {"driver": "file", "path": f"{folder / name}/"}
+    found = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
+    region = region or tuple((0, size) for size in found.shape)
+    sizes = [*found.chunk_layout.read_chunk.shape[:-1], found.shape[-1]]
+    spans = [
+        [(max(first, x), min(end, x + size)) for x in range(first - first % size, end, size)]
+        for (first, end), size in zip(region, sizes, strict=True)
+    ]
+    for span in itertools.product(*spans):
+        place = tuple(slice(first, end) for first, end in span)
+        yield tuple(first for first, _ in span), found[place].read().result()
