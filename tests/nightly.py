@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Real models compiled for the devices they would run on; minutes each: make nightly."""
+"""Real models compiled for their devices, and layouts of two processes; long: make nightly."""
+
+import shutil
 
 import pytest
 from test_configs import load
+from test_host_tables import digests_of
+from test_hosts import ends, settings, start_two
+from test_resume import records
 
 from jtok_jax.planning import compiled
 from jtok_jax.planning.advice import changed
@@ -55,3 +60,38 @@ def test_a_layer_calls_each_kernel_once(kind, microbatches, remat, memory, monke
     text = compiled.compile_step(config, parse_topology("h100:1x1")).text
     compiled.absent_devices.cache_clear()
     assert text.count('custom_call_target="mosaic_gpu') == 4
+
+
+MIXED = {"model.jtok.kind": "jtok_m", "optimizer.tables.kind": "rowwise_adam"}
+LAYOUTS = {
+    "columns apart": {"mesh.table_columns": "fsdp,data", "model.jtok.kind": "jtok"},
+    "experts": MIXED | {
+        "mesh.table_columns": "fsdp", "mesh.table_experts": "data", "model.jtok.num_tables": 4,
+        "model.jtok.table_dtype": "bfloat16",
+    },
+    "copies": MIXED | {"mesh.fsdp": 1, "mesh.table_columns": "", "mesh.table_prefetch": 3},
+    "bigrams": {
+        "model.jtok.kind": "none", "model.arms.names": "ngram", "model.streams": "bigram=2:512:2",
+        "mesh.table_prefetch": 0, "train.grad_accumulation": 1,
+    },
+    "one table": {"model.jtok.kind": "jtok", "model.jtok.sharing": "shared", "mesh.fsdp": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_host_tables_of_two_processes_are_those_of_devices(corpus, tmp_path, layout):
+    """Losses, batches, and all arrays of a checkpoint; a run in files goes on from there."""
+    steps = {"train.steps": 14, "evaluation.every": 14, "checkpoint.every": 7}
+    run, host = steps | LAYOUTS[layout], {"mesh.table_memory": "host"}
+    files = host | {"mesh.table_folder": str(tmp_path / "files")}
+    for place, fields in {"device": {}, "memory": host, "files": files}.items():
+        if place == "files":  # from step 7 of the run in memory, with its dense checkpoint
+            shutil.copytree(tmp_path / "memory", tmp_path / "files_run")
+            shutil.rmtree(tmp_path / "files_run" / "checkpoints" / "14")
+        workdir = tmp_path / ("files_run" if place == "files" else place)
+        for code, _, err in ends(start_two(settings(workdir, corpus, run | fields))):
+            assert code == 0, err
+        assert digests_of(workdir, 14) == digests_of(tmp_path / "device", 14)
+        for left, right in zip(records(workdir), records(tmp_path / "device"), strict=True):
+            assert left.get("loss") == right.get("loss")
+            assert left.get("batch_hash") == right.get("batch_hash")

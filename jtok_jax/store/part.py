@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding
 
 from jtok_jax.errors import ConfigError
 
-Region = tuple[tuple[int, int], ...]  # along each axis the first place, and the one after the last
+Span = tuple[int, int]  # the first place, and the one after the last
+Region = tuple[Span, ...]  # along each axis
 Slices = tuple[slice, ...]
 
 
@@ -58,9 +59,10 @@ class Part:
         """Return whether one process holds all."""
         return self.shape == self._row
 
-    def owns(self, region: Region) -> bool:
-        """Return whether it is this process that writes a region of its own."""
-        return min(self.holders[region]) == jax.process_index()
+    def share(self, region: Region) -> tuple[int, int]:
+        """Return the place of this process among those that have a region, and their number."""
+        holders = sorted(self.holders[region])
+        return holders.index(jax.process_index()), len(holders)
 
     def here(self, region: Region) -> Slices:
         """Return where the array of this process has a region that lies in one of its own."""
@@ -92,13 +94,8 @@ class Part:
             begin: where the piece begins in a row. shape: of a row of the piece.
         """
         for region in self.mine:
-            shared = tuple(
-                (max(first, start), min(end, start + size))
-                for (first, end), start, size in zip(region, begin, shape, strict=True)
-            )
-            if all(first < end for first, end in shared):
-                there = (slice(a - x, b - x) for (a, b), x in zip(shared, begin, strict=True))
-                yield self.here(shared), tuple(there)
+            if found := shared(region, begin, shape):
+                yield self.here(found), within(found, begin)
 
     def put(self, rows: np.ndarray) -> jax.Array:
         """Return rows [n, ...] of this process as part of an array on the devices of all."""
@@ -123,6 +120,20 @@ def of_all_processes(values: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return values[None]
     return multihost_utils.process_allgather(values)
+
+
+def shared(region: Region, begin: Sequence[int], shape: Sequence[int]) -> Region | None:
+    """Return what a region has of a piece of `shape` that begins at `begin`; None: nothing."""
+    found = tuple(
+        (max(first, start), min(end, start + size))
+        for (first, end), start, size in zip(region, begin, shape, strict=True)
+    )
+    return found if all(first < end for first, end in found) else None
+
+
+def within(region: Region, begin: Sequence[int]) -> Slices:
+    """Return where a region lies in a piece that begins at `begin`."""
+    return tuple(slice(a - x, b - x) for (a, b), x in zip(region, begin, strict=True))
 
 
 def _region(index: Slices, shape: Sequence[int]) -> Region:

@@ -6,6 +6,7 @@ They may be larger than memory, and each of several processes may have a part. O
 writes them whole, from one process. In a checkpoint all are alike: arrays of Zarr 3.
 """
 
+import collections
 import itertools
 import json
 import math
@@ -16,10 +17,11 @@ import numpy as np
 import tensorstore
 from orbax.checkpoint.experimental.v1._src.serialization import numpy_leaf_handler, registry
 
-from jtok_jax.store.part import Region
+from jtok_jax.store.part import Region, Span
 
 STATE = "state"  # Orbax's folder of all arrays
 PIECE = 16 << 20  # bytes
+UNDER_WAY = 8  # pieces that are written at once
 
 
 class Pieces:
@@ -34,19 +36,24 @@ class Pieces:
         dtype: np.dtype,
         regions: Mapping[Region, np.ndarray | None],
         *,
-        owned: Sequence[Region],
+        shares: Mapping[Region, tuple[int, int]],
         rows: int,
     ):
-        """Take regions, of which this process writes those it owns; `rows` is the axis of rows."""
+        """Take regions, and which share of each that is here this process writes.
+
+        Args:
+            shares: (place among the processes that have a region, their number), see `Part.share`.
+            rows: the axis of rows.
+        """
         self.shape, self.dtype, self.rows = tuple(shape), np.dtype(dtype), rows
-        self.regions, self.owned = regions, owned
+        self.regions, self._shares = regions, shares
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Pieces":
         """Return an array that is here as a whole."""
         region = tuple((0, size) for size in array.shape)
         rows = int(np.argmax(array.shape[:-1])) if array.ndim > 1 else 0
-        return cls(array.shape, array.dtype, {region: array}, owned=[region], rows=rows)
+        return cls(array.shape, array.dtype, {region: array}, shares={region: (0, 1)}, rows=rows)
 
     def mine(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         """Yield (where it begins, piece) of all that is here."""
@@ -66,7 +73,10 @@ class Pieces:
             yield (*begin[: self.rows], begin[self.rows] + first, *begin[self.rows + 1 :]), part
 
     async def write(self, folder: pathlib.Path) -> None:
-        """Write what this process owns into the Zarr array of all."""
+        """Write the share of this process into the Zarr array of all; pieces are its chunks.
+
+        Few are under way at once: encoded ones wait in memory for a disk that is slower.
+        """
         region = next(iter(self.regions))  # all are of one shape
         chunk = [end - first for first, end in region]
         if chunk:
@@ -85,11 +95,16 @@ class Pieces:
                 ],
             },
         }, create=True, open=True)  # fmt: skip
-        for region in self.owned:
-            place = tuple(slice(first, end) for first, end in region)
-            await array[place].write(
-                self.regions[region], can_reference_source_data_indefinitely=True
-            )
+        under_way = collections.deque()
+        for region, (mine, count) in self._shares.items():
+            for begin, piece in itertools.islice(self.split(region), mine, None, count):
+                place = zip(begin, piece.shape, strict=True)
+                to = array[tuple(slice(first, first + size) for first, size in place)]
+                if len(under_way) == UNDER_WAY:
+                    await under_way.popleft()
+                under_way.append(to.write(piece, can_reference_source_data_indefinitely=True))
+        for writing in under_way:
+            await writing
 
     def _rows_of(self, shape: Sequence[int]) -> int:
         """Return how many rows of a region of `shape` are a piece."""
@@ -118,12 +133,12 @@ registry.STANDARD_TYPE_AND_ABSTRACT_TYPE_AND_TYPESTR_TO_HANDLER.append(
 
 
 def read_pieces(
-    checkpoint: pathlib.Path, name: str, region: Region | None = None
+    checkpoint: pathlib.Path, name: str, regions: Sequence[Region] = ()
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Yield (where it begins, piece) for a region of an array in a checkpoint's folder; None: all.
+    """Yield (where it begins, piece) of all that has some of `regions` of an array; none: of all.
 
-    Pieces are the chunks that it was written in, with the last axis whole. So each is read once,
-    and memory holds one: of an array that devices wrote, the part of one device or more.
+    Pieces are the chunks that it was written in; neighbours along the last axis are one. So each is
+    read once, and memory holds one: of an array that devices wrote, the part of one device or more.
 
     Raises ValueError: it is damaged.
     """
@@ -133,12 +148,25 @@ def read_pieces(
     else:
         place = {"driver": "file", "path": f"{folder / name}/"}
     found = tensorstore.open({"driver": "zarr3", "kvstore": place}, read=True).result()
-    region = region or tuple((0, size) for size in found.shape)
-    sizes = [*found.chunk_layout.read_chunk.shape[:-1], found.shape[-1]]
-    spans = [
-        [(max(first, x), min(end, x + size)) for x in range(first - first % size, end, size)]
-        for (first, end), size in zip(region, sizes, strict=True)
-    ]
-    for span in itertools.product(*spans):
+    regions = regions or [tuple((0, size) for size in found.shape)]
+    wanted = zip(*regions, strict=True)
+    chunks = zip(wanted, found.chunk_layout.read_chunk.shape, found.shape, strict=True)
+    spans = [_chunks_of(*of_axis) for of_axis in chunks]
+    for span in itertools.product(*spans[:-1], _joined(spans[-1])):
         place = tuple(slice(first, end) for first, end in span)
         yield tuple(first for first, _ in span), found[place].read().result()
+
+
+def _chunks_of(wanted: Sequence[Span], size: int, length: int) -> list[Span]:
+    """Return the chunks of an axis that have some of the spans wanted."""
+    found = [(first, min(first + size, length)) for first in range(0, length, size)]
+    return [(first, end) for first, end in found if any(a < end and first < b for a, b in wanted)]
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Return spans, with those that follow one another as one."""
+    found = []
+    for first, end in spans:
+        before = found.pop() if found and found[-1][1] == first else (first, first)
+        found.append((before[0], end))
+    return found

@@ -9,6 +9,7 @@ Of several processes each has its part of every row, see part.py; "whole" is sai
 """
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -35,6 +36,7 @@ from jtok_jax.store.rows import (
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by table and leaf
 CHUNK = 32 << 20  # bytes of rows that are drawn, or looked at, at once
+ALIGNMENT = 64  # bytes
 FEW = 128  # rows that are drawn at once of those which a step reads for the first time
 
 
@@ -64,6 +66,7 @@ class HostTables:
             CheckpointError, WorkdirError: see `MappedFolder`.
         """
         self._int8, self._broken = config.mesh.table_dtype == "int8", set()
+        self._is_trained = bool(optimizers)
         self.whole = whole_leaves(config.model, optimizers, int8=self._int8)
         self._model, self._tables = config.model, declared_tables(config.model)
         saved = whole_leaves(config.model, optimizers)
@@ -97,11 +100,18 @@ class HostTables:
         )
 
     def _open(self, path: pathlib.Path, shapes: dict, contents: Contents) -> MappedFolder:
-        """Open the files of this process, in a folder of its own where there are several."""
+        """Open the files of this process, in a folder of its own where there are several.
+
+        In training they are made anew; tools use what is there, if it is this part.
+        """
         if jax.process_count() > 1:
             path /= f"process-{jax.process_index()}-of-{jax.process_count()}"
-            parts = str([part.mine for of in self._parts.values() for part in of.values()])
-            contents = contents._replace(identity=contents.identity | {"parts": parts})
+            if not self._is_trained:
+                parts = str({name: of[ROWS].mine for name, of in self._parts.items()})
+                contents = Contents(
+                    f"{contents.description}, of every row {parts}",
+                    contents.identity | {"parts": parts},
+                )
         return MappedFolder(path, shapes, contents)
 
     @property
@@ -116,6 +126,10 @@ class HostTables:
     def is_published(self) -> bool:
         """Return whether the files hold the checkpoint asked for; they are only read."""
         return bool(self._folder) and self._folder.is_published
+
+    def all_published(self) -> bool:
+        """Return whether the files of all processes are; all call this."""
+        return bool(of_all_processes(np.array(self.is_published)).all())
 
     @property
     def is_sparse(self) -> bool:
@@ -264,14 +278,15 @@ class HostTables:
         found = {}
         for name, (table, leaf) in self._leaf_of.items():
             part, array = self._parts[table][leaf], self._arrays[table][leaf]
-            regions, owned, axis = {}, [], self._axis(table)
+            regions, shares, axis = {}, {}, self._axis(table)
             for region in part.holders:
-                stacked, is_mine = self._stacked(name, region), region in part.mine
-                view = np.moveaxis(array[:, *part.here(region)], 0, axis) if is_mine else None
-                regions[stacked] = view
-                owned += [stacked] * (is_mine and part.owns(region))
+                stacked = self._stacked(name, region)
+                regions[stacked] = None
+                if region in part.mine:
+                    regions[stacked] = np.moveaxis(array[:, *part.here(region)], 0, axis)
+                    shares[stacked] = part.share(region)
             shape = self.saved_shapes[name]
-            found[name] = Pieces(shape.shape, shape.dtype, regions, owned=owned, rows=axis)
+            found[name] = Pieces(shape.shape, shape.dtype, regions, shares=shares, rows=axis)
         return found
 
     def _stored(self, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -301,7 +316,7 @@ class HostTables:
     def complete(self) -> None:
         """Draw and write all rows that were never written."""
         missing = {name: np.flatnonzero(~drawn) for name, drawn in self._drawn.items()}
-        once = sum(leaves[ROWS][0].nbytes for leaves in self._arrays.values())
+        once = sum(self._bytes_of_row(name) for name in self.whole)
         for name, first, rows in self._first_rows(missing, max(1, CHUNK // max(1, once))):
             ids = missing[self._tables[name].stream][first : first + len(rows)]
             for leaf, value in self._stored(rows).items():
@@ -309,6 +324,11 @@ class HostTables:
                 self._arrays[name][leaf][ids] = self._parts[name][leaf].cut(value)
         for drawn in self._drawn.values():
             drawn[...] = True
+
+    def _bytes_of_row(self, table: str) -> int:
+        """Return the bytes of one drawn row: whole, whatever this process keeps of it."""
+        shape = self._tables[table].shape
+        return math.prod(shape) // shape[-2] * np.dtype(self._tables[table].dtype).itemsize
 
     def _first_rows(
         self, ids: Mapping[str, np.ndarray], count: int
@@ -357,7 +377,16 @@ def _memory_left() -> int | None:
 
 
 def _take(array: np.ndarray, ids: np.ndarray, room: int) -> np.ndarray:
-    out = np.zeros((room, *array.shape[1:]), array.dtype)  # pages that are not written cost nothing
+    out = _aligned((room, *array.shape[1:]), array.dtype)
     # "clip" writes into `out`; the default copies once more, to leave it whole where an id is bad.
     np.take(words(array), ids, axis=0, out=words(out[: len(ids)]), mode="clip")
+    out[len(ids) :] = 0
     return out
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return an array without values, where CPUs of JAX take it without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return memory[first : first + size].view(dtype).reshape(shape)

@@ -11,6 +11,7 @@ from jtok_jax.config import Config
 from jtok_jax.config_dict import completed, from_config_dict
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.params import declared_tables, init_rows, initial_options
+from jtok_jax.store.part import shared, within
 from jtok_jax.store.pieces import PIECE, read_pieces
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import reading
@@ -73,7 +74,7 @@ def load_leaves(
         leaves = checkpointer.load(found.step, skipped | wanted)
         leaves = {name: leaves[name] for name in wanted}
         own = digests(leaves) if said else {}  # none: of an earlier version
-        if host_tables and not host_tables.is_published:
+        if host_tables and not host_tables.all_published():
             with host_tables.read_ahead():
                 own |= _fill(host_tables, folder / str(found.step))
         changed = [name for name in own if said and own[name] != said[name]]
@@ -86,16 +87,22 @@ def load_leaves(
 
 
 def _fill(tables: HostTables, checkpoint: pathlib.Path) -> dict[str, int]:
-    """Read the leaves of tables in host memory; return their digests."""
+    """Read the leaves of tables in host memory; return their digests. All processes call this.
+
+    Published ones are read for the digests of their regions alone.
+    """
     found = {}
     for name, shape in tables.saved_shapes.items():
-        found[name] = dict.fromkeys(tables.regions(name))
-        for region, is_read in tables.regions(name).items():
-            total = 0
-            for start, piece in read_pieces(checkpoint, name, region) if is_read else ():
+        regions = tables.regions(name)
+        mine = {region: 0 for region, is_read in regions.items() if is_read}
+        for start, piece in read_pieces(checkpoint, name, list(mine)):
+            if not tables.is_published:
                 tables.fill(name, start, piece)
-                total += piece_digest(piece, start, shape.shape)
-            found[name][region] = total % (1 << 32) if is_read else None
+            for region in mine:
+                if part := shared(region, start, piece.shape):
+                    begin = tuple(first for first, _ in part)
+                    mine[region] += piece_digest(piece[within(part, start)], begin, shape.shape)
+        found[name] = dict.fromkeys(regions) | {x: sum_ % (1 << 32) for x, sum_ in mine.items()}
     return digests_of_regions(found)
 
 
