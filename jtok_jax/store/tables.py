@@ -36,7 +36,6 @@ from jtok_jax.store.rows import (
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by table and leaf
 CHUNK = 32 << 20  # bytes of rows that are drawn, or looked at, at once
-ALIGNMENT = 64  # bytes
 FEW = 128  # rows that are drawn at once of those which a step reads for the first time
 
 
@@ -377,16 +376,7 @@ def _memory_left() -> int | None:
 
 
 def _take(array: np.ndarray, ids: np.ndarray, room: int) -> np.ndarray:
-    out = _aligned((room, *array.shape[1:]), array.dtype)
+    out = np.zeros((room, *array.shape[1:]), array.dtype)  # pages that are not written cost nothing
     # "clip" writes into `out`; the default copies once more, to leave it whole where an id is bad.
     np.take(words(array), ids, axis=0, out=words(out[: len(ids)]), mode="clip")
-    out[len(ids) :] = 0
     return out
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an array without values, where CPUs of JAX take it without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % ALIGNMENT
-    return memory[first : first + size].view(dtype).reshape(shape)
