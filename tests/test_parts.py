@@ -68,18 +68,18 @@ COPIES = {process: [(ALL, slice(0, 3)), (ALL, slice(3, 6))] for process in (0, 1
 def test_parts_together_are_the_whole_and_copies_are_shared_out(monkeypatch, split, shapes, copies):
     rng = np.random.default_rng(0)
     rows = rng.random((5, *ROW), np.float32)
-    whole, shares = np.full_like(rows, np.nan), collections.defaultdict(list)
+    whole, replicas = np.full_like(rows, np.nan), collections.defaultdict(list)
     for process, shape in enumerate(shapes):
         part = part_of(monkeypatch, process, split)
         assert part.shape == shape
-        here = part.cut(rows)
+        here = part.local_rows(rows)
         assert here.shape == (5, *shape)
-        for region in part.mine:
+        for region in part.local_regions:
             there = tuple(slice(*span) for span in region)
-            whole[:, *there] = here[:, *part.here(region)]
-            shares[region].append(part.share(region))
+            whole[:, *there] = here[:, *part.local_slices(region)]
+            replicas[region].append(part.replica(region))
     assert np.array_equal(whole, rows)
-    assert all(found == [(x, copies) for x in range(copies)] for found in shares.values())
+    assert all(found == [(x, copies) for x in range(copies)] for found in replicas.values())
 
 
 def test_a_piece_is_laid_where_it_belongs(monkeypatch):
@@ -92,7 +92,7 @@ def test_a_piece_is_laid_where_it_belongs(monkeypatch):
         found[:, *here] = piece[:, *there]
     expected = np.zeros_like(rows)
     expected[:, 1:, 1:3, 1:5] = piece
-    assert np.array_equal(found, part.cut(expected))
+    assert np.array_equal(found, part.local_rows(expected))
     assert np.count_nonzero(found) == 3 * 2 * 2  # columns 1 and 4
 
 
@@ -128,11 +128,11 @@ def test_a_row_of_another_process_that_is_not_finite_is_not_saved(monkeypatch):
     model = ModelConfig(jtok=JtokConfig(kind="jtok"), streams="bigram=2:300", arms=ARMS)
     config = Config(model=model, mesh=MeshConfig(table_memory="host"))
     tables = HostTables(config, make_mesh(config.mesh), {})
-    assert tables.broken() == []
+    assert tables.non_finite() == []
     names = list(tables.whole)
     assert len(names) == 2
     monkeypatch.setattr(table_module, "of_all_processes", of_two([False, True]))
-    assert tables.broken() == names[1:]
+    assert tables.non_finite() == names[1:]
 
 
 @pytest.mark.parametrize("chunk", [(2, 5, 6), (1, 3, 2), (2, 4, 4)])

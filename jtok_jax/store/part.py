@@ -21,17 +21,19 @@ Slices = tuple[slice, ...]
 
 
 class Part:
-    """Says which regions of a row there are, and where this process has them; holds no array.
+    """Describes the part of rows that this process holds; holds no array.
 
-    holders: the processes of every region of a row. mine: regions of this process. shape: of a row
-    here. sharding: of rows on the devices.
+    holders: the processes that hold each region of a row, by region.
+    local_regions: those that this process holds.
+    shape: of what it holds of a row.
+    sharding: of rows on the devices.
     """
 
     def __init__(self, row: Sequence[int], sharding: NamedSharding):
-        """Take what the devices of this process have of each `row`.
+        """Find what the devices of this process have of each row.
 
         Args:
-            row: its shape, [G, (M,) (D)].
+            row: shape of a row, [G, (M,) (D)].
             sharding: of an array by rows, [n, G, (M,) (D)].
 
         Raises:
@@ -45,10 +47,10 @@ class Part:
             for device, index in sharding.devices_indices_map((1, *row)).items():
                 region = _region(index[1:], self._row)
                 self.holders.setdefault(region, set()).add(device.process_index)
-        self.mine = [one for one, of in self.holders.items() if jax.process_index() in of]
-        self._kept = [sorted(set(spans)) for spans in zip(*self.mine, strict=True)]
+        self.local_regions = [one for one, of in self.holders.items() if jax.process_index() in of]
+        self._kept = [sorted(set(spans)) for spans in zip(*self.local_regions, strict=True)]
         self.shape = tuple(sum(end - first for first, end in spans) for spans in self._kept)
-        if np.prod([len(spans) for spans in self._kept]) != len(self.mine):
+        if np.prod([len(spans) for spans in self._kept]) != len(self.local_regions):
             raise ConfigError(
                 "The devices of a process have parts of tables that form no block. Tables in host "
                 "memory need a mesh where they do: set mesh.table_columns and mesh.table_experts."
@@ -56,16 +58,16 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Return whether one process holds all."""
+        """Return whether this process holds all of a row."""
         return self.shape == self._row
 
-    def share(self, region: Region) -> tuple[int, int]:
-        """Return the place of this process among those that have a region, and their number."""
+    def replica(self, region: Region) -> tuple[int, int]:
+        """Return which replica of a region this process holds, and how many there are."""
         holders = sorted(self.holders[region])
         return holders.index(jax.process_index()), len(holders)
 
-    def here(self, region: Region) -> Slices:
-        """Return where the array of this process has a region that lies in one of its own."""
+    def local_slices(self, region: Region) -> Slices:
+        """Return where the local array has a region, or a part of one."""
         found = []
         for (first, end), spans in zip(region, self._kept, strict=True):
             place = 0
@@ -76,7 +78,7 @@ class Part:
             found.append(slice(place + first - start, place + end - start))
         return tuple(found)
 
-    def cut(self, rows: np.ndarray) -> np.ndarray:
+    def local_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return what this process holds of whole rows [n, ...]."""
         if self.is_whole:
             return rows
@@ -88,22 +90,22 @@ class Part:
     def overlaps(
         self, begin: Sequence[int], shape: Sequence[int]
     ) -> Iterator[tuple[Slices, Slices]]:
-        """Yield (where it lies here, where in the piece) of all that a piece of rows has of mine.
+        """Yield (local slices, slices of the piece) of all that a piece of rows shares with this.
 
         Args:
             begin: where the piece begins in a row. shape: of a row of the piece.
         """
-        for region in self.mine:
-            if found := shared(region, begin, shape):
-                yield self.here(found), within(found, begin)
+        for region in self.local_regions:
+            if found := intersection(region, begin, shape):
+                yield self.local_slices(found), relative_slices(found, begin)
 
-    def put(self, rows: np.ndarray) -> jax.Array:
+    def to_devices(self, rows: np.ndarray) -> jax.Array:
         """Return rows [n, ...] of this process as part of an array on the devices of all."""
-        place = lambda index: rows[:, *self.here(_region(index[1:], self._row))]
+        place = lambda index: rows[:, *self.local_slices(_region(index[1:], self._row))]
         shape = len(rows), *self._row
         return jax.make_array_from_callback(shape, self.sharding, place)
 
-    def take(self, array: jax.Array) -> np.ndarray:
+    def from_devices(self, array: jax.Array) -> np.ndarray:
         """Return what this process holds of rows [n, ...] on the devices of all; waits for them."""
         shards = array.addressable_shards
         if shards[0].data.shape[1:] == self.shape:
@@ -111,7 +113,7 @@ class Part:
         out = np.empty((len(array), *self.shape), array.dtype)
         by_region = {_region(shard.index[1:], self._row): shard.data for shard in shards}
         for region, data in by_region.items():
-            out[:, *self.here(region)] = data
+            out[:, *self.local_slices(region)] = data
         return out
 
 
@@ -122,7 +124,7 @@ def of_all_processes(values: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(values)
 
 
-def shared(region: Region, begin: Sequence[int], shape: Sequence[int]) -> Region | None:
+def intersection(region: Region, begin: Sequence[int], shape: Sequence[int]) -> Region | None:
     """Return what a region has of a piece of `shape` that begins at `begin`; None: nothing."""
     found = tuple(
         (max(first, start), min(end, start + size))
@@ -131,7 +133,7 @@ def shared(region: Region, begin: Sequence[int], shape: Sequence[int]) -> Region
     return found if all(first < end for first, end in found) else None
 
 
-def within(region: Region, begin: Sequence[int]) -> Slices:
+def relative_slices(region: Region, begin: Sequence[int]) -> Slices:
     """Return where a region lies in a piece that begins at `begin`."""
     return tuple(slice(a - x, b - x) for (a, b), x in zip(region, begin, strict=True))
 

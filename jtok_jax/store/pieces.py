@@ -21,13 +21,14 @@ from jtok_jax.store.part import Region, Span
 
 STATE = "state"  # Orbax's folder of all arrays
 PIECE = 16 << 20  # bytes
-UNDER_WAY = 8  # pieces that are written at once
+MAX_WRITES = 8  # pieces that are written at once
 
 
 class Pieces:
-    """An array of which this process has some regions, as views.
+    """Holds views of those regions of an array that are in this process.
 
-    shape, dtype: of the whole. regions: all there are, None where another process has one.
+    shape, dtype: of the whole array.
+    regions: all there are; None where another process holds one.
     """
 
     def __init__(
@@ -36,33 +37,33 @@ class Pieces:
         dtype: np.dtype,
         regions: Mapping[Region, np.ndarray | None],
         *,
-        shares: Mapping[Region, tuple[int, int]],
+        replicas: Mapping[Region, tuple[int, int]],
         rows: int,
     ):
-        """Take regions, and which share of each that is here this process writes.
+        """Describe an array by its regions.
 
         Args:
-            shares: (place among the processes that have a region, their number), see `Part.share`.
+            replicas: of each local region, see `Part.replica`; these share the writing.
             rows: the axis of rows.
         """
         self.shape, self.dtype, self.rows = tuple(shape), np.dtype(dtype), rows
-        self.regions, self._shares = regions, shares
+        self.regions, self._replicas = regions, replicas
 
     @classmethod
     def of(cls, array: np.ndarray) -> "Pieces":
-        """Return an array that is here as a whole."""
+        """Return the pieces of an array that this process holds as a whole."""
         region = tuple((0, size) for size in array.shape)
         rows = int(np.argmax(array.shape[:-1])) if array.ndim > 1 else 0
-        return cls(array.shape, array.dtype, {region: array}, shares={region: (0, 1)}, rows=rows)
+        return cls(array.shape, array.dtype, {region: array}, replicas={region: (0, 1)}, rows=rows)
 
-    def mine(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        """Yield (where it begins, piece) of all that is here."""
+    def local_pieces(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """Yield (where it begins, piece) of all local regions."""
         for region, array in self.regions.items():
             if array is not None:
                 yield from self.split(region)
 
     def split(self, region: Region) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        """Yield (where it begins, piece) of a region that is here."""
+        """Yield (where it begins, piece) of a local region."""
         begin, array = tuple(first for first, _ in region), self.regions[region]
         if array.nbytes <= PIECE:
             yield begin, array
@@ -73,9 +74,9 @@ class Pieces:
             yield (*begin[: self.rows], begin[self.rows] + first, *begin[self.rows + 1 :]), part
 
     async def write(self, folder: pathlib.Path) -> None:
-        """Write the share of this process into the Zarr array of all; pieces are its chunks.
+        """Write local pieces into the Zarr array that all processes share; each is a chunk.
 
-        Few are under way at once: encoded ones wait in memory for a disk that is slower.
+        Few are written at once: where the disk is slow, encoded ones wait in memory.
         """
         region = next(iter(self.regions))  # all are of one shape
         chunk = [end - first for first, end in region]
@@ -95,15 +96,15 @@ class Pieces:
                 ],
             },
         }, create=True, open=True)  # fmt: skip
-        under_way = collections.deque()
-        for region, (mine, count) in self._shares.items():
-            for begin, piece in itertools.islice(self.split(region), mine, None, count):
+        writes = collections.deque()
+        for region, (replica, count) in self._replicas.items():
+            for begin, piece in itertools.islice(self.split(region), replica, None, count):
                 place = zip(begin, piece.shape, strict=True)
                 to = array[tuple(slice(first, first + size) for first, size in place)]
-                if len(under_way) == UNDER_WAY:
-                    await under_way.popleft()
-                under_way.append(to.write(piece, can_reference_source_data_indefinitely=True))
-        for writing in under_way:
+                if len(writes) == MAX_WRITES:
+                    await writes.popleft()
+                writes.append(to.write(piece, can_reference_source_data_indefinitely=True))
+        for writing in writes:
             await writing
 
     def _rows_of(self, shape: Sequence[int]) -> int:
@@ -151,19 +152,19 @@ def read_pieces(
     regions = regions or [tuple((0, size) for size in found.shape)]
     wanted = zip(*regions, strict=True)
     chunks = zip(wanted, found.chunk_layout.read_chunk.shape, found.shape, strict=True)
-    spans = [_chunks_of(*of_axis) for of_axis in chunks]
-    for span in itertools.product(*spans[:-1], _joined(spans[-1])):
+    spans = [_overlapping_chunks(*of_axis) for of_axis in chunks]
+    for span in itertools.product(*spans[:-1], _merge_adjacent(spans[-1])):
         place = tuple(slice(first, end) for first, end in span)
         yield tuple(first for first, _ in span), found[place].read().result()
 
 
-def _chunks_of(wanted: Sequence[Span], size: int, length: int) -> list[Span]:
+def _overlapping_chunks(wanted: Sequence[Span], size: int, length: int) -> list[Span]:
     """Return the chunks of an axis that have some of the spans wanted."""
     found = [(first, min(first + size, length)) for first in range(0, length, size)]
     return [(first, end) for first, end in found if any(a < end and first < b for a, b in wanted)]
 
 
-def _joined(spans: Sequence[Span]) -> list[Span]:
+def _merge_adjacent(spans: Sequence[Span]) -> list[Span]:
     """Return spans, with those that follow one another as one."""
     found = []
     for first, end in spans:

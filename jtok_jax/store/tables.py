@@ -92,7 +92,7 @@ class HostTables:
         self._folder = self._open(pathlib.Path(path), shapes, contents) if path else None
         if not path:
             _require_memory(sum(x.size * x.dtype.itemsize for x in shapes.values()))
-        self._take(
+        self._hold(
             self._folder.arrays
             if self._folder
             else {name: np.empty(x.shape, x.dtype) for name, x in shapes.items()}
@@ -106,7 +106,7 @@ class HostTables:
         if jax.process_count() > 1:
             path /= f"process-{jax.process_index()}-of-{jax.process_count()}"
             if not self._is_trained:
-                parts = str({name: of[ROWS].mine for name, of in self._parts.items()})
+                parts = str({name: of[ROWS].local_regions for name, of in self._parts.items()})
                 contents = Contents(
                     f"{contents.description}, of every row {parts}",
                     contents.identity | {"parts": parts},
@@ -153,12 +153,13 @@ class HostTables:
             yield
 
     def regions(self, name: str) -> dict[Region, bool]:
-        """Return the regions of a leaf of `saved_shapes` to fill; whether by this process."""
+        """Return the regions of a leaf of `saved_shapes`, and whether this process reads each."""
         table, leaf = self._leaf_of[name]
         if self._int8:  # the scale of a row is that of all its columns
             return {tuple((0, size) for size in self.saved_shapes[name].shape): True}
         part = self._parts[table][leaf]
-        return {self._stacked(name, region): region in part.mine for region in part.holders}
+        local = part.local_regions
+        return {self._stacked(name, region): region in local for region in part.holders}
 
     def _stacked(self, name: str, region: Region) -> Region:
         """Return a region of rows as one of a stacked leaf."""
@@ -211,7 +212,7 @@ class HostTables:
     def publish(self) -> None:
         """Keep the files as those of the checkpoint, for other processes to read."""
         self._folder.publish()
-        self._take(self._folder.arrays)
+        self._hold(self._folder.arrays)
 
     def close(self) -> None:
         """Let other processes use the files; the tables must not be used any more."""
@@ -236,13 +237,13 @@ class HostTables:
             for name, first, rows in self._first_rows(wanted, FEW):
                 places = missing[self._tables[name].stream][first : first + len(rows)]
                 for leaf, value in self._stored(rows).items():
-                    found[name][leaf][places] = self._parts[name][leaf].cut(value)
+                    found[name][leaf][places] = self._parts[name][leaf].local_rows(value)
         return found
 
     def put(self, rows: Arrays) -> dict[str, dict[str, jax.Array]]:
         """Return rows of `read` on the devices of all processes."""
         return {
-            name: {leaf: self._parts[name][leaf].put(value) for leaf, value in leaves.items()}
+            name: {leaf: self._parts[name][leaf].to_devices(x) for leaf, x in leaves.items()}
             for name, leaves in rows.items()
         }
 
@@ -259,14 +260,14 @@ class HostTables:
             of_table = ids[self._tables[name].stream]
             for leaf, value in leaves.items():
                 self._reserve(name, leaf, of_table)
-                new = self._parts[name][leaf].take(rows[name][leaf])[: len(of_table)]
+                new = self._parts[name][leaf].from_devices(rows[name][leaf])[: len(of_table)]
                 if leaf == ROWS and not np.isfinite(new).all():
                     self._broken.add(name)
                 words(value)[of_table] = words(new)
         for stream, of_stream in ids.items():
             self._drawn[stream][of_stream] = True
 
-    def broken(self) -> list[str]:
+    def non_finite(self) -> list[str]:
         """Return the tables that took a row which is not finite; all processes call this."""
         own = np.array([name in self._broken for name in self.whole])
         found = of_all_processes(own).any(axis=0)
@@ -277,15 +278,15 @@ class HostTables:
         found = {}
         for name, (table, leaf) in self._leaf_of.items():
             part, array = self._parts[table][leaf], self._arrays[table][leaf]
-            regions, shares, axis = {}, {}, self._axis(table)
+            regions, replicas, axis = {}, {}, self._axis(table)
             for region in part.holders:
                 stacked = self._stacked(name, region)
                 regions[stacked] = None
-                if region in part.mine:
-                    regions[stacked] = np.moveaxis(array[:, *part.here(region)], 0, axis)
-                    shares[stacked] = part.share(region)
+                if region in part.local_regions:
+                    regions[stacked] = np.moveaxis(array[:, *part.local_slices(region)], 0, axis)
+                    replicas[stacked] = part.replica(region)
             shape = self.saved_shapes[name]
-            found[name] = Pieces(shape.shape, shape.dtype, regions, shares=shares, rows=axis)
+            found[name] = Pieces(shape.shape, shape.dtype, regions, replicas=replicas, rows=axis)
         return found
 
     def _stored(self, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -297,7 +298,7 @@ class HostTables:
         steps = rows / np.where(scale > 0, scale, 1)[..., None]
         return {ROWS: np.rint(steps).astype(np.int8), SCALE: scale}
 
-    def _take(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def _hold(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._arrays: Arrays = {
             name: {leaf: arrays[f"{name}.{leaf}"] for leaf in leaves}
             for name, leaves in self.whole.items()
@@ -320,7 +321,7 @@ class HostTables:
             ids = missing[self._tables[name].stream][first : first + len(rows)]
             for leaf, value in self._stored(rows).items():
                 self._reserve(name, leaf, ids)
-                self._arrays[name][leaf][ids] = self._parts[name][leaf].cut(value)
+                self._arrays[name][leaf][ids] = self._parts[name][leaf].local_rows(value)
         for drawn in self._drawn.values():
             drawn[...] = True
 

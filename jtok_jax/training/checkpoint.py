@@ -134,7 +134,7 @@ class Checkpoints:
         """
         self.wait()
         state = _logical(state)
-        broken = non_finite(state.params) + (tables.broken() if tables else [])
+        broken = non_finite(state.params) + (tables.non_finite() if tables else [])
         if broken:
             raise NonFiniteError(
                 f"Step {step}: parameters are not finite ({', '.join(broken)}). Not saved; last "

@@ -10,7 +10,7 @@ probability of 2^-32. They are computed where the arrays are: copies to the host
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def _by_region(value: Pieces) -> dict[Region, int | None]:
     return found
 
 
-def piece_digest(piece: np.ndarray, start: tuple[int, ...], shape: tuple[int, ...]) -> int:
+def piece_digest(piece: np.ndarray, start: Sequence[int], shape: tuple[int, ...]) -> int:
     """Return what a piece adds to the digest of an array of `shape`, in which it begins at `start`.
 
     The sum over all pieces, modulo 2^32, is the digest.

@@ -11,7 +11,7 @@ from jtok_jax.config import Config
 from jtok_jax.config_dict import completed, from_config_dict
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.model.params import declared_tables, init_rows, initial_options
-from jtok_jax.store.part import shared, within
+from jtok_jax.store.part import intersection, relative_slices
 from jtok_jax.store.pieces import PIECE, read_pieces
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import reading
@@ -94,15 +94,16 @@ def _fill(tables: HostTables, checkpoint: pathlib.Path) -> dict[str, int]:
     found = {}
     for name, shape in tables.saved_shapes.items():
         regions = tables.regions(name)
-        mine = {region: 0 for region, is_read in regions.items() if is_read}
-        for start, piece in read_pieces(checkpoint, name, list(mine)):
+        sums = {region: 0 for region, is_read in regions.items() if is_read}
+        for start, piece in read_pieces(checkpoint, name, list(sums)):
             if not tables.is_published:
                 tables.fill(name, start, piece)
-            for region in mine:
-                if part := shared(region, start, piece.shape):
-                    begin = tuple(first for first, _ in part)
-                    mine[region] += piece_digest(piece[within(part, start)], begin, shape.shape)
-        found[name] = dict.fromkeys(regions) | {x: sum_ % (1 << 32) for x, sum_ in mine.items()}
+            for region in sums:
+                if part := intersection(region, start, piece.shape):
+                    array, begin = piece[relative_slices(part, start)], [x for x, _ in part]
+                    sums[region] += piece_digest(array, begin, shape.shape)
+        sums = {region: value % (1 << 32) for region, value in sums.items()}
+        found[name] = dict.fromkeys(regions) | sums
     return digests_of_regions(found)
 
 

@@ -63,7 +63,7 @@ def begin_with(
         value, dtype = read(name), wanted[name].dtype
         if tables and name in tables.whole:
             pieces = value if isinstance(value, Pieces) else Pieces.of(value)
-            for start, piece in pieces.mine():
+            for start, piece in pieces.local_pieces():
                 tables.fill(PARAMS + name, start, piece.astype(dtype, copy=False))
         else:
             taken[name] = jax.device_put(value.astype(dtype, copy=False), place(name, value.shape))
