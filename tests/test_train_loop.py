@@ -260,7 +260,8 @@ def test_a_failed_save_stops_the_run(config, tmp_path, monkeypatch, error):
             raise error
 
     monkeypatch.setattr(
-        "orbax.checkpoint.v1.training.Checkpointer.save_async", lambda *_, **__: Failed()
+        "orbax.checkpoint.v1.training.Checkpointer.save_checkpointables_async",
+        lambda *_, **__: Failed(),
     )
     with pytest.raises(CheckpointError, match=r"Save of step 4 .* failed: .*(300 s|disk full)"):
         train(config, tmp_path)
@@ -297,7 +298,7 @@ def test_a_save_that_failed_in_the_log_alone_stops_the_run(
         return Waiting()
 
     closed, orbax = [], "orbax.checkpoint.v1.training.Checkpointer"
-    monkeypatch.setattr(f"{orbax}.save_async", save)
+    monkeypatch.setattr(f"{orbax}.save_checkpointables_async", save)
     monkeypatch.setattr(f"{orbax}.close", lambda *_: closed.append(1))  # waits for the others
     if also_not_finite:
         monkeypatch.setattr("jtok_jax.training.guards.require_sound", unsound)
