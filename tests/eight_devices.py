@@ -142,8 +142,7 @@ def test_tables_in_host_memory_train_as_those_on_the_devices(layout):
     stacks = {"rows": state.params["tables"]} | state.opt_state["tables"]
     for name, value in found[2].items():
         leaf = "rows" if name == "params/tables" else name.rpartition("/")[2]
-        (array,) = value.regions.values()
-        np.testing.assert_array_equal(array, stacks[leaf], name)
+        np.testing.assert_array_equal(*value.regions.values(), stacks[leaf], name)
 
 
 def check_trains_as_alone(config: Config, devices: int = 8) -> None:
