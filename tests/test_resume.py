@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """train.py as a user runs it: killed, interrupted and restarted, against a run left alone."""
 
+import contextlib
 import json
 import os
 import signal
@@ -57,9 +58,9 @@ def start(workdir, corpus, overrides, **options) -> subprocess.Popen:
 
 
 def wait_for_step(process, workdir, step: int) -> None:
-    """Until metrics.jsonl has `step`, or the process ends."""
+    """Until metrics.jsonl has `step`, or the process ends; one that starts over removes the old."""
     while process.poll() is None:
-        if (workdir / "metrics.jsonl").exists():
+        with contextlib.suppress(FileNotFoundError):
             lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
             if lines and lines[-1].endswith("\n") and json.loads(lines[-1])["step"] >= step:
                 return
