@@ -103,7 +103,7 @@ def test_parts_that_form_no_block_are_refused(monkeypatch):
 
 
 def of_two(other):
-    """What `of_all_processes` returns where another process passes `other`."""
+    """Return an `of_all_processes` for two, of which the other one passes `other`."""
     return lambda own: np.stack([own, np.asarray(other, own.dtype)])
 
 
