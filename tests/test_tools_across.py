@@ -53,7 +53,7 @@ TABLES = {"device": (), "memory": ("--table_memory=host",), "int8": ("--table_dt
 
 @pytest.mark.parametrize("place", TABLES)
 def test_evaluation_by_two_processes(finished, tmp_path, place):
-    """Two processes of two devices evaluate; one prints. Each file has the columns of its devices."""
+    """Two processes of two devices evaluate; one prints. Each keeps its devices' columns."""
     tables = [*TABLES[place], *[f"--table_folder={tmp_path}"] * (place == "int8")]
 
     def evaluate() -> list[tuple[int, str, str]]:
