@@ -269,6 +269,8 @@ class HostTables:
 
     def non_finite(self) -> list[str]:
         """Return the tables that took a row which is not finite; all processes call this."""
+        if not self.whole:
+            return []
         own = np.array([name in self._broken for name in self.whole])
         found = of_all_processes(own).any(axis=0)
         return [name for name, is_broken in zip(self.whole, found, strict=True) if is_broken]

@@ -55,7 +55,8 @@ def digests_of_regions(regions: Mapping[str, Mapping[Region, int | None]]) -> di
     if differs.any():
         raise CheckpointError(
             f"Processes have different copies of {', '.join(sorted(set(owners[differs])))}. "
-            "Nothing was saved or loaded; earlier checkpoints are intact."
+            "Nothing was saved or loaded, and earlier checkpoints are intact: start all processes "
+            "again. If it comes back, try another host."
         )
     return {name: int(largest[owners == name].sum(dtype=np.uint64)) % (1 << 32) for name in regions}
 

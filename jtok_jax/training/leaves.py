@@ -60,7 +60,7 @@ def load_leaves(
 
     Args:
         wanted: shapes with shardings, by name.
-        host_tables: tables in host memory, which are fill_rows with all other leaves.
+        host_tables: tables in host memory, which are filled with all other leaves.
 
     Raises:
         CheckpointError: they are not those of `wanted` and `host_tables`. Orbax would cast dtypes.
