@@ -52,9 +52,9 @@ class Part:
         self.shape = tuple(sum(end - first for first, end in spans) for spans in self._kept)
         if np.prod([len(spans) for spans in self._kept]) != len(self.local_regions):
             raise ConfigError(
-                "mesh.table_memory is host, but the experts and columns that devices of this process "
-                "have form no block. Name other axes in mesh.table_columns and mesh.table_experts, or "
-                "set mesh.table_memory=device."
+                "mesh.table_memory is host, but the experts and columns that devices of this "
+                "process have form no block. Name other axes in mesh.table_columns and "
+                "mesh.table_experts, or set mesh.table_memory=device."
             )
 
     @property
