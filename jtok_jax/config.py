@@ -251,6 +251,8 @@ class MeshConfig:
     # rows of a step on the device.
     table_memory: str = "device"
     table_prefetch: int = 1  # steps whose rows are read ahead, of tables in host memory
+    # Of tables in host memory: also the rows of a step stay there; layers move theirs in turn.
+    table_streaming: bool = False
     # Of tables in host memory: a folder on a local disk, whose files hold them; "": memory does.
     table_folder: str = ""
     table_dtype: str = ""  # int8: of host tables that are only read; "": as they were trained
@@ -260,12 +262,17 @@ class MeshConfig:
         at_least(self, "mesh", 0, "table_prefetch")
         one_of(self.table_memory, "mesh.table_memory", ("device", "host"))
         one_of(self.table_dtype, "mesh.table_dtype", ("", "int8"))
-        for name in ("table_folder", "table_dtype"):
+        for name in ("table_folder", "table_dtype", "table_streaming"):
             if self.table_memory == "device" and getattr(self, name):
                 raise ConfigError(
                     f"mesh.{name} is {getattr(self, name)!r}, and tables are on devices; it is for "
                     "mesh.table_memory=host."
                 )
+        if self.table_streaming and self.table_prefetch:
+            raise ConfigError(
+                f"mesh.table_prefetch is {self.table_prefetch}, and mesh.table_streaming is on: "
+                "rows that are streamed are not read ahead. Set mesh.table_prefetch=0."
+            )
         if self.table_memory == "host" and names(self.table_rows):
             raise ConfigError(
                 f"mesh.table_rows is {self.table_rows!r}, and tables are in host memory: of their "
@@ -284,8 +291,9 @@ class MeshConfig:
         memory = memory or ("host" if folder or dtype else otherwise)
         rows = "" if memory == "host" else self.table_rows
         return dataclasses.replace(
-            self, table_memory=memory, table_rows=rows, table_folder=folder, table_dtype=dtype
-        )
+            self, table_memory=memory, table_rows=rows, table_folder=folder, table_dtype=dtype,
+            table_streaming=False,
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,6 +360,11 @@ class Config:
                         "every step; tables in host memory need lazy_adam, rowwise_adam or "
                         "rowwise_adagrad."
                     )
+        if self.mesh.table_streaming and self.model.remat == "none":
+            raise ConfigError(
+                "mesh.table_streaming is on, and model.remat is none, which keeps the rows of all "
+                "layers on the device. Set model.remat=dots or full."
+            )
         save, validate = self.checkpoint.every, self.evaluation.every
         if self.checkpoint.keep_best and save % validate and validate % save:
             raise ConfigError(

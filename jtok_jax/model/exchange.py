@@ -80,7 +80,7 @@ class Exchange(NamedTuple):
         self, optimizer, tables, state, unique_U, row_grads, *, rounding_key, rounding_ids_U=None,
         **scalars,
     ):  # fmt: skip
-        """Return the result of `update_rows` on every device's part."""
+        """Return the result of `update_rows` on every device's part, of a stack or one layer."""
         layout = self.layout
         shard = Shard(columns=layout.columns, rows=layout.rows, experts=layout.experts)
 
@@ -90,7 +90,7 @@ class Exchange(NamedTuple):
                 rounding_ids_U=ids_U, shard=shard, implementation=self.implementation,
             )  # fmt: skip
 
-        spec = P(None, *self._tables_spec())
+        spec = P(*(None,) * (tables.ndim == len(self.shape)), *self._tables_spec())
         of_state = {name: P(*spec[: value.ndim]) for name, value in state.items()}
         in_specs = spec, of_state, P(layout.rows or None), spec, P(), P(), P()
         arguments = tables, state, unique_U, row_grads, rounding_key, rounding_ids_U, scalars

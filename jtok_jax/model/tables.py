@@ -16,6 +16,7 @@ import jtok_kernels
 import numpy as np
 from jtok_kernels import RowPlan, mixed
 
+from jtok_jax.model import host_memory
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.variables import Table
 from jtok_jax.streams import IdStream
@@ -86,14 +87,19 @@ class Reader(NamedTuple):
     ids_of_group: dict[str, jax.Array]  # by `plan_key`
 
     def lookup(self, name: str, layer: jax.Array | int, row_grads: jax.Array | None) -> Lookup:
-        """Return the lookup of one table; `row_grads` are those of the layer."""
+        """Return the lookup of one table; `row_grads` are those of the layer.
+
+        Of a table in host memory the layer alone is moved, with its row gradients.
+        """
         table, exchange = self.tables[name], self.exchanges.get(name)
         key = plan_key(table.stream, exchange)
         plan = self.training.plans[key] if self.training else None
-        of_group = self.ids_of_group.get(key)
-        return Lookup(
-            table[...], layer, self.ids[table.stream], plan, row_grads, exchange, of_group
-        )
+        ids, of_group = self.ids[table.stream], self.ids_of_group.get(key)
+        stack = table[...]
+        if host_memory.is_on_host(stack):
+            stack, layer = host_memory.layer_of(stack, layer), 0
+            row_grads = row_grads if row_grads is None else host_memory.to_device(row_grads)
+        return Lookup(stack, layer, ids, plan, row_grads, exchange, of_group)
 
     def of_layer(
         self, stacks: dict[str, jax.Array], row_grads: dict[str, jax.Array]
@@ -108,7 +114,7 @@ class Reader(NamedTuple):
 
     def at_input(self, name: str) -> Lookup:
         """Return the lookup of a table that no layer has."""
-        grads = self.training.grads[name][0] if self.training else None
+        grads = host_memory.to_device(self.training.grads[name])[0] if self.training else None
         return self.lookup(name, 0, grads)
 
     @property

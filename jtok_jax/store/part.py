@@ -29,23 +29,24 @@ class Part:
     sharding: of rows on the devices.
     """
 
-    def __init__(self, row: Sequence[int], sharding: NamedSharding):
+    def __init__(self, row: Sequence[int], sharding: NamedSharding, *, axis: int = 0):
         """Find what the devices of this process have of each row.
 
         Args:
             row: shape of a row, [G, (M,) (D)].
-            sharding: of an array by rows, [n, G, (M,) (D)].
+            sharding: of an array on the devices, [n, G, (M,) (D)].
+            axis: where n comes there instead.
 
         Raises:
             ConfigError: the regions of a process are no product of experts and columns.
         """
-        self._row, self.sharding = tuple(row), sharding
+        self._row, self.sharding, self._axis = tuple(row), sharding, axis
         self.holders: dict[Region, set[int]] = {}
         if sharding.is_fully_addressable:  # as one piece, however its devices split it
             self.holders[tuple((0, size) for size in row)] = {jax.process_index()}
         else:
-            for device, index in sharding.devices_indices_map((1, *row)).items():
-                region = _region(index[1:], self._row)
+            for device, index in sharding.devices_indices_map(self._whole(1)).items():
+                region = self._region(index)
                 self.holders.setdefault(region, set()).add(device.process_index)
         self.local_regions = [one for one, of in self.holders.items() if jax.process_index() in of]
         self._kept = [sorted(set(spans)) for spans in zip(*self.local_regions, strict=True)]
@@ -56,6 +57,15 @@ class Part:
                 "process have form no block. Name other axes in mesh.table_columns and "
                 "mesh.table_experts, or set mesh.table_memory=device."
             )
+
+    def _whole(self, rows: int) -> tuple[int, ...]:
+        """Return the shape of so many rows on the devices."""
+        return *self._row[: self._axis], rows, *self._row[self._axis :]
+
+    def _region(self, index: Slices) -> Region:
+        """Return what an index of an array on the devices takes of a row."""
+        of_row = *index[: self._axis], *index[self._axis + 1 :]
+        return tuple(one.indices(size)[:2] for one, size in zip(of_row, self._row, strict=True))
 
     @property
     def is_whole(self) -> bool:
@@ -102,19 +112,21 @@ class Part:
 
     def to_devices(self, rows: np.ndarray) -> jax.Array:
         """Return rows [n, ...] of this process as part of an array on the devices of all."""
-        place = lambda index: rows[:, *self.local_slices(_region(index[1:], self._row))]
-        shape = len(rows), *self._row
-        return jax.make_array_from_callback(shape, self.sharding, place)
+
+        def place(index: Slices) -> np.ndarray:
+            return np.moveaxis(rows[:, *self.local_slices(self._region(index))], 0, self._axis)
+
+        return jax.make_array_from_callback(self._whole(len(rows)), self.sharding, place)
 
     def from_devices(self, array: jax.Array) -> np.ndarray:
         """Return what this process holds of rows [n, ...] on the devices of all; waits for them."""
+        by_rows = lambda shard: np.moveaxis(np.asarray(shard.data), self._axis, 0)
         shards = array.addressable_shards
-        if shards[0].data.shape[1:] == self.shape:
-            return np.asarray(shards[0].data)
-        out = np.empty((len(array), *self.shape), array.dtype)
-        by_region = {_region(shard.index[1:], self._row): shard.data for shard in shards}
-        for region, data in by_region.items():
-            out[:, *self.local_slices(region)] = data
+        if by_rows(shards[0]).shape[1:] == self.shape:
+            return by_rows(shards[0])
+        out = np.empty((array.shape[self._axis], *self.shape), array.dtype)
+        for region, shard in {self._region(shard.index): shard for shard in shards}.items():
+            out[:, *self.local_slices(region)] = by_rows(shard)
         return out
 
 
@@ -137,7 +149,3 @@ def intersection(region: Region, begin: Sequence[int], shape: Sequence[int]) -> 
 def relative_slices(region: Region, begin: Sequence[int]) -> Slices:
     """Return where a region lies in a piece that begins at `begin`."""
     return tuple(slice(a - x, b - x) for (a, b), x in zip(region, begin, strict=True))
-
-
-def _region(index: Slices, shape: Sequence[int]) -> Region:
-    return tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))

@@ -35,6 +35,7 @@ class RowReader:
     ):
         """put: how arrays of a batch lie on `mesh`."""
         self._mesh, self._store, self._put = mesh, store, put
+        self._streams_layers = config.mesh.table_streaming
         streams = {table.stream for table in declared_tables(config.model).values()}
         self.streams = {name: config.model.id_streams[name] for name in sorted(streams)}
 
@@ -42,7 +43,8 @@ class RowReader:
         """Return the rows of a batch that changes none, without their ids.
 
         For one device they are arrays of NumPy: a compiled function takes those in less time than
-        they could be put there. `before_BC` is that of `stream_ids`.
+        they could be put there. Those that are streamed are put. `before_BC` is that of
+        `stream_ids`.
         """
         places, ids = self.unique(ids_BT, before_BC)
         room = {
@@ -50,7 +52,7 @@ class RowReader:
             for name, stream in self.streams.items()
         }
         leaves = self._store.read(ids, room)
-        if self._mesh.size > 1:
+        if self._mesh.size > 1 or self._streams_layers:
             places = {name: self._put(self._mesh, one) for name, one in places.items()}
             leaves = self._store.put(leaves)
         return SomeRows(places, {}, leaves)

@@ -6,6 +6,8 @@ A leaf is what a table's rows are, the scale of rows in int8, or what their opti
 
     by rows  [R or U, G, (M,) (D)]    as the store has it: one id is one run of memory
     stacked  [G, (M,) R or U (, D)]   as checkpoints, devices and the step have it
+
+With mesh.table_streaming the rows of a step come stacked, in the host memory of their devices.
 """
 
 import math
@@ -21,6 +23,7 @@ from jtok_kernels import RowOptimizer
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import replicated, split_batch
+from jtok_jax.model import host_memory
 from jtok_jax.model.params import Params, declared_tables, to_stored
 from jtok_jax.model.placement import table_layouts
 from jtok_jax.model.tables import ROWS, SomeRows
@@ -61,7 +64,9 @@ def require_trainable(config: Config) -> None:
 
 
 def stacked(leaves: Leaves) -> Leaves:
-    """Return leaves by rows in the other form."""
+    """Return leaves by rows in the other form; those in host memory have it."""
+    if _on_host(leaves):
+        return leaves
     return {
         name: {leaf: jnp.moveaxis(x, 0, one[ROWS].ndim - 2) for leaf, x in one.items()}
         for name, one in leaves.items()
@@ -69,11 +74,17 @@ def stacked(leaves: Leaves) -> Leaves:
 
 
 def by_rows(leaves: Leaves) -> Leaves:
-    """Return stacked leaves in the other form."""
+    """Return stacked leaves in the other form, but for those in host memory."""
+    if _on_host(leaves):
+        return leaves
     return {
         name: {leaf: jnp.moveaxis(x, one[ROWS].ndim - 2, 0) for leaf, x in one.items()}
         for name, one in leaves.items()
     }
+
+
+def _on_host(leaves: Leaves) -> bool:
+    return any(map(host_memory.is_on_host, jax.tree.leaves(leaves)))
 
 
 def stacked_shardings(config: Config, mesh: Mesh, leaves: Leaves) -> Leaves:
@@ -94,9 +105,11 @@ def shape_by_rows(stacked: jax.ShapeDtypeStruct, axis: int) -> tuple[int, ...]:
     return (shape[axis], *shape[:axis], *shape[axis + 1 :])
 
 
-def shardings_by_rows(shardings: Leaves) -> Leaves:
-    """Return the shardings of the other form."""
-    moved = {}
+def step_shardings(config: Config, mesh: Mesh, leaves: Leaves) -> Leaves:
+    """Return the NamedSharding of every leaf of the rows of a step, in the form they come in."""
+    moved, shardings = {}, stacked_shardings(config, mesh, leaves)
+    if config.mesh.table_streaming:
+        return jax.tree.map(lambda x: x.with_memory_kind(host_memory.KIND), shardings)
     for name, one in shardings.items():
         axis = len(one[ROWS].spec) - 2
         moved[name] = {
@@ -112,16 +125,15 @@ def abstract_rows(config: Config, mesh: Mesh, optimizers: Optimizers) -> SomeRow
     streams = {name: config.model.id_streams[name] for name in {t.stream for t in tables.values()}}
     room = {name: config.unique_rows(name) for name in streams}
     whole = whole_leaves(config.model, optimizers)
-    shardings = shardings_by_rows(stacked_shardings(config, mesh, whole))
-    leaves = {}
+    shardings, leaves = step_shardings(config, mesh, whole), {}
     for name, one in whole.items():
         axis, rows = one[ROWS].ndim - 2, room[tables[name].stream]
-        leaves[name] = {
-            leaf: place(
-                (rows, *shape_by_rows(x, axis)[1:]), x.dtype, sharding=shardings[name][leaf]
-            )
-            for leaf, x in one.items()
-        }
+        leaves[name] = {}
+        for leaf, x in one.items():
+            shape = [rows, *shape_by_rows(x, axis)[1:]]
+            if config.mesh.table_streaming:
+                shape.insert(axis, shape.pop(0))
+            leaves[name][leaf] = place(tuple(shape), x.dtype, sharding=shardings[name][leaf])
     shape, everywhere = (config.train.batch_size, config.train.seq_len), replicated(mesh)
     return SomeRows(
         places={
@@ -150,7 +162,8 @@ def with_rows(
         if SCALE in leaves:
             rows = (rows * leaves[SCALE][..., None]).astype(declared[name].dtype)
         tables[name] = rows
-    return params | to_stored(config, tables), some.places
+    on_host = _on_host(some.leaves)
+    return params | (tables if on_host else to_stored(config, tables)), some.places
 
 
 def words(array: np.ndarray) -> np.ndarray:

@@ -28,8 +28,7 @@ from jtok_jax.store.rows import (
     SCALE,
     Optimizers,
     shape_by_rows,
-    shardings_by_rows,
-    stacked_shardings,
+    step_shardings,
     whole_leaves,
     words,
 )
@@ -79,12 +78,13 @@ class HostTables:
         }
         self._seed, path = config.train.seed, config.mesh.table_folder
         self._parts: dict[str, dict[str, Part]] = {}
-        shapes, shardings = {}, shardings_by_rows(stacked_shardings(config, mesh, self.whole))
+        shapes, shardings = {}, step_shardings(config, mesh, self.whole)
         for name, leaves in self.whole.items():
             self._parts[name] = {}
             for leaf, x in leaves.items():
                 count, *row = shape_by_rows(x, self._axis(name))
-                part = self._parts[name][leaf] = Part(row, shardings[name][leaf])
+                axis = self._axis(name) if config.mesh.table_streaming else 0
+                part = self._parts[name][leaf] = Part(row, shardings[name][leaf], axis=axis)
                 shapes[f"{name}.{leaf}"] = jax.ShapeDtypeStruct((count, *part.shape), x.dtype)
         for name in {table.stream for table in self._tables.values()}:
             rows = config.model.id_streams[name].num_rows

@@ -5,15 +5,19 @@
 import functools
 import math
 import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jtok_kernels import RowPlan, row_plan, update_rows
+from jtok_kernels.rounding import key_of_part
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import num_shards
+from jtok_jax.model import host_memory
 from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.params import Declared, Params, declared_tables, operations
 from jtok_jax.model.placement import table_layouts, table_operations
@@ -87,24 +91,53 @@ def unique_tokens(plans: dict[str, RowPlan]) -> jax.Array | None:
 def zero_row_grads(
     config: Config, plans: dict[str, RowPlan], parallel: Parallel | None
 ) -> dict[str, jax.Array]:
-    """Return float32 zeros by table, [L, (M,) U, D]: one for every layer, or [1, U, D]."""
+    """Return float32 zeros by table, [L, (M,) U, D]: one for every layer, or [1, U, D].
+
+    Of tables that are streamed they are in host memory, and so will be their cotangents.
+    """
     found = {}
     for name, table in declared_tables(config.model).items():
         exchange = _exchange(parallel, name)
         plan = plans[plan_key(table.stream, exchange)]
-        shape = *table.grads_shape, plan.unique_U.size, table.shape[-1]
-        zeros = jnp.zeros(shape, jnp.float32)
-        found[name] = exchange.place_row_grads(zeros) if exchange else zeros
+        layers, *shape = *table.grads_shape, plan.unique_U.size, table.shape[-1]
+
+        def zeros(layers, exchange=exchange, shape=shape):
+            found = jnp.zeros((layers, *shape), jnp.float32)
+            return exchange.place_row_grads(found) if exchange else found
+
+        streamed = config.mesh.table_streaming
+        found[name] = host_memory.stack_of(zeros, layers) if streamed else zeros(layers)
     return found
 
 
 def of_stack(table: Declared, row_grads: jax.Array) -> jax.Array:
     """Return row gradients of a stack, [G, ...], from those of the layers, [L, ...]."""
     stacked = table.shape[0]
-    if len(table.layers) > 1 and stacked == 1:  # all layers share one; those without hold zeros
-        return row_grads.sum(axis=0, keepdims=True)
-    carrying = [layer for layer, index in enumerate(table.layers) if index >= 0]
-    return row_grads if len(carrying) == len(table.layers) else row_grads[np.array(carrying)]
+    shared = len(table.layers) > 1 and stacked == 1  # by all layers; those without hold zeros
+    carrying = np.array([layer for layer, index in enumerate(table.layers) if index >= 0], int)
+    if not shared and len(carrying) == len(table.layers):
+        return row_grads
+    if not host_memory.is_on_host(row_grads):
+        return row_grads.sum(axis=0, keepdims=True) if shared else row_grads[carrying]
+    if not shared:
+        keep = lambda carry, index, layer: (carry, layer)
+        return host_memory.map_layers(keep, None, row_grads, at=carrying)[1]
+    add = lambda total, index, layer: (total + layer, None)
+    total, _ = host_memory.map_layers(add, jnp.zeros(row_grads.shape[1:]), row_grads)
+    return host_memory.to_host(total[None])
+
+
+def norm(backbone_grads: Params, row_grads: Params) -> jax.Array:
+    """Return the L2 norm of all gradients; those in host memory are summed layer by layer."""
+    here, squares = {}, 0.0
+    for name, grad in row_grads.items():
+        if host_memory.is_on_host(grad):
+            add = lambda total, index, layer: (total + jnp.square(layer).sum(), None)
+            squares += host_memory.map_layers(add, jnp.float32(0), grad)[0]
+        else:
+            here[name] = grad
+    found = optax.tree.norm((backbone_grads, here))
+    return found if len(here) == len(row_grads) else jnp.sqrt(jnp.square(found) + squares)
 
 
 def update_tables(
@@ -132,21 +165,45 @@ def update_tables(
     for name, grads in row_grads.items():
         table = declared_tables(config.model)[name]
         options, exchange = config.optimizer.tables.of(table.owner), _exchange(parallel, name)
+        streamed = host_memory.is_on_host(params[name])
         if exchange:
             update = exchange.update
-        else:
-            chosen = operations(config.model, name).name
+        else:  # kernels of TPUs want packed tables, and nothing is packed in host memory
+            chosen = "xla" if streamed else operations(config.model, name).name
             update = functools.partial(update_rows, implementation=chosen)
+        if streamed:
+            update = functools.partial(_update_layers, update)
+        unique_U = plans[plan_key(table.stream, exchange)].unique_U
         key = None
         if options.stochastic_rounding:  # tables must not round alike
             key = jax.random.fold_in(rounding_key, zlib.crc32(name.encode()))
         new_params[name], new_states[name] = update(
-            optimizer.rows[name], params[name], states[name],
-            plans[plan_key(table.stream, exchange)].unique_U, grads, rounding_key=key,
+            optimizer.rows[name], params[name], states[name], unique_U, grads, rounding_key=key,
             rounding_ids_U=rounding_ids and rounding_ids[table.stream],
             learning_rate=learning_rate * options.learning_rate_multiplier, **scalars,
         )  # fmt: skip
     return new_params, new_states
+
+
+def _update_layers(
+    update: Callable, optimizer, tables, state, unique_U, row_grads, *, rounding_key, **options
+):
+    """Return the result of `update` on a stack in host memory, layer after layer."""
+    arrays = {name: x for name, x in state.items() if x.ndim}
+    scalars = {name: x for name, x in state.items() if not x.ndim}
+    of_layer = math.prod(tables.shape[1:-2])
+
+    def layer(_, index, table, arrays, grads):
+        key = rounding_key
+        if key is not None:
+            key = key_of_part(key, index * of_layer)
+        table, new = update(
+            optimizer, table, arrays | scalars, unique_U, grads, rounding_key=key, **options
+        )
+        return {name: new[name] for name in scalars}, (table, {name: new[name] for name in arrays})
+
+    scalars, (tables, arrays) = host_memory.map_layers(layer, scalars, tables, arrays, row_grads)
+    return tables, arrays | scalars
 
 
 def row_gradient_bytes(config: Config, mesh: Mesh, name: str) -> int:

@@ -2,6 +2,7 @@
 # Copyright 2026 The jtok_jax authors
 """One training step and one evaluation step, as pure functions."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,11 +15,19 @@ from jtok_kernels.rounding import entry_places, round_at_random, row_seeds
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import BATCH, num_shards, split_batch
+from jtok_jax.model import host_memory
 from jtok_jax.model.loss import LossSums, cross_entropy
 from jtok_jax.model.params import Params, bind, declared_tables, to_logical, to_stored
 from jtok_jax.model.tables import ROWS, Rows, SomeRows
 from jtok_jax.model.transformer import Parallel
-from jtok_jax.store.rows import abstract_rows, by_rows, stacked, with_rows
+from jtok_jax.store.rows import (
+    abstract_rows,
+    by_rows,
+    stacked,
+    step_shardings,
+    whole_leaves,
+    with_rows,
+)
 from jtok_jax.training import rows
 from jtok_jax.training.compiler import compiler_options
 from jtok_jax.training.optimizer import Optimizer, schedule
@@ -65,7 +74,7 @@ def make_train_step(
         plans = rows.make_plans(config, microbatches[0], parallel, microbatches[2])
         split = optimizer.split(state.params)
         losses, *grads = _gradients(config, *split, *microbatches, plans, parallel)
-        norm = optax.tree.norm(grads)
+        norm = rows.norm(*grads)
         finite = jnp.isfinite(losses.loss) & jnp.isfinite(norm)
         accepted = state.step - state.bad_steps
         scale = _clip_scale(norm, config.optimizer.clip_norm)
@@ -110,7 +119,9 @@ def make_step_of_rows(
             name: state.opt_state[name] | {leaf: x for leaf, x in one.items() if leaf != ROWS}
             for name, one in leaves.items()
         }
-        params = state.params | to_stored(config.model, tables)
+        if not config.mesh.table_streaming:
+            tables = to_stored(config.model, tables)
+        params = state.params | tables
         whole = state._replace(params=params, opt_state=state.opt_state | states)
         new, metrics = whole_step(whole, ids_BT, targets_BT, some)
         tables = to_logical({name: new.params[name] for name in leaves})
@@ -142,7 +153,8 @@ def jit_train_step(
     shardings = state_shardings(config, optimizer, mesh)
     if config.mesh.table_memory == "host":
         step, donated = make_step_of_rows(config, optimizer, mesh), (0, 1)
-        results = shardings, None, None
+        leaves = step_shardings(config, mesh, whole_leaves(config.model, optimizer.rows))
+        results = shardings, leaves if config.mesh.table_streaming else None, None
     else:
         step, donated, results = make_train_step(config, optimizer, mesh), 0, (shardings, None)
     return jax.jit(
@@ -317,12 +329,16 @@ def _gradients(
     if count == 1:
         losses, grads = microbatch(*first)
     else:
-        shapes = jax.eval_shape(microbatch, *first)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-        add = lambda total, xs: (jax.tree.map(jnp.add, total, microbatch(*xs)), None)
-        total, _ = jax.lax.scan(add, zeros, arrays)
-        losses, grads = jax.tree.map(lambda leaf: leaf / count, total)
-    backbone_grads, row_grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
+        losses, (of_backbone, _) = jax.eval_shape(microbatch, *first)
+        zeros = lambda tree: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
+        total = zeros(losses), (zeros(of_backbone), zeros_of_rows)
+        sum_of = functools.partial(host_memory.elementwise, jnp.add)
+        add = lambda total, xs: (jax.tree.map(sum_of, total, microbatch(*xs)), None)
+        total, _ = jax.lax.scan(add, total, arrays)
+        mean = lambda leaf: host_memory.elementwise(lambda x: x / count, leaf)
+        losses, grads = jax.tree.map(mean, total)
+    backbone_grads, row_grads = grads
+    backbone_grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), backbone_grads)
     declarations = declared_tables(config.model)
     stacked = {name: rows.of_stack(declarations[name], grad) for name, grad in row_grads.items()}
     return losses, backbone_grads, stacked

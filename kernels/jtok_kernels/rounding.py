@@ -37,6 +37,13 @@ def row_seeds(seed: Seed, number, ids):
     return mixed(mixed(mixed(seed[0] + word(number)) ^ seed[1]) + word(ids))
 
 
+def key_of_part(key: jax.Array, first_table) -> jax.Array:
+    """Return a key by which tables of a stack round as in the whole, from this number on."""
+    data = jax.random.key_data(key)
+    data = data.at[0].add(jnp.asarray(first_table).astype(jnp.uint32))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
 def round_at_random(x: jax.Array, row_seed, entries: jax.Array) -> jax.Array:
     """Return bfloat16, away from zero with the probability of what is cut off, else towards it.
 
