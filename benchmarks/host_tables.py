@@ -123,8 +123,17 @@ def make_config(options, kind: str, rows: int) -> Config:
         jtok = dataclasses.replace(jtok, stream="token")
     streams = "" if rows == 4096 else f"ids=2:{rows}"
     return Config(
-        model=ModelConfig(compute_dtype="float32", jtok=jtok, streams=streams),
-        optimizer=OptimizerConfig(tables=TableOptimizer(kind=options.optimizer)),
+        model=ModelConfig(
+            compute_dtype="float32",
+            jtok=jtok,
+            streams=streams,
+            remat="dots" if options.streaming else "none",
+        ),
+        # Streamed rows have another last bit of the norm: without clipping losses are equal.
+        optimizer=OptimizerConfig(
+            tables=TableOptimizer(kind=options.optimizer),
+            clip_norm=0.0 if options.streaming else 1.0,
+        ),
         train=TrainConfig(batch_size=options.batch, seq_len=options.seq_len),
         data=DataConfig(source="synthetic"),
     )
@@ -178,7 +187,8 @@ def main() -> None:
     option("--steps", type=int, default=8, help="of each arm in a round")
     option("--rounds", type=int, default=12)
     option("--prefetch", default="0,1", help="steps read ahead, of one arm each")
-    option("--decode", default="1,16,64", help="texts at a time in decode; none: leave it out")
+    option("--decode", default="1,16,64", help="texts at a time in decode; empty: none")
+    option("--streaming", action="store_true", help="an arm more whose layers move rows in turn")
     option("--tokens", type=int, default=64, help="of each text")
     option("--grow", default="", help="numbers of rows, one arm each; nothing else is timed then")
     options = parser.parse_args()
@@ -204,6 +214,9 @@ def main() -> None:
         arms = {"device": Arm(config)}
         for depth in map(int, options.prefetch.split(",")):
             arms[f"host, {depth} ahead"] = Arm(host(depth))
+        if options.streaming:
+            mesh = dataclasses.replace(HOST, table_prefetch=0, table_streaming=True)
+            arms["host, streamed"] = Arm(dataclasses.replace(config, mesh=mesh))
         paired(kind, arms, options, equal=True)
 
 

@@ -74,6 +74,10 @@ LAYOUTS = {
         "model.jtok.kind": "none", "model.arms.names": "ngram", "model.streams": "bigram=2:512:2",
         "mesh.table_prefetch": 0, "train.grad_accumulation": 1,
     },
+    "streamed": MIXED | {
+        "mesh.table_columns": "fsdp,data", "mesh.table_streaming": True, "mesh.table_prefetch": 0,
+        "optimizer.clip_norm": 0.0, "model.remat": "dots",
+    },
     "one table": {"model.jtok.kind": "jtok", "model.jtok.sharing": "shared", "mesh.fsdp": 4},
 }  # fmt: skip
 
@@ -83,6 +87,8 @@ def test_host_tables_of_two_processes_are_those_of_devices(corpus, tmp_path, lay
     """Losses, batches, and all arrays of a checkpoint; a run in files goes on from there."""
     steps = {"train.steps": 14, "evaluation.every": 14, "checkpoint.every": 7}
     run, host = steps | LAYOUTS[layout], {"mesh.table_memory": "host"}
+    if run.pop("mesh.table_streaming", False):
+        host["mesh.table_streaming"] = True
     files = host | {"mesh.table_folder": str(tmp_path / "files")}
     for place, fields in {"device": {}, "memory": host, "files": files}.items():
         if place == "files":  # from step 7 of the run in memory, with its dense checkpoint
@@ -91,7 +97,10 @@ def test_host_tables_of_two_processes_are_those_of_devices(corpus, tmp_path, lay
         workdir = tmp_path / ("files_run" if place == "files" else place)
         for code, _, err in ends(start_two(settings(workdir, corpus, run | fields))):
             assert code == 0, err
-        assert digests_of(workdir, 14) == digests_of(tmp_path / "device", 14)
+        # Streamed rows make another program, which rounds otherwise here.
+        if layout != "streamed":
+            assert digests_of(workdir, 14) == digests_of(tmp_path / "device", 14)
         for left, right in zip(records(workdir), records(tmp_path / "device"), strict=True):
-            assert left.get("loss") == right.get("loss")
+            close = 3e-7 if layout == "streamed" else 0
+            assert left.get("loss", 0) == pytest.approx(right.get("loss", 0), rel=close, abs=0)
             assert left.get("batch_hash") == right.get("batch_hash")

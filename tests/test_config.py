@@ -233,6 +233,7 @@ ELSEWHERE = {
     "mesh.table_rows": "eight_devices",
     "mesh.table_memory": "test_host_tables",
     "mesh.table_prefetch": "test_host_tables",
+    "mesh.table_streaming": "test_host_tables",
     "mesh.table_folder": "test_host_tables",
     "mesh.table_dtype": "test_host_inference",
     "logging.tensorboard": "test_train_loop",

@@ -21,8 +21,9 @@ from test_train_loop import check_same_run, records
 
 from jtok_jax.config import Config, TrainConfig
 from jtok_jax.errors import ConfigError, DataError, NonFiniteError, WorkdirError
+from jtok_jax.model import host_memory
 from jtok_jax.model_config import JtokConfig, ModelConfig
-from jtok_jax.planning.compiled import compile_for_topology, lacks, stand_in
+from jtok_jax.planning.compiled import compile_for_topology, compile_step, lacks, stand_in
 from jtok_jax.planning.topology import parse_topology
 from jtok_jax.store.pieces import read_pieces
 from jtok_jax.training.checkpoint import Checkpoints
@@ -169,6 +170,27 @@ def test_what_cannot_lie_in_host_memory_is_refused(config):
         changed(config, {"mesh.table_folder": "files"})
 
 
+STREAMED = HOST | {"mesh.table_streaming": True, "mesh.table_prefetch": 0, "model.remat": "dots"}
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"mesh.table_memory": "device"}, "table_streaming is True, and tables are on devices"),
+    ({"mesh.table_prefetch": 1}, "streamed are not read ahead. Set mesh.table_prefetch=0"),
+    ({"model.remat": "none"}, "keeps the rows of all layers on the device"),
+])  # fmt: skip
+def test_streaming_that_cannot_be_is_refused(config, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        changed(config, STREAMED | fields)
+
+
+def test_a_device_without_such_memory_and_an_absent_gpu(config, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="for absent GPUs XLA knows no host memory"):
+        compile_step(changed(config, STREAMED), parse_topology("h100:1x1"))
+    monkeypatch.setattr(host_memory, "KIND", "paper")
+    with pytest.raises(ConfigError, match="cpu has no memory of the kind paper, but "):
+        train(changed(config, STREAMED), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["h100:1x1", "v5p:1x1x1"])
 def test_no_device_holds_an_array_that_grows_with_a_table(name):
     """Compiled for real ones: a step's bytes are those of its rows, whatever a table's length."""
@@ -189,6 +211,26 @@ def test_no_device_holds_an_array_that_grows_with_a_table(name):
         sizes = compiled.memory_analysis()
         memory.append(sizes.argument_size_in_bytes + sizes.temp_size_in_bytes)
     assert abs(memory[1] / memory[0] - 1) < 0.01
+
+
+def test_rows_that_layers_move_in_turn_are_never_all_on_a_device():
+    """Compiled for a TPU, in whose programs S(5) is the memory of the host."""
+    if missing := lacks("tpu"):
+        pytest.skip(f"{missing} (make test-latest)")
+    model = ModelConfig(
+        vocab_size=1000, model_dim=256, num_layers=3, num_heads=4, num_kv_heads=4, ffn_dim=512,
+        remat="dots", jtok=JtokConfig(kind="jtok_m", table_dtype="bfloat16"),
+    )  # fmt: skip
+    train_config = TrainConfig(batch_size=8, seq_len=256, max_unique_ids=997, grad_accumulation=2)
+    fields = STREAMED | {"mesh.fsdp": 2}
+    for streaming in (False, True):
+        start = Config(model=model, train=train_config)
+        config = changed(start, fields | {"mesh.table_streaming": streaming})
+        text = compile_for_topology(config, parse_topology("v5p:2x2x1")).as_text()
+        stacks = re.findall(r"\[3,5,997,128\]\{[^}]*T\([^}]*\}", text)
+        on_host = ["S(5)" in stack for stack in stacks]
+        assert all(on_host) if streaming else not any(on_host)
+        assert len(stacks) > 10
 
 
 def test_a_run_begins_with_tables_of_another(config, tmp_path):
@@ -228,7 +270,10 @@ def test_an_axis_of_any_length_is_split_into_pieces(tmp_path, rows, expected):
 
 
 @pytest.mark.parametrize("fields", [
-    {"train.grad_accumulation": 2, "model.jtok.layers": "odd", "model.jtok.table_dtype": "bfloat16"},
+    {
+        "train.grad_accumulation": 2, "model.jtok.layers": "odd",
+        "model.jtok.table_dtype": "bfloat16",
+    },
     {"optimizer.tables.kind": "rowwise_adagrad", "model.jtok.sharing": "shared"},
 ], ids=["accumulated, bfloat16", "shared"])  # fmt: skip
 def test_rows_that_layers_move_in_turn(config, tmp_path, fields):
@@ -236,8 +281,7 @@ def test_rows_that_layers_move_in_turn(config, tmp_path, fields):
     steps = {"train.steps": 4, "optimizer.clip_norm": 0.0, "model.remat": "dots"}
     start = changed(config, fields | steps)
     train(start, tmp_path / "device")
-    streamed = {"mesh.table_streaming": True, "mesh.table_prefetch": 0}
-    train(changed(start, HOST | streamed), tmp_path / "host")
+    train(changed(start, STREAMED), tmp_path / "host")
     assert digests_of(tmp_path / "host", 4) == digests_of(tmp_path / "device", 4)
     for left, right in zip(records(tmp_path / "device"), records(tmp_path / "host"), strict=True):
         assert left.get("loss") == right.get("loss")

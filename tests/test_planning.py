@@ -222,6 +222,12 @@ def test_host_tables_are_counted_by_hand():
     row = stack * (dim * jnp.dtype(config.model.jtok.table_dtype).itemsize + 4)
     assert found.each_way == 30 * row
     assert found.host == rows * row
+    streamed = {"mesh.table_streaming": True, "mesh.table_prefetch": 0, "model.remat": "dots"}
+    layers = traffic.host_rows(changed(config, streamed), abstract_mesh(config.mesh, 1), topology)
+    table = stack * dim * jnp.dtype(config.model.jtok.table_dtype).itemsize
+    grads = 4 * stack * dim
+    assert layers.each_way == 30 * (row + 2 * table + 2 * grads)
+    assert layers.host == rows * row + 2 * 30 * (row + grads)
     plan = make_plan(config, topology)
     seconds = plan["estimate"]["step_seconds"][0]
     assert plan["host_tables"]["rate"] == pytest.approx(30 * row / seconds)
@@ -256,3 +262,10 @@ def test_tables_in_host_memory_are_a_change_that_fits():
     config = changed(load("dense_m"), model | small | {"model.jtok.table_dtype": "bfloat16"})
     plan = make_plan(config, parse_topology("h100:1x1"))
     assert any("mesh.table_memory" in change for change in plan["changes_that_fit"])
+
+
+def test_rows_streamed_by_layer_are_a_change_that_fits():
+    fields = {"mesh.table_memory": "host", "mesh.table_prefetch": 0, "train.batch_size": 8}
+    config = changed(load("dense_l"), fields | {"model.jtok.kind": "jtok_m"})
+    plan = make_plan(config, parse_topology("v5p:1x1x1"))
+    assert any("mesh.table_streaming" in change for change in plan["changes_that_fit"])

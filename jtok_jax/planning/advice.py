@@ -93,6 +93,9 @@ def _candidates(config: Config, devices: int) -> Iterator[Change]:
             yield {"mesh.table_memory": "host"}
         elif config.mesh.table_prefetch:
             yield {"mesh.table_prefetch": 0}
+        if config.mesh.table_memory == "host" and not config.mesh.table_streaming:
+            remat = {"model.remat": "dots"} if model.remat == "none" else {}
+            yield {"mesh.table_prefetch": 0, "mesh.table_streaming": True} | remat
     if not model.loss_chunk:
         yield {"model.loss_chunk": 4096}
 

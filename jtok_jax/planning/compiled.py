@@ -113,10 +113,17 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     missing = lacks(topology.chip.platform)
     if missing or topology.chip.kind.startswith("NVIDIA H200"):
         raise ConfigError(f"--compile: {missing or 'only H100s and TPUs can be compiled for'}.")
+    if config.mesh.table_streaming and topology.chip.platform == "gpu":
+        raise ConfigError(
+            "--compile: for absent GPUs XLA knows no host memory, which mesh.table_streaming "
+            "needs. Plan without --compile, or compile for a TPU."
+        )
     config = stand_in(config, topology.chip.platform)
     compiled = compile_for_topology(config, topology)
     sizes = compiled.memory_analysis()
     state, total = sizes.argument_size_in_bytes, sizes.peak_memory_in_bytes
+    if sizes.host_argument_size_in_bytes:  # the peak counts host memory too
+        total = state + sizes.temp_size_in_bytes
     return Compiled(state, total, compiled.as_text(), config)
 
 

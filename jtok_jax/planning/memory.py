@@ -10,6 +10,7 @@ a model: its whole numbers were chosen by figures of XLA's compilers for TPUs an
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.mesh import AUTO, AXES, BATCH, num_shards
 from jtok_jax.model.attention import QUERIES, causal
+from jtok_jax.model.host_memory import KIND
 from jtok_jax.model.params import abstract_params, bind, declared, declared_tables
 from jtok_jax.model.placement import entries_here, table_layouts
 from jtok_jax.model.splash import SAVED
@@ -80,6 +82,8 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     """
     shapes, model = _Shapes(config, mesh), config.model
     row_grads = shapes.sums * sum(map(shapes.row_grads, shapes.tables))
+    if config.mesh.table_streaming:
+        row_grads = _of_layers_at_once(shapes, shapes.row_grads)
     parts = [
         *_state(_what_state_depends_on(config), mesh),
         Part("rows of host tables, for steps", _rows_of_steps(shapes), "state"),
@@ -143,7 +147,8 @@ def _what_state_depends_on(config: Config) -> Config:
     jtok = dataclasses.replace(config.model.jtok, implementation="auto")
     model = dataclasses.replace(config.model, jtok=jtok, remat="none", attention="xla")
     model = dataclasses.replace(model, loss_chunk=0)
-    return Config(model=model, optimizer=config.optimizer, mesh=config.mesh)
+    mesh = dataclasses.replace(config.mesh, table_streaming=False)
+    return Config(model=model, optimizer=config.optimizer, mesh=mesh)
 
 
 @functools.cache
@@ -164,13 +169,26 @@ def _state(config: Config, mesh: AbstractMesh) -> tuple[Part, ...]:
 def _rows_of_steps(shapes: _Shapes) -> int:
     """Return bytes of the rows of tables in host memory: of the step, and those around it.
 
-    Some are read ahead, some are the results of steps before; one of these is being written.
+    Some are read ahead, some are the results of steps before; one of these is being written. Of
+    those that are streamed it is two layers: one is moved, and one is used.
     """
     config = shapes.config
     if config.mesh.table_memory != "host":
         return 0
-    once = bytes_of(abstract_rows(config, shapes.mesh, make_optimizer(config).rows).leaves)
-    return once * (2 + 2 * config.mesh.table_prefetch)
+    leaves = abstract_rows(config, shapes.mesh, make_optimizer(config).rows).leaves
+    if not config.mesh.table_streaming:
+        return bytes_of(leaves) * (2 + 2 * config.mesh.table_prefetch)
+    streamed = {
+        name: {leaf: x for leaf, x in one.items() if x.sharding.memory_kind == KIND}
+        for name, one in leaves.items()
+    }
+    others = 2 * (bytes_of(leaves) - bytes_of(streamed))
+    return others + _of_layers_at_once(shapes, lambda name: bytes_of({name: streamed[name]}))
+
+
+def _of_layers_at_once(shapes: _Shapes, size: Callable[[str], int]) -> int:
+    """Return the bytes of two layers, from those of all layers by table."""
+    return sum(2 * size(name) // max(1, len(table.layers)) for name, table in shapes.tables.items())
 
 
 def _plan(shapes: _Shapes) -> int:

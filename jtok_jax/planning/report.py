@@ -74,7 +74,8 @@ def make_plan(config: Config, topology: Topology, *, compile_too: bool = False) 
         },
     }
     if rows := traffic.host_rows(config, mesh, topology):
-        plan["host_tables"] = rows._asdict() | {"hides": rows.hides}
+        streamed = config.mesh.table_streaming
+        plan["host_tables"] = rows._asdict() | {"hides": rows.hides, "streamed": streamed}
     if not plan["memory"]["fits"]:
         plan["changes_that_fit"] = _changes(config, topology)
         plan["changes_tried"] = advice.tried(config, devices=topology.devices)
@@ -243,7 +244,7 @@ def _host_lines(plan: dict) -> list[str]:
         lines[-1] += f"; of {link}: {'hidden' if found['hides'] else 'NOT hidden'}"
         size = found["batch_size"]
         lines.append(f"  hidden {f'from train.batch_size={size} on' if size else 'at no batch'}")
-    if 2 * found["each_way"] > found["of_device"]:
+    if 2 * found["each_way"] > found["of_device"] and not found["streamed"]:
         lines.append(
             "  a step may read most rows: on the device tables take less. Set train.max_unique_ids "
             "if batches have fewer different tokens, or take smaller ones"

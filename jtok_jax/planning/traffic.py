@@ -15,6 +15,7 @@ from jtok_jax.config import Config
 from jtok_jax.mesh import BATCH, num_shards
 from jtok_jax.model.params import declared, declared_tables
 from jtok_jax.model.placement import entries_here, table_layouts
+from jtok_jax.model.tables import ROWS
 from jtok_jax.planning.memory import update_bytes
 from jtok_jax.planning.topology import Topology
 from jtok_jax.store.rows import abstract_rows, bytes_of, stacked_shardings, whole_leaves
@@ -57,7 +58,7 @@ class Time(NamedTuple):
 class HostRows(NamedTuple):
     """Tables in host memory: bytes they take there, and what rows of them a step moves."""
 
-    host: int  # tables with what their optimizer keeps, that one host holds
+    host: int  # tables with what their optimizer keeps, and streamed rows, that one host holds
     of_device: int  # what one device would hold of them
     each_way: int  # bytes a step to one device, and back; at most
     rate: float  # bytes a second that this needs each way, to hide behind the least time of a step
@@ -76,12 +77,12 @@ def host_rows(config: Config, mesh: AbstractMesh, topology: Topology) -> HostRow
     """
     if config.mesh.table_memory != "host" or not declared_tables(config.model):
         return None
-    rows, link = make_optimizer(config).rows, topology.chip.host_link
+    link = topology.chip.host_link
 
     def moved(batch_size: int) -> tuple[int, float]:
         train = dataclasses.replace(config.train, batch_size=batch_size)
         one = dataclasses.replace(config, train=train)
-        size = bytes_of(abstract_rows(one, mesh, rows).leaves)
+        size = _moved_each_way(one, mesh)
         return size, size / step_time(one, mesh, topology).least
 
     least = config.train.grad_accumulation * num_shards(mesh, BATCH)
@@ -89,8 +90,27 @@ def host_rows(config: Config, mesh: AbstractMesh, topology: Topology) -> HostRow
     hides = lambda size: moved(size)[1] <= LINK_SHARE * link
     found = list(itertools.takewhile(hides, reversed(sizes)))
     each_way, rate = moved(config.train.batch_size)
-    held = _held(config, mesh, topology.devices_per_host)
-    return HostRows(*held, each_way, rate, link, found[-1] if found else None)
+    host, of_device = _held(config, mesh, topology.devices_per_host)
+    if config.mesh.table_streaming:  # rows before and after a step, gradients of layers and stacks
+        leaves = abstract_rows(config, mesh, make_optimizer(config).rows).leaves
+        grads = sum(row_gradient_bytes(config, mesh, name) for name in leaves)
+        host += topology.devices_per_host * 2 * (bytes_of(leaves) + grads)
+    return HostRows(host, of_device, each_way, rate, link, found[-1] if found else None)
+
+
+def _moved_each_way(config: Config, mesh: AbstractMesh) -> int:
+    """Return the bytes that a step moves to one device or from it, whichever is more.
+
+    Streamed rows are moved for every forward and backward pass and for the update. Their gradients
+    are read for the norm and for the update, and twice to be summed over microbatches.
+    """
+    leaves = abstract_rows(config, mesh, make_optimizer(config).rows).leaves
+    moved, passes = bytes_of(leaves), config.train.grad_accumulation
+    if config.mesh.table_streaming:
+        grads = sum(row_gradient_bytes(config, mesh, name) for name in leaves)
+        moved += 2 * passes * bytes_of({name: one[ROWS] for name, one in leaves.items()})
+        moved += 2 * grads * (1 + passes * (passes > 1))
+    return moved
 
 
 def _held(config: Config, mesh: AbstractMesh, devices: int) -> tuple[int, int]:

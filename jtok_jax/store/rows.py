@@ -106,10 +106,20 @@ def shape_by_rows(stacked: jax.ShapeDtypeStruct, axis: int) -> tuple[int, ...]:
 
 
 def step_shardings(config: Config, mesh: Mesh, leaves: Leaves) -> Leaves:
-    """Return the NamedSharding of every leaf of the rows of a step, in the form they come in."""
+    """Return the NamedSharding of every leaf of the rows of a step, in the form they come in.
+
+    Of rows that are streamed what is one number a row stays on the device.
+    """
     moved, shardings = {}, stacked_shardings(config, mesh, leaves)
     if config.mesh.table_streaming:
-        return jax.tree.map(lambda x: x.with_memory_kind(host_memory.KIND), shardings)
+        in_host_memory = lambda x: x.with_memory_kind(host_memory.KIND)
+        return {
+            name: {
+                leaf: in_host_memory(x) if leaves[name][leaf].ndim == leaves[name][ROWS].ndim else x
+                for leaf, x in one.items()
+            }
+            for name, one in shardings.items()
+        }
     for name, one in shardings.items():
         axis = len(one[ROWS].spec) - 2
         moved[name] = {

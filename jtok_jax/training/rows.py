@@ -120,7 +120,7 @@ def of_stack(table: Declared, row_grads: jax.Array) -> jax.Array:
     if not host_memory.is_on_host(row_grads):
         return row_grads.sum(axis=0, keepdims=True) if shared else row_grads[carrying]
     if not shared:
-        keep = lambda carry, index, layer: (carry, layer)
+        keep = lambda carry, index, layer: (carry, host_memory.to_host(layer))
         return host_memory.map_layers(keep, None, row_grads, at=carrying)[1]
     add = lambda total, index, layer: (total + layer, None)
     total, _ = host_memory.map_layers(add, jnp.zeros(row_grads.shape[1:]), row_grads)
@@ -189,7 +189,7 @@ def _update_layers(
     update: Callable, optimizer, tables, state, unique_U, row_grads, *, rounding_key, **options
 ):
     """Return the result of `update` on a stack in host memory, layer after layer."""
-    arrays = {name: x for name, x in state.items() if x.ndim}
+    stacks = {name: x for name, x in state.items() if x.ndim}
     scalars = {name: x for name, x in state.items() if not x.ndim}
     of_layer = math.prod(tables.shape[1:-2])
 
@@ -200,10 +200,11 @@ def _update_layers(
         table, new = update(
             optimizer, table, arrays | scalars, unique_U, grads, rounding_key=key, **options
         )
-        return {name: new[name] for name in scalars}, (table, {name: new[name] for name in arrays})
+        moved = {name: host_memory.to_place_of(new[name], x) for name, x in stacks.items()}
+        return {name: new[name] for name in scalars}, (host_memory.to_host(table), moved)
 
-    scalars, (tables, arrays) = host_memory.map_layers(layer, scalars, tables, arrays, row_grads)
-    return tables, arrays | scalars
+    scalars, (tables, stacks) = host_memory.map_layers(layer, scalars, tables, stacks, row_grads)
+    return tables, stacks | scalars
 
 
 def row_gradient_bytes(config: Config, mesh: Mesh, name: str) -> int:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch
 from jtok_jax.mesh import replicated
+from jtok_jax.model import host_memory
 from jtok_jax.store.feed import RowFeed
 from jtok_jax.store.mapped import Contents
 from jtok_jax.store.tables import HostTables
@@ -34,6 +35,8 @@ class Steps:
     def __init__(self, config: Config, optimizer: Optimizer, mesh: Mesh, workdir: str = ""):
         """Prepare them; `workdir` is that of the run whose tables may lie in files."""
         self._config, self._optimizer, self._mesh = config, optimizer, mesh
+        if config.mesh.table_streaming:
+            host_memory.require(mesh)
         self._train = jit_train_step(config, optimizer, mesh)
         everywhere = replicated(mesh)
         self._health = jax.jit(make_health_step(config, mesh), out_shardings=everywhere)
