@@ -126,8 +126,30 @@ class JtokConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PattentionConfig:
+    """Pattention of TokenFormer (arXiv 2410.23168) in place of the linear maps of a block."""
+
+    kind: str = "none"  # none | ffn (the feed-forward) | all (queries, keys, values, out too)
+    slots: int = 128  # n of each map of attention; only read with all
+    ffn_slots: int = 512  # n of the feed-forward
+    # The factor sqrt(n) is of so many slots, 0: of those there are. A model that grew keeps it.
+    factor_slots: int = 0
+    factor_ffn_slots: int = 0
+    form: str = "safe"  # of norm and GELU: safe | torch | tpu (the published codes)
+    init: str = "torch"  # torch (keys init_std, values 2 / (L sqrt(D))) | fan_in
+
+    def __post_init__(self):
+        where = "model.pattention"
+        one_of(self.kind, f"{where}.kind", ("none", "ffn", "all"))
+        one_of(self.form, f"{where}.form", ("safe", "torch", "tpu"))
+        one_of(self.init, f"{where}.init", ("torch", "fan_in"))
+        at_least(self, where, 1, "slots", "ffn_slots")
+        at_least(self, where, 0, "factor_slots", "factor_ffn_slots")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The decoder: pre-norm, rotary, grouped-query attention, SwiGLU or experts, token tables."""
+    """The decoder: pre-norm, rotary, grouped-query attention, a feed-forward, token tables."""
 
     vocab_size: int = 4096
     vocab_multiple: int = 1  # embedding, head and tables have rows to a multiple; others are inert
@@ -142,6 +164,8 @@ class ModelConfig:
     attention_bias: str = "none"  # none | qkv (as Qwen2) | qkvo
     rope_base: float = 10000.0
     rope_scaling: str = ""  # linear:FACTOR | llama3:FACTOR:LOW:HIGH:LENGTH, see jtok_jax/rope.py
+    rope_fraction: float = 1.0  # share of a head that is rotated, its first entries
+    block_norm: str = "rms"  # of blocks: rms | weightless_rms | weightless_layer (as TokenFormer)
     norm_eps: float = 1e-6
     init_std: float = 0.02  # every projection; output projections divide by sqrt(2 num_layers)
     embed_init_std: float = 0.0  # of the embedding; 0: init_std
@@ -152,6 +176,7 @@ class ModelConfig:
     remat: str = "none"  # none | dots (keep matmul results) | full (keep layer inputs only)
     loss_chunk: int = 0  # tokens of a device whose logits exist at once; 0: all of a microbatch
     moe: MoeConfig = dataclasses.field(default_factory=MoeConfig)
+    pattention: PattentionConfig = dataclasses.field(default_factory=PattentionConfig)
     jtok: JtokConfig = dataclasses.field(default_factory=JtokConfig)
     arms: ArmsConfig = dataclasses.field(default_factory=ArmsConfig)  # other layers
     # The token that begins a document: attention, positions and n-grams begin anew at it. -1: a
@@ -169,6 +194,7 @@ class ModelConfig:
         at_least(self, "model", -1, "document_id")
         one_of(self.head, "model.head", ("untied", "tied"))
         one_of(self.qk_norm, "model.qk_norm", ("none", "rms"))
+        one_of(self.block_norm, "model.block_norm", ("rms", "weightless_rms", "weightless_layer"))
         one_of(self.attention_bias, "model.attention_bias", ("none", "qkv", "qkvo"))
         parse_rope_scaling(self.rope_scaling)
         kinds = ("auto", "xla", "chunked", "cudnn", "splash")
@@ -188,6 +214,17 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ConfigError(f"The head width is {self.head_size}; the rotation needs it even.")
+        if not 0 < self.rope_fraction <= 1 or self.rotated_size % 2 or not self.rotated_size:
+            raise ConfigError(
+                f"model.rope_fraction is {self.rope_fraction}, {self.rotated_size} of the "
+                f"{self.head_size} entries of a head; expected above 0, at most 1, and an even "
+                "number of entries."
+            )
+        if self.pattention.kind != "none" and self.moe.num_experts:
+            raise ConfigError(
+                "model.pattention and model.moe both replace the feed-forward. Set "
+                "model.pattention.kind=none or model.moe.num_experts=0."
+            )
         self.jtok.table_layers(self.num_layers)
         self._check_streams()
 
@@ -248,6 +285,11 @@ class ModelConfig:
     @property
     def head_size(self) -> int:
         return self.head_dim or self.model_dim // self.num_heads
+
+    @property
+    def rotated_size(self) -> int:
+        """Return how many entries of a head are rotated."""
+        return int(self.head_size * self.rope_fraction)
 
     @property
     def padded_vocab(self) -> int:

@@ -141,6 +141,7 @@ PROGRAM_FIELDS = {
     "optimizer.frozen": "backbone",
     "model.rope_base": 5e4, "model.norm_eps": 1e-3, "model.init_std": 0.1,
     "model.embed_init_std": 0.5,
+    "model.block_norm": "weightless_rms", "model.rope_fraction": 0.4,
     "model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16", "model.remat": "full",
     "model.loss_chunk": 5, "model.moe.num_experts": 4, "model.moe.top_k": 1,
     "model.moe.expert_dim": 5, "model.moe.shared_dim": 0, "model.moe.renormalize": False,
@@ -166,6 +167,7 @@ PROGRAM_FIELDS = {
 ON_TOP = {
     "model.ffn_dim": (19, {"model.moe.num_experts": 0}),
     "model.jtok.gate_scale_init": (0.3, {"model.jtok.kind": "jtok"}),
+    "model.pattention.kind": ("ffn", {"model.moe.num_experts": 0}),
     "optimizer.tables.stochastic_rounding": (False, {"model.jtok.table_dtype": "bfloat16"}),
     "schedule.decay_fraction": (0.5, {"schedule.kind": "wsd"}),
     "model.arms.names": ("film", {}),
@@ -183,6 +185,15 @@ ON_TOP |= {
     for name in options
     if "stream" not in name
 }
+ON_TOP |= {
+    f"model.pattention.{name}": (
+        value, {"model.moe.num_experts": 0, "model.pattention.kind": "all"}
+    )
+    for name, value in {
+        "slots": 12, "ffn_slots": 20, "factor_slots": 9, "factor_ffn_slots": 9, "form": "tpu",
+        "init": "fan_in",
+    }.items()
+}  # fmt: skip
 BIGRAMS = {"model.streams": "bigram=2:29", "model.jtok.stream": "bigram"}
 ON_TOP |= {
     "model.jtok.stream": ("bigram", {

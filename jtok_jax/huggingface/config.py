@@ -113,6 +113,14 @@ def architecture(config: ModelConfig) -> str:
     """
     if config.moe.num_experts:
         raise ConfigError("A backbone with experts is none of Hugging Face's decoders.")
+    plain = {"model.pattention.kind": (config.pattention.kind, "none"),
+             "model.block_norm": (config.block_norm, "rms"),
+             "model.rope_fraction": (config.rope_fraction, 1.0)}  # fmt: skip
+    for name, (value, expected) in plain.items():
+        if value != expected:
+            raise ConfigError(
+                f"{name} is {value}; decoders of Hugging Face that are known here have {expected}."
+            )
     parts = config.qk_norm, config.attention_bias
     found = {
         ("none", "none"): LLAMA, ("none", "qkvo"): LLAMA, ("none", "qkv"): QWEN2,

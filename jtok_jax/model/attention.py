@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from jtok_kernels import num_devices
 
 from jtok_jax.errors import ConfigError
-from jtok_jax.model.layers import Rotation, residual_std, rms_norm, rotate
+from jtok_jax.model.layers import Rotation, block_norm, residual_std, rms_norm, rotate
+from jtok_jax.model.pattention import apply_linear, linear
 from jtok_jax.model.splash import obstacle, splash
-from jtok_jax.model.variables import Vector, normal, ones
+from jtok_jax.model.variables import Vector, ones
 from jtok_jax.model_config import ModelConfig
 
 
@@ -168,13 +169,13 @@ class Attention(nnx.Module):
         dim, heads, kv_heads, size = (
             config.model_dim, config.num_heads, config.num_kv_heads, config.head_size
         )  # fmt: skip
-        std, dtype = config.init_std, config.param_dtype
-        self.norm = ones(dim, "D")
-        self.query = normal(rngs, dim, heads, size, axes="DNH", std=std, dtype=dtype)
-        self.key = normal(rngs, dim, kv_heads, size, axes="DKH", std=std, dtype=dtype)
-        self.value = normal(rngs, dim, kv_heads, size, axes="DKH", std=std, dtype=dtype)
-        std = residual_std(config)
-        self.out = normal(rngs, heads, size, dim, axes="NHD", std=std, dtype=dtype)
+        make = functools.partial(linear, config, rngs=rngs)
+        std, of_keys = config.init_std, (kv_heads, size)
+        self.norm = block_norm(config)
+        self.query = make((dim,), (heads, size), axes="DNH", std=std)
+        self.key = make((dim,), of_keys, axes="DKH", std=std)
+        self.value = make((dim,), of_keys, axes="DKH", std=std)
+        self.out = make((heads, size), (dim,), axes="NHD", std=residual_std(config))
         if config.qk_norm == "rms":
             self.query_norm = ones(size, "H")
             self.key_norm = ones(size, "H")
@@ -196,9 +197,9 @@ class Attention(nnx.Module):
     ) -> AttentionResult:
         """Return the result projected back to [B, T, D]; `change_values` sees [B, T, K, H]."""
         config, dtype = self.config, x_BTD.dtype
-        query = jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query[...].astype(dtype))
-        key = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.key[...].astype(dtype))
-        value = jnp.einsum("BTD,DKH->BTKH", x_BTD, self.value[...].astype(dtype))
+        query = apply_linear(self.query, x_BTD, "BTD,DNH->BTNH")
+        key = apply_linear(self.key, x_BTD, "BTD,DKH->BTKH")
+        value = apply_linear(self.value, x_BTD, "BTD,DKH->BTKH")
         if config.attention_bias != "none":
             query = query + self.query_bias[...].astype(dtype)
             key = key + self.key_bias[...].astype(dtype)
@@ -210,7 +211,7 @@ class Attention(nnx.Module):
         query = checkpoint_name(rotate(query, rope), ROTATED)
         key = checkpoint_name(rotate(key, rope), ROTATED)
         mixed, cached = attend(query, key, value)
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(dtype))
+        out_BTD = apply_linear(self.out, mixed, "BTNH,NHD->BTD")
         if config.attention_bias == "qkvo":
             out_BTD = out_BTD + self.out_bias[...].astype(dtype)
         return AttentionResult(out_BTD, cached)

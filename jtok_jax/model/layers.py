@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jtok_jax.model.variables import normal, ones
+from jtok_jax.model.variables import Vector, normal, ones
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.rope import parse_rope_scaling
 
@@ -31,19 +31,41 @@ def rms_norm(x: jax.Array, weight_D: jax.Array | None, *, eps: float) -> jax.Arr
     return scaled.astype(x.dtype)
 
 
+def layer_norm(x: jax.Array, weight_D=None, bias_D=None, *, eps: float) -> jax.Array:
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias, as `rms_norm` does."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    scaled = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    if weight_D is not None:
+        scaled = scaled * weight_D + bias_D
+    return scaled.astype(x.dtype)
+
+
+def block_norm(config: ModelConfig) -> Vector | None:
+    """Return the weight of a norm in a block; None where it has none."""
+    return ones(config.model_dim, "D") if config.block_norm == "rms" else None
+
+
+def normed(x_BTD: jax.Array, weight: Vector | None, config: ModelConfig) -> jax.Array:
+    """Return what the norm of a block makes of `x`; `weight` is that of `block_norm`."""
+    if config.block_norm == "weightless_layer":
+        return layer_norm(x_BTD, eps=config.norm_eps)
+    return rms_norm(x_BTD, None if weight is None else weight[...], eps=config.norm_eps)
+
+
 class Rotation(NamedTuple):
     """Sine and cosine of every position and frequency, made once for all layers."""
 
-    sin: jax.Array  # float32 [B or 1, T, 1, H/2]
+    sin: jax.Array  # float32 [B or 1, T, 1, R/2], of the R entries of a head that turn
     cos: jax.Array
 
 
 def rotation(positions_BT: jax.Array, config: ModelConfig) -> Rotation:
-    """Return the rotation by position * rope_base^(-2i/H), of int32 positions [B, T] or [1, T].
+    """Return the rotation by position * rope_base^(-2i/R), of int32 positions [B, T] or [1, T].
 
     `rope_scaling` stretches the frequencies.
     """
-    half, base = config.head_size // 2, config.rope_base
+    half, base = config.rotated_size // 2, config.rope_base
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     scaling = parse_rope_scaling(config.rope_scaling)
     if scaling:
@@ -54,14 +76,15 @@ def rotation(positions_BT: jax.Array, config: ModelConfig) -> Rotation:
 
 
 def rotate(x_BTNH: jax.Array, rope: Rotation) -> jax.Array:
-    """Return `x` with the two halves of H turned by the angle of their position.
+    """Return `x` with the two halves of its first R entries turned by the angle of their position.
 
     Sums are float32. Halves are cut and joined in the dtype of `x`, or TPUs move float32 halves.
     """
-    dtype = x_BTNH.dtype
-    first, second = (half.astype(jnp.float32) for half in jnp.split(x_BTNH, 2, axis=-1))
+    dtype, half = x_BTNH.dtype, rope.sin.shape[-1]
+    first, second, *rest = jnp.split(x_BTNH, list(range(half, x_BTNH.shape[-1], half))[:2], axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     turned = [first * rope.cos - second * rope.sin, second * rope.cos + first * rope.sin]
-    return jnp.concatenate([half.astype(dtype) for half in turned], axis=-1)
+    return jnp.concatenate([*(part.astype(dtype) for part in turned), *rest], axis=-1)
 
 
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
@@ -105,7 +128,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         dim, width, dtype = config.model_dim, config.ffn_dim, config.param_dtype
-        self.norm = ones(dim, "D")
+        self.norm = block_norm(config)
         self.gate = normal(rngs, dim, width, axes="DF", std=config.init_std, dtype=dtype)
         self.up = normal(rngs, dim, width, axes="DF", std=config.init_std, dtype=dtype)
         self.down = normal(rngs, width, dim, axes="FD", std=residual_std(config), dtype=dtype)

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jtok_jax.mesh import TOKENS
 from jtok_jax.model.grouped_matmul import grouped_matmul
-from jtok_jax.model.layers import residual_std, swiglu
-from jtok_jax.model.variables import normal, ones
+from jtok_jax.model.layers import block_norm, residual_std, swiglu
+from jtok_jax.model.variables import normal
 from jtok_jax.model_config import ModelConfig
 
 
@@ -117,7 +117,7 @@ class Moe(nnx.Module):
         into = {"std": config.init_std, "dtype": dtype}
         back = {"std": residual_std(config), "dtype": dtype}
         used = {"share": (moe.top_k, count)}
-        self.norm = ones(dim, "D")
+        self.norm = block_norm(config)
         std = moe.router_init_std
         self.router = normal(rngs, dim, count, axes="DE", std=std, full_precision=True)
         self.gate = normal(rngs, count, dim, width, axes="EDF", **into, **used)

@@ -24,11 +24,19 @@ from jtok_jax.model.arms import arm_tables, arms_of_layer, table_name
 from jtok_jax.model.attention import ROTATED, Attend, Attention, AttentionResult, causal
 from jtok_jax.model.exchange import FETCHED, Exchange
 from jtok_jax.model.jtok import jtok_layer
-from jtok_jax.model.layers import FeedForward, Rotation, rms_norm, rotation
+from jtok_jax.model.layers import (
+    FeedForward,
+    Rotation,
+    layer_norm,
+    normed,
+    rms_norm,
+    rotation,
+)
 from jtok_jax.model.moe import Moe
+from jtok_jax.model.pattention import PattentionFeedForward
 from jtok_jax.model.splash import SAVED
 from jtok_jax.model.tables import Lookup, Reader, Rows, make_reader
-from jtok_jax.model.variables import Embedding, Table, normal, ones, owned
+from jtok_jax.model.variables import Embedding, Table, Vector, normal, ones, owned
 from jtok_jax.model_config import ModelConfig
 
 TABLES = "tables"  # where a model holds JTok's, which every other table has its path for
@@ -71,7 +79,8 @@ class Block(nnx.Module):
         if config.moe.num_experts:
             self.moe = Moe(config, rngs=rngs)
         else:
-            self.ffn = FeedForward(config, rngs=rngs)
+            pattention = config.pattention.kind != "none"
+            self.ffn = (PattentionFeedForward if pattention else FeedForward)(config, rngs=rngs)
         if config.jtok.kind != "none":
             self.jtok = owned(jtok_layer(config, rngs=rngs), "jtok")
         if config.arms.names:
@@ -89,13 +98,13 @@ class Block(nnx.Module):
         with_health: bool = False,
     ) -> tuple[jax.Array, object, BlockAux]:
         """Return (h', what `attend` caches, aux); `lookups` has the tables of this layer."""
-        eps, lookup = self.config.norm_eps, lookups.get(TABLES)
+        lookup = lookups.get(TABLES)
         arms = [
             (getattr(self.arms, name), lookups[table].rows() if table in lookups else None)
             for name in self.config.arms.chosen()
             for table in [table_name(name)]
         ]
-        pre_BTD = rms_norm(h_BTD, self.attention.norm[...], eps=eps)
+        pre_BTD = normed(h_BTD, self.attention.norm, self.config)
         options = self.config.jtok
         gated, shared = options.kind == "jtok", options.router_norm == "shared"
         prefetched = None
@@ -112,7 +121,7 @@ class Block(nnx.Module):
         )
         tilde_BTD = h_BTD + out_BTD
         feed = self.moe if self.config.moe.num_experts else self.ffn
-        post_BTD = rms_norm(tilde_BTD, feed.norm[...], eps=eps)
+        post_BTD = normed(tilde_BTD, feed.norm, self.config)
         if lookup and not prefetched:
             prefetched = self.jtok.prefetch(post_BTD if shared else tilde_BTD, lookup)
         moe_balance = jnp.float32(0)
@@ -150,6 +159,8 @@ class Transformer(nnx.Module):
         self.embed = normal(rngs, vocab, dim, axes="VD", std=std, dtype=dtype, pad=(pad, 0), **tied)
         self.blocks = _stacked_blocks(config, rngs)
         self.final_norm = ones(dim, "D")
+        if config.block_norm == "weightless_layer":
+            self.final_bias = Vector(jnp.zeros(dim, jnp.float32), "D")
         if config.head == "untied":
             std = config.init_std
             self.head = normal(rngs, dim, vocab, axes="DV", std=std, dtype=dtype, pad=(0, pad))
@@ -226,9 +237,16 @@ class Transformer(nnx.Module):
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
         layers, body = (params, stacks, row_grads, cache), _remat(body, config.remat)
         h_BTD, (cached, aux) = _over_layers(body, h_BTD, layers)
-        hidden_BTD = rms_norm(h_BTD, self.final_norm[...], eps=config.norm_eps)
+        hidden_BTD = self._final_norm(h_BTD)
         health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
         return Output(hidden_BTD, cached, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
+
+    def _final_norm(self, h_BTD: jax.Array) -> jax.Array:
+        """Return the last norm of `h`, which has a weight whatever those of blocks have."""
+        weight_D, eps = self.final_norm[...], self.config.norm_eps
+        if self.config.block_norm == "weightless_layer":
+            return layer_norm(h_BTD, weight_D, self.final_bias[...], eps=eps)
+        return rms_norm(h_BTD, weight_D, eps=eps)
 
     def _input(self, ids_BT: jax.Array, reader: Reader, split: Callable) -> jax.Array:
         """Return the embedding of `ids` and the rows of tables at the input, added."""

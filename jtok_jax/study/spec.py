@@ -274,6 +274,8 @@ def identity(config: Config) -> dict[str, object]:
     idle += [f"model.arms.{name}." for name in unused]
     if not config.model.streams_read:
         idle.append("optimizer.tables.")
+    if config.model.pattention.kind == "none":
+        idle.append("model.pattention.")
     flat = flatten(to_dict(config)) | {"schedule.steps": config.schedule_steps}
     used = {key: value for key, value in flat.items() if not key.startswith((*PATHS, *idle))}
     return used | {"model.jtok.kind": jtok, "model.moe.num_experts": moe.num_experts}
