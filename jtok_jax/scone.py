@@ -70,7 +70,7 @@ def _count(
     data: pathlib.Path, found: Manifest, folder: pathlib.Path, max_n: int, min_count: int,
     workers: int,
 ) -> list[Counted]:  # fmt: skip
-    tokens = _read_tokens(data, found, folder)
+    tokens = read_tokens(data, found, folder)
     with tqdm.tqdm(total=len(tokens) * (max_n - 1), unit="token", unit_scale=True) as bar:
         bar.set_description("counting")
         counter = Counter(
@@ -80,7 +80,7 @@ def _count(
         return counter.count(max_n)
 
 
-def _read_tokens(data: pathlib.Path, found: Manifest, folder: pathlib.Path) -> np.ndarray:
+def read_tokens(data: pathlib.Path, found: Manifest, folder: pathlib.Path) -> np.ndarray:
     """Return the ids of all training documents, mapped from a file."""
     allow_open_files(len(found.train.shards))
     windows = Windows(data, found, "train", seq_len=found.seq_len)

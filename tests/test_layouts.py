@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Everything in eight_devices.py, in processes that have so many."""
+"""Everything in eight_devices.py and eight_devices_maps.py, in processes that have so many."""
 
 import os
 import pathlib
@@ -12,11 +12,11 @@ from drawn import SEED
 from pythons import FAST_TO_COMPILE, newest, oldest
 
 
-def on_eight_devices(which: str, *, optimize: bool) -> None:
+def on_eight_devices(which: str, *, optimize: bool, name: str = "eight_devices") -> None:
     level = "--xla_backend_optimization_level=3" if optimize else FAST_TO_COMPILE
     flags = os.environ["XLA_FLAGS"].replace(FAST_TO_COMPILE, level)
     flags += " --xla_force_host_platform_device_count=8"
-    file = pathlib.Path(__file__).with_name("eight_devices.py")
+    file = pathlib.Path(__file__).with_name(f"{name}.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:xdist", str(file), "-k", which],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
@@ -44,3 +44,8 @@ def test_bits():
 def test_all_else(which):
     """Nearly all of the time goes into compiling what then runs for milliseconds."""
     on_eight_devices(which, optimize=False)
+
+
+@newest
+def test_maps():
+    on_eight_devices("slots", optimize=False, name="eight_devices_maps")

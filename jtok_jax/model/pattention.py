@@ -74,7 +74,9 @@ class Pattention(nnx.Module):
         x = x.reshape(*leading, -1)
         key, value = self.key[...].astype(x.dtype), self.value[...].astype(x.dtype)
         scores = jnp.einsum("...D,SD->...S", x, key)
-        y = weights(scores, factor=self.factor, form=self.form) @ value
+        # Else the backward pass would keep several arrays as large as the scores.
+        of_slots = functools.partial(weights, factor=self.factor, form=self.form)
+        y = jax.checkpoint(of_slots, prevent_cse=False)(scores) @ value
         return y.reshape(*leading, *self.outputs)
 
 
