@@ -9,11 +9,9 @@ FOLDER has config.json, safetensors and tokenizer.json. No code of it is run (do
 """
 
 import argparse
-import contextlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,13 +19,13 @@ from jtok_jax.config import Config, TrainConfig
 from jtok_jax.config_dict import to_dict
 from jtok_jax.data import tokenizer
 from jtok_jax.data.manifest import file_sha256
-from jtok_jax.errors import ConfigError, WorkdirError, exit_on_error
+from jtok_jax.errors import ConfigError, exit_on_error
 from jtok_jax.huggingface.export import export
 from jtok_jax.huggingface.folder import Folder, open_folder
 from jtok_jax.model.params import to_logical
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.checkpoint import Checkpoints
-from jtok_jax.training.resume import CONFIG_FILE, keep_tokenizer
+from jtok_jax.training.resume import CONFIG_FILE, keep_tokenizer, new_folder
 from jtok_jax.training.saved import load_params
 
 LONGEST = 1024  # most tokens of a sequence in the configuration of a converted run
@@ -47,7 +45,7 @@ def from_folder(
         DataError: a file is missing or damaged.
         WorkdirError: `output` holds something, or cannot be written.
     """
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         opened = open_folder(path, dtype=dtype)
         config = Config(
             model=opened.config, train=TrainConfig(seq_len=min(opened.positions, LONGEST))
@@ -86,7 +84,7 @@ def to_folder(workdir: pathlib.Path, output: pathlib.Path, *, step: str = "newes
     """
     saved = load_params(workdir, step=step)
     model = saved.config.model
-    with _new_folder(output) as folder:
+    with new_folder(output) as folder:
         params = {name: np.asarray(value) for name, value in to_logical(saved.params).items()}
         export(folder, model, params, positions=saved.config.train.seq_len, end_id=saved.end_id)
         keep_tokenizer(folder, workdir / tokenizer.FILE_NAME)
@@ -96,25 +94,6 @@ def to_folder(workdir: pathlib.Path, output: pathlib.Path, *, step: str = "newes
             values["eos_token"] = encoder.id_to_token(saved.end_id)
             (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=1) + "\n")
     return model
-
-
-@contextlib.contextmanager
-def _new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a folder that becomes `output` once all of it is written."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise WorkdirError(f"{output} is not an empty folder. Nothing was written.")
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except OSError as error:
-        raise WorkdirError(f"{error}. Nothing was written to {output}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _end_id(opened: Folder, path: pathlib.Path, end_token: str) -> int:

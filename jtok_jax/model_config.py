@@ -132,9 +132,9 @@ class PattentionConfig:
     kind: str = "none"  # none | ffn (the feed-forward) | all (queries, keys, values, out too)
     slots: int = 128  # n of each map of attention; only read with all
     ffn_slots: int = 512  # n of the feed-forward
-    # The factor sqrt(n) is of so many slots, 0: of those there are. A model that grew keeps it.
-    factor_slots: int = 0
-    factor_ffn_slots: int = 0
+    # Slots before each growth, as 576 or 576,1024: the factor sqrt(n) stays that of the first.
+    grown_from: str = ""
+    ffn_grown_from: str = ""
     form: str = "safe"  # of norm and GELU: safe | torch | tpu (the published codes)
     init: str = "torch"  # torch (keys init_std, values 2 / (L sqrt(D))) | fan_in
 
@@ -144,7 +144,31 @@ class PattentionConfig:
         one_of(self.form, f"{where}.form", ("safe", "torch", "tpu"))
         one_of(self.init, f"{where}.init", ("torch", "fan_in"))
         at_least(self, where, 1, "slots", "ffn_slots")
-        at_least(self, where, 0, "factor_slots", "factor_ffn_slots")
+        for name, slots in (("", self.slots), ("ffn_", self.ffn_slots)):
+            before = getattr(self, f"{name}slots_before")
+            if list(before) != sorted({*before}) or not all(0 < n < slots for n in before):
+                raise ConfigError(
+                    f"{where}.{name}grown_from is {getattr(self, f'{name}grown_from')!r}; expected "
+                    f"numbers of slots that rise, below {where}.{name}slots = {slots}."
+                )
+
+    @property
+    def slots_before(self) -> tuple[int, ...]:
+        """Return the slots of each map of attention before every growth."""
+        return _integers("model.pattention.grown_from", self.grown_from)
+
+    @property
+    def ffn_slots_before(self) -> tuple[int, ...]:
+        """Return the slots of the feed-forward before every growth."""
+        return _integers("model.pattention.ffn_grown_from", self.ffn_grown_from)
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    """Return numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in text.split(",") if text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}; expected numbers such as 576,1024.") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,7 +190,7 @@ ON_TOP |= {
         value, {"model.moe.num_experts": 0, "model.pattention.kind": "all"}
     )
     for name, value in {
-        "slots": 12, "ffn_slots": 20, "factor_slots": 9, "factor_ffn_slots": 9, "form": "tpu",
+        "slots": 12, "ffn_slots": 20, "grown_from": "9", "ffn_grown_from": "9", "form": "tpu",
         "init": "fan_in",
     }.items()
 }  # fmt: skip

@@ -59,7 +59,7 @@ def slow_weights(s: np.ndarray, factor: float, form: str) -> np.ndarray:
 def test_weights_and_their_gradients(form, size):
     rng = np.random.default_rng(0)
     s, g = size * rng.standard_normal((3, 2, 17)), rng.standard_normal((3, 2, 17))
-    run = lambda s: weights(s, factor=17**0.5, form=form)
+    run = lambda s: weights(s, factor=17**0.5, form=form)[0]
     found, pull = jax.vjp(run, jnp.float32(s))
     expected = slow_weights(s, 17**0.5, form)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
@@ -75,24 +75,24 @@ def test_numbers_of_the_formula():
     """Scores 3, -4 of two slots: length 5, factor sqrt(2)."""
     x = np.array([0.6, -0.8]) * math.sqrt(2)
     expected = [0.5 * one * (1 + math.erf(one / math.sqrt(2))) for one in x]
-    found = weights(jnp.array([3.0, -4.0]), factor=math.sqrt(2), form="torch")
+    found = weights(jnp.array([3.0, -4.0]), factor=math.sqrt(2), form="torch")[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     np.testing.assert_allclose(found, [0.680458, -0.145890], rtol=1e-5)  # erf 0.603856, 0.742101
 
 
 def test_a_token_of_zeros_is_no_nan_in_the_safe_form():
-    run = lambda s: weights(s, factor=2.0, form="safe").sum()
+    run = lambda s: weights(s, factor=2.0, form="safe")[0].sum()
     value, grad = jax.value_and_grad(run)(jnp.zeros((2, 4)))
     assert value == 0
     assert np.isfinite(grad).all()
-    assert np.isnan(weights(jnp.zeros(4), factor=2.0, form="torch")).all()
+    assert np.isnan(weights(jnp.zeros(4), factor=2.0, form="torch")[0]).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_map_of_heads(dtype):
     """From [3, 4] entries to [5]: keys and values are flat, the factor is of other slots."""
     config = model_of(pattention__kind="all")
-    one = Pattention(config, (3, 4), (5,), slots=8, factor_slots=6, rngs=nnx.Rngs(0))
+    one = Pattention(config, (3, 4), (5,), slots=8, grown_from=(6,), rngs=nnx.Rngs(0))
     x = np.random.default_rng(1).standard_normal((2, 7, 3, 4))
     scores = x.reshape(2, 7, 12) @ np.float64(one.key[...]).T
     expected = slow_weights(scores, 6**0.5, "safe") @ np.float64(one.value[...])

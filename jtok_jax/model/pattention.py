@@ -7,7 +7,8 @@
     y = a V          [.., outputs]
 
 The output depends neither on |x| nor on |K|. A slot whose key is zero changes nothing, as long as f
-stays what it was: so a model grows without a change.
+stays what it was: so a model grows without a change. Slots from before a growth and those it added
+are multiplied apart and then summed: so not even a last bit changes.
 """
 
 import functools
@@ -25,22 +26,27 @@ TPU_EPS = 1e-5  # of the TPU code, added to |s|
 SAFE_EPS = 1e-6  # ours: |s|^2 has its square added, so that a row of zeros is no NaN
 
 
-def weights(scores: jax.Array, *, factor: float, form: str) -> jax.Array:
-    """Return the weights of slots [.., n] from their scores, in the dtype of these.
+def weights(*scores: jax.Array, factor: float, form: str) -> tuple[jax.Array, ...]:
+    """Return the weights of slots from their scores, in the dtype of these.
 
     Computed in float32, where `form` is
 
         safe    gelu(f s / sqrt(|s|^2 + eps^2)), ours
         torch   gelu(f s / |s|), the published code: NaN where all scores are zero
         tpu     gelu(f s / (|s| + eps)) by its tanh approximation, the published code for TPUs
+
+    Args:
+        scores: [.., n], of some slots each; the norm is over all.
+        factor: f.
     """
-    s = scores.astype(jnp.float32)
-    squares = jnp.square(s).sum(axis=-1, keepdims=True)
+    parts = [s.astype(jnp.float32) for s in scores]
+    squares = sum(jnp.square(s).sum(axis=-1, keepdims=True) for s in parts)
     if form == "safe":
-        scaled = s * jax.lax.rsqrt(squares + SAFE_EPS**2)
+        inverse = jax.lax.rsqrt(squares + SAFE_EPS**2)
     else:
-        scaled = s / (jnp.sqrt(squares) + (TPU_EPS if form == "tpu" else 0.0))
-    return jax.nn.gelu(factor * scaled, approximate=form == "tpu").astype(scores.dtype)
+        inverse = 1 / (jnp.sqrt(squares) + (TPU_EPS if form == "tpu" else 0.0))
+    gelu = functools.partial(jax.nn.gelu, approximate=form == "tpu")
+    return tuple(gelu(factor * (s * inverse)).astype(scores[0].dtype) for s in parts)
 
 
 class Pattention(nnx.Module):
@@ -48,13 +54,13 @@ class Pattention(nnx.Module):
 
     def __init__(
         self, config: ModelConfig, inputs: tuple[int, ...], outputs: tuple[int, ...], *,
-        slots: int, factor_slots: int, rngs: nnx.Rngs,
+        slots: int, grown_from: tuple[int, ...], rngs: nnx.Rngs,
     ):  # fmt: skip
         """Draw keys and values.
 
         Args:
             slots: n.
-            factor_slots: f is the square root of it; 0: of n.
+            grown_from: how many there were before each growth; f is the root of the first.
         """
         options, dtype = config.pattention, config.param_dtype
         self.inputs, self.outputs = inputs, outputs
@@ -66,17 +72,19 @@ class Pattention(nnx.Module):
         draw = functools.partial(normal, rngs, axes="SD", dtype=dtype)
         self.key = draw(slots, inputs, std=stds[0])
         self.value = draw(slots, outputs, std=stds[1])
-        self.factor, self.form = (factor_slots or slots) ** 0.5, options.form
+        self.factor, self.form = (*grown_from, slots)[0] ** 0.5, options.form
+        self.parts = grown_from
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return [.., *outputs] of [.., *inputs], in its dtype."""
         leading = x.shape[: x.ndim - len(self.inputs)]
         x = x.reshape(*leading, -1)
-        key, value = self.key[...].astype(x.dtype), self.value[...].astype(x.dtype)
-        scores = jnp.einsum("...D,SD->...S", x, key)
+        in_parts = lambda slots: jnp.split(slots[...].astype(x.dtype), self.parts)
+        scores = [jnp.einsum("...D,SD->...S", x, key) for key in in_parts(self.key)]
         # Else the backward pass would keep several arrays as large as the scores.
         of_slots = functools.partial(weights, factor=self.factor, form=self.form)
-        y = jax.checkpoint(of_slots, prevent_cse=False)(scores) @ value
+        mixed = jax.checkpoint(of_slots, prevent_cse=False)(*scores)
+        y = sum(a @ value for a, value in zip(mixed, in_parts(self.value), strict=True))
         return y.reshape(*leading, *self.outputs)
 
 
@@ -87,7 +95,7 @@ def linear(
     """Return a map of attention: a matrix [*inputs, *outputs] with `axes`, or Pattention."""
     options = config.pattention
     if options.kind == "all":
-        slots = {"slots": options.slots, "factor_slots": options.factor_slots}
+        slots = {"slots": options.slots, "grown_from": options.slots_before}
         return Pattention(config, inputs, outputs, **slots, rngs=rngs)
     return normal(rngs, *inputs, *outputs, axes=axes, std=std, dtype=config.param_dtype)
 
@@ -105,7 +113,7 @@ class PattentionFeedForward(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         options, shape = config.pattention, (config.model_dim,)
         self.norm = block_norm(config)
-        slots = {"slots": options.ffn_slots, "factor_slots": options.factor_ffn_slots}
+        slots = {"slots": options.ffn_slots, "grown_from": options.ffn_slots_before}
         self.map = Pattention(config, shape, shape, **slots, rngs=rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

@@ -2,13 +2,16 @@
 # Copyright 2026 The jtok_jax authors
 """Compares a run's configuration and data with those that its workdir was written with."""
 
+import contextlib
 import json
 import pathlib
+import shutil
+from collections.abc import Iterator
 
 from jtok_jax.checks import names
 from jtok_jax.config import CHANGEABLE, Config
 from jtok_jax.config_dict import completed, differences, flatten, to_dict
-from jtok_jax.errors import CheckpointError, ConfigError, DataError
+from jtok_jax.errors import CheckpointError, ConfigError, DataError, WorkdirError
 
 CHECKPOINTS = "checkpoints"  # folder of a workdir
 CONFIG_FILE = "config.json"
@@ -134,3 +137,22 @@ def checkpoints_of(workdir: pathlib.Path) -> pathlib.Path:
             f"{workdir} holds no {CHECKPOINTS} folder; is this a train.py --workdir?"
         )
     return folder
+
+
+@contextlib.contextmanager
+def new_folder(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a folder that becomes `output` once all of it is written."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise WorkdirError(f"{output} is not an empty folder. Nothing was written.")
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except OSError as error:
+        raise WorkdirError(f"{error}. Nothing was written to {output}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

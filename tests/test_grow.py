@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Growing a TokenFormer: what it computes stays, and training goes on."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from pythons import oldest
+from small import DENSE, random_ids, random_params
+from test_config import changed
+from test_data import run_config
+from test_train_loop import records
+
+from jtok_jax import grow
+from jtok_jax.config import Config
+from jtok_jax.errors import ConfigError
+from jtok_jax.grow import grown_model, grown_params
+from jtok_jax.inference.cache import logits
+from jtok_jax.model.params import bind
+from jtok_jax.model_config import ModelConfig
+from jtok_jax.pretrained import model_of
+from jtok_jax.training.saved import load_params
+from train import train
+
+pytestmark = oldest
+ALL = {"model.pattention.kind": "all", "model.pattention.slots": 10}
+ALL |= {"model.pattention.ffn_slots": 22, "model.block_norm": "weightless_layer"}
+
+
+def small(**fields) -> ModelConfig:
+    return changed(Config(model=DENSE), ALL | fields).model
+
+
+def logits_of(model: ModelConfig, params) -> np.ndarray:
+    """Of optimized programs: only those fuse, and sum in blocks."""
+    ids = random_ids(model, 2, 16, seed=3)
+    run = jax.jit(lambda params: logits(bound := bind(model, params), bound(ids).hidden_BTD))
+    options = {"xla_backend_optimization_level": 3}
+    return np.asarray(run.lower(params).compile(compiler_options=options)(params))
+
+
+@pytest.mark.parametrize("form", ["safe", "torch", "tpu"])
+def test_two_growths_change_no_bit(form):
+    model = small(**{"model.pattention.form": form})
+    params = random_params(model)
+    first = logits_of(model, params)
+    for slots, ffn_slots in ((13, 64), (40, 0)):
+        before, model = model, grown_model(model, slots, ffn_slots, keys="zero")
+        params = grown_params(model, params, keys="zero", seed=5)
+        np.testing.assert_array_equal(logits_of(model, params), first)
+        assert model.pattention != before.pattention
+    assert model.pattention.grown_from == "10,13"
+    assert model.pattention.ffn_grown_from == "22"
+
+
+def test_new_slots_learn_unless_their_values_are_zero_too():
+    model = grown_model(small(), 16, 0, keys="zero")
+    params = grown_params(model, random_params(small()), keys="zero", seed=5)
+    ids = random_ids(model, 2, 16, seed=3)
+    score = lambda params: logits(bound := bind(model, params), bound(ids).hidden_BTD)[..., 0].sum()
+    grads = jax.grad(score)(params)
+    new = {name: np.asarray(grads[f"blocks/attention/query/{name}"])[:, 10:]
+           for name in ("key", "value")}  # fmt: skip
+    assert (new["key"] != 0).any(axis=-1).all()
+    assert not new["value"].any()  # weights are zero until keys have moved
+    name = "blocks/attention/query/value"
+    dead = params | {name: np.asarray(params[name]) * (np.arange(16) < 10)[:, None]}
+    grads = jax.grad(score)(dead)
+    assert not np.asarray(grads["blocks/attention/query/key"])[:, 10:].any()
+
+
+def test_the_published_way_changes_the_model():
+    """Random keys, and the factor of all slots: another result, which is no growth of ours."""
+    model = grown_model(small(), 20, 44, keys="random")
+    params = grown_params(model, random_params(small()), keys="random", seed=5)
+    assert (model.pattention.grown_from, model.pattention.ffn_grown_from) == ("", "")
+    assert np.asarray(params["blocks/ffn/map/key"])[:, 22:].any()
+    old = logits_of(small(), random_params(small()))
+    assert np.abs(logits_of(model, params) - old).max() > 0.1
+
+
+def test_a_run_is_grown_and_goes_on(corpus, tmp_path, capsys):
+    """Its first step has the loss that the run before would have had."""
+    start = run_config(corpus, steps=4)
+    model = dataclasses.replace(small(), vocab_size=300)
+    train(dataclasses.replace(start, model=model), tmp_path / "small")
+    grow.main([f"--from={tmp_path}/small", f"--output={tmp_path}/grown", "--slots=24"])
+    assert "grown_from 10" in capsys.readouterr().out
+    assert (tmp_path / "grown" / "tokenizer.json").exists()
+    found = model_of(str(tmp_path / "grown"))["pattention"]
+    assert (found["slots"], found["grown_from"], found["ffn_slots"]) == (24, "10", 22)
+    left, right = (load_params(tmp_path / name) for name in ("small", "grown"))
+    np.testing.assert_array_equal(
+        logits_of(left.config.model, left.params), logits_of(right.config.model, right.params)
+    )
+    after = {}
+    for name in ("small", "grown"):
+        saved = load_params(tmp_path / name).config.model
+        config = dataclasses.replace(start, model=saved, init_from=str(tmp_path / name))
+        train(config, tmp_path / f"after {name}")
+        after[name] = [record["loss"] for record in records(tmp_path / f"after {name}")[1:]]
+    assert after["grown"][0] == pytest.approx(after["small"][0], rel=1e-6)
+    assert after["grown"][-1] != after["small"][-1]
+    assert after["grown"][-1] < after["grown"][0]
+
+
+@pytest.mark.parametrize(("fields", "slots", "message"), [
+    ({}, (9, 0), "--slots is 9; the model has 10, and none are removed"),
+    ({}, (10, 22), "Nothing grows"),
+    ({}, (0, 0), "Nothing grows"),
+    ({"model.pattention.kind": "ffn"}, (20, 0), "are those of attention, which has none"),
+    ({"model.pattention.kind": "none"}, (20, 0), "there are no slots to grow"),
+])  # fmt: skip
+def test_what_cannot_grow_is_refused(fields, slots, message):
+    with pytest.raises(ConfigError, match=message):
+        grown_model(small(**fields), *slots, keys="zero")
+
+
+@pytest.mark.parametrize("text", ["10", "12", "4,3", "4,4", "x", "0"])
+def test_a_history_that_cannot_be_is_refused(text):
+    with pytest.raises(ConfigError, match=r"model\.pattention\.grown_from is "):
+        small(**{"model.pattention.grown_from": text})
