@@ -33,7 +33,7 @@ def grown_model(model: ModelConfig, slots: int, ffn_slots: int, *, keys: str) ->
     """Return a model with more slots.
 
     Args:
-        slots, ffn_slots: of each map of attention, and of the feed-forward; 0: as many as there are.
+        slots, ffn_slots: of each map of attention, and of the feed-forward; 0: as there are.
         keys: "zero": the factor stays, and so does what the model computes. "random": the published
             code's way, whose factor is that of all slots.
 
