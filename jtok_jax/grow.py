@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""python -m jtok_jax.grow: a TokenFormer with more slots, which computes what it did before.
+"""python -m jtok_jax.grow: a larger model that computes what it did before.
 
     python -m jtok_jax.grow --from=runs/small --output=runs/grown --slots=1024 --ffn_slots=4096
     python train.py --config=configs/pretrained.py:runs/grown --workdir=runs/larger ...
 
-New keys are zero, so logits stay the same to the last bit in float32 (docs/tokenformer.md).
+A TokenFormer gets more slots with keys of zero; JTok tables in more layers, with scales of zero.
 """
 
 import argparse
@@ -16,12 +16,14 @@ import pathlib
 import jax
 import numpy as np
 
+from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.config_dict import to_dict
 from jtok_jax.data import tokenizer
 from jtok_jax.errors import ConfigError, exit_on_error
 from jtok_jax.model.params import Params, init_params, to_logical
-from jtok_jax.model_config import ModelConfig, PattentionConfig
+from jtok_jax.model.transformer import TABLES
+from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.resume import CONFIG_FILE, keep_tokenizer, new_folder
 from jtok_jax.training.saved import load_params
@@ -29,17 +31,43 @@ from jtok_jax.training.saved import load_params
 KEYS = ("zero", "random")
 
 
-def grown_model(model: ModelConfig, slots: int, ffn_slots: int, *, keys: str) -> ModelConfig:
-    """Return a model with more slots.
+def grown_model(
+    model: ModelConfig, slots: int = 0, ffn_slots: int = 0, jtok_layers: str = "", *, keys: str
+) -> ModelConfig:
+    """Return a larger model.
 
     Args:
         slots, ffn_slots: of each map of attention, and of the feed-forward; 0: as there are.
+        jtok_layers: that have tables, see `JtokConfig.layers`; "": those that have.
         keys: "zero": the factor stays, and so does what the model computes. "random": the published
             code's way, whose factor is that of all slots.
 
     Raises:
-        ConfigError: the model has no slots, would have fewer, or as many as before.
+        ConfigError: the model has no slots or tables, would have fewer, or as many as before.
     """
+    larger = model
+    if slots or ffn_slots:
+        larger = _with_slots(larger, slots, ffn_slots, keys)
+    if jtok_layers:
+        larger = _with_tables(larger, jtok_layers)
+    if larger == model:
+        raise ConfigError("Nothing grows: pass --slots, --ffn_slots or --jtok_layers.")
+    return larger
+
+
+def _with_tables(model: ModelConfig, layers: str) -> ModelConfig:
+    if model.jtok.kind == "none":
+        raise ConfigError("model.jtok.kind is none: there are no tables, so init_from adds them.")
+    jtok = dataclasses.replace(model.jtok, layers=layers)
+    before, after = (set(one.table_layers(model.num_layers)) for one in (model.jtok, jtok))
+    if before - after:
+        raise ConfigError(
+            f"--jtok_layers={layers} leaves out layers {sorted(before - after)}, which have tables."
+        )
+    return model if before == after else dataclasses.replace(model, jtok=jtok)
+
+
+def _with_slots(model: ModelConfig, slots: int, ffn_slots: int, keys: str) -> ModelConfig:
     old = model.pattention
     if old.kind == "none":
         raise ConfigError("model.pattention.kind is none: there are no slots to grow.")
@@ -55,36 +83,48 @@ def grown_model(model: ModelConfig, slots: int, ffn_slots: int, *, keys: str) ->
         if new[name] > there:
             history = ",".join(map(str, (*before, there))) if keys == "zero" else ""
             changes |= {name: new[name], name.replace("slots", "grown_from"): history}
-    if not changes:
-        raise ConfigError("Nothing grows: pass --slots or --ffn_slots above those of the model.")
     return dataclasses.replace(model, pattention=dataclasses.replace(old, **changes))
 
 
-def grown_params(model: ModelConfig, params: Params, *, keys: str, seed: int) -> Params:
-    """Return parameters of a grown model: the old slots first, then new ones.
+def grown_params(
+    model: ModelConfig, before: ModelConfig, params: Params, *, keys: str, seed: int
+) -> Params:
+    """Return parameters of a grown model: those of the model before, and new ones.
+
+    New slots come after the old ones. Where a layer gets tables its scale is zero at first.
 
     Args:
         params: logical, of the model before.
         seed: of new values, and of random keys, drawn as those of a new model.
     """
     drawn = init_params(model, jax.random.key(seed))
+    indices = [one.jtok.table_of_layer(one.num_layers) for one in (before, model)]
+    added = [layer for layer, (old, new) in enumerate(zip(*indices, strict=True)) if old < 0 <= new]
     found = {}
-    for name, new in drawn.items():
-        old = np.asarray(params[name])
-        if new.shape != old.shape:
-            more = np.asarray(new)[:, old.shape[1] :].astype(old.dtype)
-            if keys == "zero" and name.endswith("/key"):
-                more = np.zeros_like(more)
-            old = np.concatenate([old, more], axis=1)
-        found[name] = old
+    for name, first in drawn.items():
+        old, new = np.asarray(params[name]), np.array(first)
+        if name == TABLES:
+            for there, here in zip(*indices, strict=True):
+                if there >= 0:
+                    new[here] = old[there]
+        elif name.startswith("blocks/jtok/"):
+            new[added] *= not name.endswith("/scale")
+            kept = np.setdiff1d(np.arange(len(new)), added)
+            new[kept] = old[kept]
+        else:
+            count = old.shape[1] if old.ndim > 1 else 0
+            if new.shape != old.shape and keys == "zero" and name.endswith("/key"):
+                new[:, count:] = 0
+            new[tuple(slice(size) for size in old.shape)] = old
+        found[name] = new
     return found
 
 
 def grow(
-    run: str, output: pathlib.Path, *, slots: int = 0, ffn_slots: int = 0, keys: str = "zero",
-    seed: int = 0,
-) -> PattentionConfig:  # fmt: skip
-    """Write a grown model as a run of no steps; return what its slots are.
+    run: str, output: pathlib.Path, *, slots: int = 0, ffn_slots: int = 0, jtok_layers: str = "",
+    keys: str = "zero", seed: int = 0,
+) -> ModelConfig:  # fmt: skip
+    """Write a grown model as a run of no steps; return what it is.
 
     The optimizer begins anew, as the authors of TokenFormer had it.
 
@@ -98,8 +138,9 @@ def grow(
     """
     path, _, step = run.partition("@")
     saved = load_params(pathlib.Path(path), step=step or "newest")
-    model = grown_model(saved.config.model, slots, ffn_slots, keys=keys)
-    params = grown_params(model, to_logical(saved.params), keys=keys, seed=seed)
+    before = saved.config.model
+    model = grown_model(before, slots, ffn_slots, jtok_layers, keys=keys)
+    params = grown_params(model, before, to_logical(saved.params), keys=keys, seed=seed)
     with new_folder(output) as folder:
         config = Config(model=model, train=saved.config.train)
         (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=1) + "\n")
@@ -108,7 +149,7 @@ def grow(
         checkpoints = Checkpoints(folder, config, data=words, end_id=saved.end_id)
         checkpoints.save_params(params)
         checkpoints.close()
-    return model.pattention
+    return model
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -120,13 +161,14 @@ def main(arguments: list[str] | None = None) -> None:
     option("--output", required=True, type=pathlib.Path, help="folder to write")
     option("--slots", type=int, default=0, help="of each map of attention (as many as there are)")
     option("--ffn_slots", type=int, default=0, help="of the feed-forward (as many as there are)")
+    option("--jtok_layers", default="", help="layers with tables, as all or 0,2 (as there are)")
     option("--keys", choices=KEYS, default="zero", help="new ones; random: as the published code")
     option("--seed", type=int, default=0, help="of new values (0)")
     options = vars(parser.parse_args(arguments))
     with exit_on_error():
         found = grow(**options)
-        grown = {name: value for name, value in dataclasses.asdict(found).items() if value}
-        print(f"{options['output']}: {', '.join(f'{name} {one}' for name, one in grown.items())}")
+        size = flops.count(found, seq_len=1)
+        print(f"{options['output']}: {size.backbone:,} parameters and {size.tables:,} of tables")
         print(f"train it: --config=configs/pretrained.py:{options['output']}")
 
 

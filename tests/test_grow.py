@@ -5,10 +5,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from pythons import oldest
-from small import DENSE, random_ids, random_params
+from small import DENSE, JTOK_M, random_ids, random_params
 from test_config import changed
 from test_data import run_config
 from test_train_loop import records
@@ -48,7 +49,7 @@ def test_two_growths_change_no_bit(form):
     first = logits_of(model, params)
     for slots, ffn_slots in ((13, 64), (40, 0)):
         before, model = model, grown_model(model, slots, ffn_slots, keys="zero")
-        params = grown_params(model, params, keys="zero", seed=5)
+        params = grown_params(model, before, params, keys="zero", seed=5)
         np.testing.assert_array_equal(logits_of(model, params), first)
         assert model.pattention != before.pattention
     assert model.pattention.grown_from == "10,13"
@@ -57,7 +58,7 @@ def test_two_growths_change_no_bit(form):
 
 def test_new_slots_learn_unless_their_values_are_zero_too():
     model = grown_model(small(), 16, 0, keys="zero")
-    params = grown_params(model, random_params(small()), keys="zero", seed=5)
+    params = grown_params(model, small(), random_params(small()), keys="zero", seed=5)
     ids = random_ids(model, 2, 16, seed=3)
     score = lambda params: logits(bound := bind(model, params), bound(ids).hidden_BTD)[..., 0].sum()
     grads = jax.grad(score)(params)
@@ -74,7 +75,7 @@ def test_new_slots_learn_unless_their_values_are_zero_too():
 def test_the_published_way_changes_the_model():
     """Random keys, and the factor of all slots: another result, which is no growth of ours."""
     model = grown_model(small(), 20, 44, keys="random")
-    params = grown_params(model, random_params(small()), keys="random", seed=5)
+    params = grown_params(model, small(), random_params(small()), keys="random", seed=5)
     assert (model.pattention.grown_from, model.pattention.ffn_grown_from) == ("", "")
     assert np.asarray(params["blocks/ffn/map/key"])[:, 22:].any()
     old = logits_of(small(), random_params(small()))
@@ -87,7 +88,7 @@ def test_a_run_is_grown_and_goes_on(corpus, tmp_path, capsys):
     model = dataclasses.replace(small(), vocab_size=300)
     train(dataclasses.replace(start, model=model), tmp_path / "small")
     grow.main([f"--from={tmp_path}/small", f"--output={tmp_path}/grown", "--slots=24"])
-    assert "grown_from 10" in capsys.readouterr().out
+    assert "parameters and 0 of tables" in capsys.readouterr().out
     assert (tmp_path / "grown" / "tokenizer.json").exists()
     found = model_of(str(tmp_path / "grown"))["pattention"]
     assert (found["slots"], found["grown_from"], found["ffn_slots"]) == (24, "10", 22)
@@ -106,12 +107,34 @@ def test_a_run_is_grown_and_goes_on(corpus, tmp_path, capsys):
     assert after["grown"][-1] < after["grown"][0]
 
 
+@pytest.mark.parametrize("kind", ["jtok", "jtok_m"])
+@pytest.mark.parametrize("sharing", ["per_layer", "shared"])
+def test_more_layers_get_tables(kind, sharing):
+    """No bit changes while some have none: that all have them makes another program."""
+    fields = {"model.jtok.kind": kind, "model.jtok.layers": "1", "model.jtok.sharing": sharing}
+    before = changed(Config(model=dataclasses.replace(DENSE, jtok=JTOK_M)), fields).model
+    params = random_params(before)
+    for layers, close in (("0,1", 0), ("all", 1e-5)):
+        model = grown_model(before, jtok_layers=layers, keys="zero")
+        grown = grown_params(model, before, params, keys="zero", seed=5)
+        found, expected = logits_of(model, grown), logits_of(before, params)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=close)
+    assert len(grown["tables"]) == (1 if sharing == "shared" else 3)
+    ids = random_ids(model, 2, 16, seed=3)
+    score = lambda params: jnp.square(bind(model, params)(ids).hidden_BTD).sum()
+    grads = jax.grad(lambda params: score(params) + params["embed"].sum())(grown)
+    assert np.asarray(grads["blocks/jtok/scale"]).any(axis=-1).all()  # so new layers learn
+
+
 @pytest.mark.parametrize(("fields", "slots", "message"), [
     ({}, (9, 0), "--slots is 9; the model has 10, and none are removed"),
     ({}, (10, 22), "Nothing grows"),
     ({}, (0, 0), "Nothing grows"),
     ({"model.pattention.kind": "ffn"}, (20, 0), "are those of attention, which has none"),
     ({"model.pattention.kind": "none"}, (20, 0), "there are no slots to grow"),
+    ({}, (0, 0, "all"), "there are no tables, so init_from adds them"),
+    ({"model.jtok.kind": "jtok"}, (0, 0, "0,1"), r"leaves out layers \[2\], which have tables"),
+    ({"model.jtok.kind": "jtok"}, (0, 0, "all"), "Nothing grows"),
 ])  # fmt: skip
 def test_what_cannot_grow_is_refused(fields, slots, message):
     with pytest.raises(ConfigError, match=message):
