@@ -15,6 +15,7 @@ Not trained by us.
 """
 
 from jtok_jax.config import base_config
+from jtok_jax.errors import ConfigError
 
 SHAPES = {  # layers, width, heads, share of the published slots
     "150m": (12, 768, 12, 1),
@@ -26,6 +27,8 @@ SHAPES = {  # layers, width, heads, share of the published slots
 
 
 def get_config(shape="150m"):
+    if shape not in SHAPES:
+        raise ConfigError(f"tokenformer.py:{shape}; expected one of {', '.join(SHAPES)}.")
     config = base_config()
     model = config.model
     model.num_layers, model.model_dim, model.num_heads, share = SHAPES[shape]

@@ -16,7 +16,7 @@ import tqdm
 
 from jtok_jax.data import manifest, tokenizer
 from jtok_jax.data.manifest import Manifest
-from jtok_jax.data.ngram_counts import Counted, Counter, most_frequent
+from jtok_jax.data.ngram_counts import Counted, Counter, most_frequent, new_file
 from jtok_jax.data.ngrams import Description, FrequentNgrams
 from jtok_jax.data.windows import Windows, allow_open_files
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
@@ -29,7 +29,7 @@ def build(
 ) -> FrequentNgrams:
     """Write the `rows` most frequent n-grams of the training documents of a prepared corpus.
 
-    Temporary files lie beside `output`: at most about 30 bytes a token.
+    Temporary files lie beside `output`: about 30 bytes a token, 70 if min_count is 1.
 
     Args:
         min_count: an n-gram is counted only if both its parts occur so often.
@@ -39,16 +39,16 @@ def build(
         ConfigError: a number is out of range.
         DataError: the corpus is damaged, no n-gram is frequent, or files cannot be written.
     """
-    for name, value, least in (("max_n", max_n, 2), ("rows", rows, 1), ("min_count", min_count, 1),
-                               ("workers", workers, 1)):  # fmt: skip
-        if value < least:
-            raise ConfigError(f"--{name} is {value}; expected at least {least}.")
+    for name, value, least, most in (
+        ("max_n", max_n, 2, 255), ("rows", rows, 1, (1 << 31) - 1),
+        ("min_count", min_count, 1, 1 << 62), ("workers", workers, 1, 1 << 10),
+    ):  # fmt: skip
+        if not least <= value <= most:
+            raise ConfigError(f"--{name} is {value}; expected {least} to {most}.")
     if output.exists():
         raise DataError(f"{output} exists; delete it first, or take another --output.")
     found = manifest.read_manifest(data)
     manifest.verify_shards(data, found, hashes=False)
-    if rows >= 1 << 31:
-        raise ConfigError(f"--rows is {rows}; rows are 32-bit integers.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
@@ -84,8 +84,7 @@ def read_tokens(data: pathlib.Path, found: Manifest, folder: pathlib.Path) -> np
     """Return the ids of all training documents, mapped from a file."""
     allow_open_files(len(found.train.shards))
     windows = Windows(data, found, "train", seq_len=found.seq_len)
-    path, size = folder / "tokens.npy", found.train.targets + 1
-    tokens = np.lib.format.open_memmap(path, "w+", found.dtype, (size,))
+    tokens = new_file(folder / "tokens.bin", found.dtype, found.train.targets + 1)
     tokens[0] = found.end_id
     bar = tqdm.trange(len(windows), unit="window", unit_scale=True, desc="reading")
     for index in bar:  # a window begins with the last id of the one before
@@ -135,7 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     option("--rows", required=True, type=int, help="n-grams to keep, of all lengths together")
     option("--max_n", type=int, default=5, help="tokens of the longest (5)")
     option("--min_count", type=int, default=5, help="of both parts of an n-gram (5)")
-    option("--workers", type=int, default=os.cpu_count() or 1, help="threads (one a core)")
+    cores = len(os.sched_getaffinity(0))
+    option("--workers", type=int, default=cores, help="threads (one a core)")
     options = vars(parser.parse_args(arguments))
     del options["command"]
     with exit_on_error():

@@ -4,7 +4,9 @@
 
 import collections
 import dataclasses
+import errno
 import json
+import os
 import re
 
 import numpy as np
@@ -169,9 +171,10 @@ def test_command(corpus, built, capsys):
 
 
 @pytest.mark.parametrize(("more", "error", "message"), [
-    (["--max_n=1"], ConfigError, "--max_n is 1; expected at least 2"),
-    (["--rows=0"], ConfigError, "--rows is 0; expected at least 1"),
-    (["--rows=3000000000"], ConfigError, "rows are 32-bit integers"),
+    (["--max_n=1"], ConfigError, "--max_n is 1; expected 2 to 255"),
+    (["--max_n=256"], ConfigError, "--max_n is 256; expected 2 to 255"),
+    (["--rows=0"], ConfigError, "--rows is 0; expected 1 to 2147483647"),
+    (["--rows=3000000000"], ConfigError, "--rows is 3000000000; expected 1 to 2147483647"),
     (["--min_count=100000"], DataError, "occur together 100000 times. Give more text"),
     (["--data=nowhere"], DataError, "nowhere"),
 ])  # fmt: skip
@@ -195,18 +198,35 @@ def damaged(data: bytes, how: str) -> bytes:
     header = 8 + int.from_bytes(data[:8], "little")
     if how == "altered":
         return data[:-1] + bytes([data[-1] ^ 1])
-    if how == "of another kind":
-        return data.replace(b"frequent n-grams 1", b"frequent n-grams 9")
+    other = {
+        "of another kind": (b"jtok_jax frequent n-grams", b"jtok_jax frequent n-grans"),
+        "of a later format": (b'format\\": 1', b'format\\": 9'),
+        "another vocabulary": (b'vocab_size\\\\\\": 300', b'vocab_size\\\\\\": 299'),
+        "other words": (b'"U64"', b'"I64"'),
+    }
+    if how in other:
+        assert other[how][0] in data
+        return data.replace(*other[how])
     return data[: {"cut off": len(data) - 8, "header cut off": header // 2, "empty": 0}[how]]
 
 
 @pytest.mark.parametrize(
-    "how", ["altered", "of another kind", "cut off", "header cut off", "empty"]
+    "how",
+    [
+        "altered",
+        "of another kind",
+        "of a later format",
+        "another vocabulary",
+        "other words",
+        "cut off",
+        "header cut off",
+        "empty",
+    ],
 )
 def test_a_damaged_file_is_refused(built, tmp_path, how):
     path = tmp_path / "file"
     path.write_bytes(damaged(built.read_bytes(), how))
-    with pytest.raises(DataError, match=r"(was altered|holds no frequent n-grams).*Build it again"):
+    with pytest.raises(DataError, match=r"holds no frequent n-grams: .*Build it again"):
         open_ngrams(path)
 
 
@@ -215,7 +235,41 @@ def test_a_file_is_one_of_safetensors_and_says_what_it_is(built):
     with safetensors.safe_open(built, framework="numpy") as file:
         metadata, keys = file.metadata(), file.get_tensor("keys")
     np.testing.assert_array_equal(keys, np.concatenate(ngrams.keys))
-    fields = json.loads(metadata["description"])
+    fields = json.loads(json.loads(metadata["jtok_jax frequent n-grams"])["description"])
     assert fields | {"rows": tuple(fields["rows"])} == dataclasses.asdict(ngrams.description)
     with pytest.raises(DataError, match=r"is not there\. python -m jtok_jax\.scone build"):
         open_ngrams(built.with_name("other"))
+
+
+def test_a_file_is_the_same_each_time_and_knows_its_tokenizer(corpus, built):
+    again = built.with_name("again")
+    run(corpus, again, "--rows=500", "--max_n=4", "--workers=1")
+    assert again.read_bytes() == built.read_bytes()
+    own = manifest.read_manifest(corpus).tokenizer_sha256
+    assert len(open_ngrams(built, tokenizer=own)) == 500
+    with pytest.raises(DataError, match="n-grams of another tokenizer"):
+        open_ngrams(built, tokenizer="0" * 64)
+
+
+def test_ids_beyond_the_vocabulary_and_rows_that_are_none(tmp_path):
+    ngrams = build(draw_tokens(1), tmp_path, rows=80)
+    ids = draw_tokens(1)[None, :50].astype(np.int32)
+    for other in (ids + VOCAB, ids.clip(max=1) + VOCAB):
+        assert (ngrams.match(other).rows == NONE).all()
+    assert ngrams.match(ids[:, :0], ids[:, :3] + 1).rows.shape == (1, 0)
+    for row in (-1, len(ngrams)):
+        with pytest.raises(IndexError, match="there are 80"):
+            ngrams.tokens(np.array([row]))
+
+
+def test_a_full_disk_ends_with_a_message(corpus, tmp_path, monkeypatch, capsys):
+    """Room is taken before a file is mapped: a page that finds none would end the process."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(SystemExit):
+        run(corpus, tmp_path / "out", "--rows=9")
+    assert "No space left on device. Nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

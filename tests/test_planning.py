@@ -267,5 +267,15 @@ def test_tables_in_host_memory_are_a_change_that_fits():
 def test_rows_streamed_by_layer_are_a_change_that_fits():
     fields = {"mesh.table_memory": "host", "mesh.table_prefetch": 0, "train.batch_size": 8}
     config = changed(load("dense_l"), fields | {"model.jtok.kind": "jtok_m"})
+    streamed = {"mesh.table_streaming": True}
+    sizes = {"rows of host tables, for steps": [], "gradients of rows": []}
+    for change in ({}, {"model.jtok.layers": "0"}, {"model.jtok.sharing": "shared"}):
+        found = memory(changed(config, streamed | change), abstract_mesh(config.mesh, 1))
+        for part in found.parts:
+            if part.name in sizes:
+                sizes[part.name].append(part.size)
+    for found in sizes.values():  # but for what is one number a row, which all layers have there
+        assert len(found) == 3
+        assert max(found) < 1.02 * min(found)
     plan = make_plan(config, parse_topology("v5p:1x1x1"))
     assert any("mesh.table_streaming" in change for change in plan["changes_that_fit"])

@@ -8,11 +8,14 @@ For each length in turn
     sort     keys of those whose prefix and suffix are both frequent, a chunk of tokens at a time
     merge    the sorted chunks, a range of keys at a time; those below min_count are left out
 
-so memory holds a few chunks, whatever the corpus. Counts are exact, and ties are decided by length,
-then by token ids: the paper leaves them open. n-grams are counted within documents: ours too.
+so memory holds a few chunks for each worker. What is chosen of them takes 20 bytes more for every
+frequent n-gram. Counts are exact, and ties are decided by length, then by token ids: the paper
+leaves them open. n-grams are counted within documents: ours too.
 """
 
+import contextlib
 import itertools
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +24,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jtok_jax.data.ngrams import NONE, extended_keys, find
+from jtok_jax.errors import DataError
 
 CHUNK = 1 << 22  # tokens whose keys are sorted at once, by each worker
+MOST = 1 << 31  # n-grams of one length: their numbers are int32
 MERGED = 1 << 23  # entries of sorted chunks that are merged at once, by each worker
 
 
@@ -37,7 +42,7 @@ class Counter:
     """Counts n-grams of one corpus, by length.
 
     Args:
-        tokens: ids of all documents [N], each begun by `boundary_id`.
+        tokens: ids of all documents [N], one or more, each begun by `boundary_id`.
         folder: for files that are larger than memory may be; emptied by nobody.
         progress: called with every number of tokens that is done with.
     """
@@ -61,13 +66,23 @@ class Counter:
         self._chunk, self._merged = chunk, merged
 
     def count(self, max_n: int) -> list[Counted]:
-        """Return the frequent n-grams of each length from 2; fewer lengths where none are left."""
+        """Return the frequent n-grams of each length from 2; fewer lengths where none are left.
+
+        Raises:
+            DataError: there are 2^31 of one length, or more.
+            OSError: the disk is full.
+        """
         found, numbers = [], self._tokens
         with ThreadPoolExecutor(self._workers) as self._pool:
             for order in range(2, max_n + 1):
                 shorter = found[-1].keys if found else None
                 numbers, runs = self._sort(order, shorter, numbers)
                 found.append(self._merge(order, runs))
+                if len(found[-1].keys) >= MOST:
+                    raise DataError(
+                        f"{len(found[-1].keys):,} n-grams of {order} tokens are frequent; numbers "
+                        f"are below {MOST:,}. Raise --min_count."
+                    )
                 if not len(found[-1].keys):
                     break
         return found
@@ -85,7 +100,7 @@ class Counter:
         numbers = before
         if shorter is not None:
             path = self._folder / f"numbers-{order - 1}.npy"
-            numbers = np.lib.format.open_memmap(path, "w+", np.int32, (size,))
+            numbers = new_file(path, np.int32, size)
 
         def run(first: int) -> Counted:
             last, begin = min(first + self._chunk, size), max(first - 1, 0)
@@ -97,9 +112,10 @@ class Counter:
             keys, there = extended_keys(own[:-1], self._tokens[begin + 1 : last], **self._form)
             keys = np.sort(keys[there & (own[1:] != NONE)])
             self._progress(last - first)
-            return self._written(f"run-{order}-{first}", *_counted(keys, None))
+            return _counted(keys, None)
 
-        runs = list(self._in_order(run, range(0, size, self._chunk)))
+        found = self._in_order(run, range(0, size, self._chunk))
+        _, runs = self._written(f"run-{order}", found)
         (self._folder / f"numbers-{order - 2}.npy").unlink(missing_ok=True)
         return numbers, runs
 
@@ -125,23 +141,23 @@ class Counter:
             frequent = found.counts >= self._min_count
             return Counted(found.keys[frequent], found.counts[frequent])
 
-        paths = [self._folder / f"{name}-{order}.bin" for name in Counted._fields]
-        files = [path.open("wb") for path in paths]
-        for part in self._in_order(merge, _spans(runs, self._merged)):
-            for file, array in zip(files, part, strict=True):
-                array.tofile(file)
-        for file in files:
-            file.close()
-        for path in self._folder.glob(f"run-{order}-*"):
+        spans = _spans(runs, self._merged)
+        found, _ = self._written(f"frequent-{order}", self._in_order(merge, spans))
+        for path in self._folder.glob(f"run-{order}.*"):
             path.unlink()
-        return Counted(*map(_read, paths))
+        return found
 
-    def _written(self, name: str, keys: np.ndarray, counts: np.ndarray) -> Counted:
-        """Return arrays mapped from files that they are written to."""
-        paths = [self._folder / f"{name}.{field}" for field in Counted._fields]
-        for path, array in zip(paths, (keys, counts), strict=True):
-            array.tofile(path)
-        return Counted(*map(_read, paths))
+    def _written(self, name: str, parts: Iterable[Counted]) -> tuple[Counted, list[Counted]]:
+        """Return all parts as one, and each, mapped from two files that they are written to."""
+        paths, ends = [self._folder / f"{name}.{field}" for field in Counted._fields], [0]
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(path.open("wb")) for path in paths]
+            for part in parts:
+                for file, array in zip(files, part, strict=True):
+                    array.tofile(file)
+                ends.append(ends[-1] + len(part.keys))
+        whole, spans = Counted(*map(_read, paths)), itertools.pairwise(ends)
+        return whole, [Counted(*(x[first:end] for x in whole)) for first, end in spans]
 
     def _in_order(self, function: Callable, items: Iterable) -> Iterator:
         """Yield function(item) in order, a few of them under way at once."""
@@ -214,6 +230,16 @@ def _between(run: Counted, first: int, end: int | None) -> Counted:
     begin = np.searchsorted(run.keys, np.uint64(first))
     stop = len(run.keys) if end is None else np.searchsorted(run.keys, np.uint64(end))
     return Counted(run.keys[begin:stop], run.counts[begin:stop])
+
+
+def new_file(path: pathlib.Path, dtype, size: int) -> np.ndarray:
+    """Return an array mapped from a new file. Raises OSError: the disk has too little room.
+
+    Room is taken at once: a write to a mapped page that finds none would end the process.
+    """
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size * np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype, "r+", shape=(size,))
 
 
 def _read(path: pathlib.Path) -> np.ndarray:

@@ -10,7 +10,7 @@ n-gram itself and no hash of it: nothing else can match.
 That works as every part of a frequent n-gram is frequent too. See `ngram_counts`.
 
 The file is one of safetensors: `keys` and `counts`, uint64 [rows], by length, then in order. Its
-metadata say what was counted, see `Description`, and the digest of both arrays.
+metadata say what was counted, see `Description`, and have a digest of that and of both arrays.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ import safetensors.numpy
 
 from jtok_jax.errors import DataError
 
-FORMAT = 1
+KIND, FORMAT = "jtok_jax frequent n-grams", 1
+ARRAYS = ("keys", "counts")
 NONE = -1  # the number of no n-gram
 
 
@@ -90,7 +91,8 @@ class FrequentNgrams:
             found = numbers != NONE
             np.copyto(rows, numbers + offset, where=found, casting="same_kind")
             lengths[found] = order
-        return Match(rows[:, -length:], lengths[:, -length:])
+        first = ids.shape[1] - length
+        return Match(rows[:, first:], lengths[:, first:])
 
     def _extended(self, numbers: np.ndarray, ids: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Return numbers [B, T] of the n-grams one longer than those of `numbers`."""
@@ -102,7 +104,12 @@ class FrequentNgrams:
         return found
 
     def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return int32 tokens [R, max_n] of rows, zeros after the last, and uint8 lengths [R]."""
+        """Return int32 tokens [R, max_n] of rows, zeros after the last, and uint8 lengths [R].
+
+        Raises IndexError: there is no such row.
+        """
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows are {rows.min()} to {rows.max()}; there are {len(self)}.")
         lengths = np.searchsorted(self.offsets, rows, side="right") + 1
         tokens = np.zeros((len(rows), self.description.max_n), np.int32)
         numbers = rows - self.offsets[lengths - 2]
@@ -118,11 +125,10 @@ class FrequentNgrams:
     def save(self, path: pathlib.Path) -> None:
         """Write the file, whole or not at all. Raises DataError: it cannot be written."""
         arrays = {"keys": np.concatenate(self.keys), "counts": np.concatenate(self.counts)}
-        metadata = {
-            "format": f"jtok_jax frequent n-grams {FORMAT}",
-            "description": json.dumps(dataclasses.asdict(self.description)),
-            "sha256": _digest(arrays),
-        }
+        fields = json.dumps(dataclasses.asdict(self.description), sort_keys=True)
+        # One key: safetensors writes several in any order, and a file would differ each time.
+        about = {"format": FORMAT, "description": fields, "sha256": _digest(fields, arrays)}
+        metadata = {KIND: json.dumps(about, sort_keys=True)}
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,11 +140,15 @@ class FrequentNgrams:
             partial.unlink(missing_ok=True)
 
 
-def open_ngrams(path: pathlib.Path) -> FrequentNgrams:
+def open_ngrams(path: pathlib.Path, *, tokenizer: str = "") -> FrequentNgrams:
     """Return the n-grams of a file, mapped into memory after its digest was compared.
 
+    Args:
+        tokenizer: digest of the one whose ids will be matched; "": not compared.
+
     Raises:
-        DataError: there is no such file, it is another, or it was truncated or altered.
+        DataError: there is no such file, it is another, or it was truncated or altered; or its
+            n-grams are of another tokenizer.
     """
     try:
         with path.open("rb") as file:
@@ -146,23 +156,24 @@ def open_ngrams(path: pathlib.Path) -> FrequentNgrams:
             if size > path.stat().st_size:
                 raise ValueError("its header is cut off")
             header = json.loads(file.read(size))
-        metadata = header["__metadata__"]
-        if metadata["format"] != f"jtok_jax frequent n-grams {FORMAT}":
-            raise ValueError(f"it is {metadata['format']!r}")
-        fields = json.loads(metadata["description"])
-        description = Description(**fields | {"rows": tuple(fields["rows"])})
-        arrays = {
-            name: _mapped(path, 8 + size + header[name]["data_offsets"][0], sum(description.rows))
-            for name in ("keys", "counts")
-        }
+        about = json.loads(header["__metadata__"][KIND])
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']}, not {FORMAT}")
+        fields = json.loads(about["description"])
+        of = Description(**fields | {"rows": tuple(map(int, fields["rows"]))})
+        arrays = {name: _mapped(path, 8 + size, header[name], sum(of.rows)) for name in ARRAYS}
+        if _digest(about["description"], arrays) != about["sha256"]:
+            raise ValueError("it was altered since it was written")
     except FileNotFoundError as error:
         raise DataError(f"{path} is not there. python -m jtok_jax.scone build makes it.") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{path} holds no frequent n-grams: {error}. Build it again.") from error
-    if _digest(arrays) != metadata["sha256"]:
-        raise DataError(f"{path} was altered since it was written. Build it again.")
-    ends = np.cumsum(description.rows)[:-1]
-    return FrequentNgrams(description, **{name: np.split(x, ends) for name, x in arrays.items()})
+    if tokenizer and of.tokenizer != tokenizer:
+        raise DataError(
+            f"{path} holds n-grams of another tokenizer. Build it again from this corpus."
+        )
+    ends = np.cumsum(of.rows)[:-1]
+    return FrequentNgrams(of, **{name: np.split(x, ends) for name, x in arrays.items()})
 
 
 def extended_keys(
@@ -173,7 +184,7 @@ def extended_keys(
     Args:
         numbers: of the prefixes, NONE where there is none. ids: the tokens after them.
     """
-    there = (numbers >= 0) & (ids >= 0) & (ids != boundary_id)
+    there = (numbers >= 0) & (ids >= 0) & (ids < vocab_size) & (ids != boundary_id)
     keys = numbers.astype(np.uint64) * np.uint64(vocab_size) + ids.astype(np.uint64)
     return keys, there
 
@@ -193,12 +204,17 @@ def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return found
 
 
-def _mapped(path: pathlib.Path, offset: int, rows: int) -> np.ndarray:
-    return np.memmap(path, np.uint64, "r", offset, (rows,)) if rows else np.empty(0, np.uint64)
+def _mapped(path: pathlib.Path, start: int, entry: dict, rows: int) -> np.ndarray:
+    """Return an array of the file, whose data begin at `start`."""
+    if entry["dtype"] != "U64" or entry["shape"] != [rows]:
+        raise ValueError(f"it has {entry['dtype']} {entry['shape']} in place of {rows} words")
+    if not rows:
+        return np.empty(0, np.uint64)
+    return np.memmap(path, np.uint64, "r", start + entry["data_offsets"][0], (rows,))
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in ("keys", "counts"):
+def _digest(description: str, arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name in ARRAYS:
         digest.update(np.ascontiguousarray(arrays[name]))
     return digest.hexdigest()

@@ -89,7 +89,7 @@ class Reader(NamedTuple):
     def lookup(self, name: str, layer: jax.Array | int, row_grads: jax.Array | None) -> Lookup:
         """Return the lookup of one table; `row_grads` are those of the layer.
 
-        Of a table in host memory the layer alone is moved, with its row gradients.
+        Of a table in host memory the layer alone is moved to the device, where row gradients are.
         """
         table, exchange = self.tables[name], self.exchanges.get(name)
         key = plan_key(table.stream, exchange)
@@ -98,7 +98,6 @@ class Reader(NamedTuple):
         stack = table[...]
         if host_memory.is_on_host(stack):
             stack, layer = host_memory.layer_of(stack, layer), 0
-            row_grads = row_grads if row_grads is None else host_memory.to_device(row_grads)
         return Lookup(stack, layer, ids, plan, row_grads, exchange, of_group)
 
     def of_layer(

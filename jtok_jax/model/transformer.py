@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jtok_jax.mesh import split_batch, split_columns
+from jtok_jax.model import host_memory
 from jtok_jax.model.arms import arm_tables, arms_of_layer, table_name
 from jtok_jax.model.attention import ROTATED, Attend, Attention, AttentionResult, causal
 from jtok_jax.model.exchange import FETCHED, Exchange
@@ -220,15 +221,15 @@ class Transformer(nnx.Module):
 
         def body(h_BTD, layer):
             params, stacks, row_grads, cache = layer
-            lookups = reader.of_layer(stacks, row_grads)
+            row_grads = jax.tree.map(host_memory.to_device, row_grads)
             mine = lambda query, key, value: attend(query, key, value, cache)
             run = functools.partial(nnx.merge(graph, params), h_BTD, attend=mine, **options)
-            with_all = lambda: run(lookups=lookups)
+            with_all = lambda: run(lookups=reader.of_layer(stacks, row_grads))
             if not partly:
                 out_BTD, cached, aux = with_all()
             else:  # the index is negative in layers without JTok's tables
-                others = {name: one for name, one in lookups.items() if name != TABLES}
-                without = lambda: run(lookups=others)
+                others = {name: index for name, index in stacks.items() if name != TABLES}
+                without = lambda: run(lookups=reader.of_layer(others, row_grads))
                 out_BTD, cached, aux = _either(stacks[TABLES] >= 0, with_all, without)
             return split(out_BTD, split_batch), (cached, aux)
 

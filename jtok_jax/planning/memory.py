@@ -10,7 +10,6 @@ a model: its whole numbers were chosen by figures of XLA's compilers for TPUs an
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -83,7 +82,10 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
     shapes, model = _Shapes(config, mesh), config.model
     row_grads = shapes.sums * sum(map(shapes.row_grads, shapes.tables))
     if config.mesh.table_streaming:
-        row_grads = _of_layers_at_once(shapes, shapes.row_grads)
+        row_grads = sum(
+            2 * shapes.row_grads(name) // table.grads_shape[0]
+            for name, table in shapes.tables.items()
+        )
     parts = [
         *_state(_what_state_depends_on(config), mesh),
         Part("rows of host tables, for steps", _rows_of_steps(shapes), "state"),
@@ -182,13 +184,8 @@ def _rows_of_steps(shapes: _Shapes) -> int:
         name: {leaf: x for leaf, x in one.items() if x.sharding.memory_kind == KIND}
         for name, one in leaves.items()
     }
-    others = 2 * (bytes_of(leaves) - bytes_of(streamed))
-    return others + _of_layers_at_once(shapes, lambda name: bytes_of({name: streamed[name]}))
-
-
-def _of_layers_at_once(shapes: _Shapes, size: Callable[[str], int]) -> int:
-    """Return the bytes of two layers, from those of all layers by table."""
-    return sum(2 * size(name) // max(1, len(table.layers)) for name, table in shapes.tables.items())
+    of_layer = lambda name: bytes_of({name: streamed[name]}) // shapes.tables[name].shape[0]
+    return 2 * (bytes_of(leaves) - bytes_of(streamed) + sum(map(of_layer, shapes.tables)))
 
 
 def _plan(shapes: _Shapes) -> int:

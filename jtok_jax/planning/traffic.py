@@ -108,7 +108,9 @@ def _moved_each_way(config: Config, mesh: AbstractMesh) -> int:
     moved, passes = bytes_of(leaves), config.train.grad_accumulation
     if config.mesh.table_streaming:
         grads = sum(row_gradient_bytes(config, mesh, name) for name in leaves)
-        moved += 2 * passes * bytes_of({name: one[ROWS] for name, one in leaves.items()})
+        for name, table in declared_tables(config.model).items():
+            of_layer = bytes_of({name: leaves[name][ROWS]}) // table.shape[0]
+            moved += 2 * passes * table.reads * of_layer
         moved += 2 * grads * (1 + passes * (passes > 1))
     return moved
 
