@@ -68,7 +68,8 @@ COMMANDS = [
 
 def test_the_commands_are_found():
     names = {words[0] for _, words in COMMANDS}
-    own = ["convert", "doctor", "prepare", "evaluate", "generate", "lm_eval", "plan", "study"]
+    own = ["convert", "doctor", "prepare", "evaluate", "generate", "grow", "lm_eval", "plan"]
+    own += ["scone", "study"]
     tools = {f"jtok_jax.{name}" for name in own}
     assert names == tools | {"train.py", "benchmarks/gpu.py"}
     assert {name for name, words in COMMANDS if words[0] == "train.py"} >= {"docs/hosts.md"}
