@@ -35,7 +35,7 @@ def small(**fields) -> ModelConfig:
 
 
 def logits_of(model: ModelConfig, params) -> np.ndarray:
-    """Of optimized programs: only those fuse, and sum in blocks."""
+    """Return those of an optimized program: only such ones fuse, and sum in blocks."""
     ids = random_ids(model, 2, 16, seed=3)
     run = jax.jit(lambda params: logits(bound := bind(model, params), bound(ids).hidden_BTD))
     options = {"xla_backend_optimization_level": 3}

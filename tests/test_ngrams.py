@@ -97,7 +97,7 @@ def test_the_most_frequent_are_kept_and_of_equal_ones_the_shorter(tmp_path, rows
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_longest_that_ends_at_a_token_is_found(tmp_path, seed):
-    """Of text that was counted, and of other text; with and without ids that come before."""
+    """It is found in text that was counted and in other text, with ids before it and without."""
     ngrams = build(draw_tokens(seed), tmp_path, rows=60)
     known = {ngram: row for ngram, (row, _) in by_ngram(ngrams).items()}
     ids = np.stack([draw_tokens(seed)[:200], draw_tokens(seed + 9)[:200]]).astype(np.int32)

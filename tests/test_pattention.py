@@ -135,7 +135,7 @@ def test_layer_norm():
 
 
 def test_a_share_of_a_head_is_rotated():
-    """As a head of that size is; the rest stays."""
+    """It turns as a whole head of that size does; the rest stays."""
     x = jnp.float32(np.random.default_rng(3).standard_normal((1, 5, 2, 10)))
     angles = np.random.default_rng(4).standard_normal((1, 5, 1, 2))
     rope = Rotation(jnp.sin(angles), jnp.cos(angles))
