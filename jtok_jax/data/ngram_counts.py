@@ -99,7 +99,7 @@ class Counter:
         size = len(self._tokens)
         numbers = before
         if shorter is not None:
-            path = self._folder / f"numbers-{order - 1}.npy"
+            path = self._folder / f"numbers-{order - 1}.bin"
             numbers = new_file(path, np.int32, size)
 
         def run(first: int) -> Counted:
@@ -116,7 +116,7 @@ class Counter:
 
         found = self._in_order(run, range(0, size, self._chunk))
         _, runs = self._written(f"run-{order}", found)
-        (self._folder / f"numbers-{order - 2}.npy").unlink(missing_ok=True)
+        (self._folder / f"numbers-{order - 2}.bin").unlink(missing_ok=True)
         return numbers, runs
 
     def _numbers(self, keys: np.ndarray, before: np.ndarray, first: int, last: int) -> np.ndarray:

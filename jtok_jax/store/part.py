@@ -122,8 +122,9 @@ class Part:
         """Return what this process holds of rows [n, ...] on the devices of all; waits for them."""
         by_rows = lambda shard: np.moveaxis(np.asarray(shard.data), self._axis, 0)
         shards = array.addressable_shards
-        if by_rows(shards[0]).shape[1:] == self.shape:
-            return by_rows(shards[0])
+        first = by_rows(shards[0])
+        if first.shape[1:] == self.shape:
+            return first
         out = np.empty((array.shape[self._axis], *self.shape), array.dtype)
         for region, shard in {self._region(shard.index): shard for shard in shards}.items():
             out[:, *self.local_slices(region)] = by_rows(shard)
