@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from benchmarks.faults import faults
 from jtok_jax.errors import CheckpointError, DamagedError
 from jtok_jax.loading import load
 from jtok_jax.store.pieces import Pieces
+from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.digest import digests
 from jtok_jax.training.saved import load_params
 from train import train
@@ -195,3 +198,14 @@ def test_a_device_without_memory_sets_nothing_aside(config, workdir, monkeypatch
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         train(changed(config, {"train.steps": 10, "schedule.steps": 8}), workdir)
     assert not list(workdir.glob("checkpoints/*.bad"))
+
+
+def test_a_loop_that_a_failed_save_closed_is_no_news(config, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+    checkpoints = Checkpoints(tmp_path, config, data={})
+    late, other = RuntimeError("Event loop is closed"), RuntimeError("another")
+    for error in (late, other):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error, object=None))
+    checkpoints.close()
+    assert told == [other]

@@ -29,7 +29,7 @@ from jtok_jax.model.params import (
 )
 from jtok_jax.store.pieces import STATE, Pieces
 from jtok_jax.store.tables import HostTables
-from jtok_jax.training.damage import METRICS, open_checkpointer
+from jtok_jax.training.damage import METRICS, open_checkpointer, silence_leftovers
 from jtok_jax.training.digest import digests, text_digest
 from jtok_jax.training.leaves import (
     DIGEST,
@@ -288,6 +288,7 @@ class _FailureLog(logging.Filter):
         super().__init__()
         self.error: BaseException | None = None
         logging.getLogger("absl").addFilter(self)
+        silence_leftovers()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether `record` is logged: not what becomes an error of ours, or is meant so."""

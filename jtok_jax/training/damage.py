@@ -26,7 +26,7 @@ def reading(folder: pathlib.Path, step: int) -> Iterator[None]:
     Orbax is silent meanwhile: it logs a traceback per leaf, and the error says it once.
     """
     logging.disable(logging.CRITICAL)
-    _silence_leftovers()
+    silence_leftovers()
     try:
         yield
     except WorkdirError:  # of what is filled with it
@@ -63,10 +63,10 @@ def _root(error: BaseException) -> BaseException:
     return _root(earlier) if earlier else error
 
 
-def _silence_leftovers() -> None:
-    """Print nothing of the coroutines and tasks that a failed read of Orbax leaves, one an array.
+def silence_leftovers() -> None:
+    """Print nothing of the coroutines and tasks that a failed read or save of Orbax leaves.
 
-    They are told when Python frees them, which may be long after the read.
+    They are told when Python frees them, which may be long after it ended.
     """
     logging.getLogger("asyncio").addFilter(_is_no_leftover)  # the same one twice counts once
     before = sys.unraisablehook
