@@ -89,6 +89,32 @@ class LowRankConfig(_OneTable):
 
 
 @dataclasses.dataclass(frozen=True)
+class SconeConfig:
+    """SCONE (arXiv 2502.01637): input embeddings of frequent n-grams in place of the token's."""
+
+    stream: str = "frequent"  # of model.streams, declared as frequent
+    kind: str = "model"  # model (a Transformer A_f makes them) | table (its rows, or trained ones)
+    num_layers: int = 0  # of A_f; 0: as the model, here and in the next three
+    model_dim: int = 0
+    num_heads: int = 0
+    ffn_dim: int = 0
+    # Room for the prefixes of n-grams that a step has, each once, for each token of a device.
+    room: float = 2.0
+    output_init: float = 0.0  # open: root mean square of what A_f makes; 0: that of the embedding
+
+    def __post_init__(self):
+        where = "model.arms.scone"
+        one_of(self.kind, f"{where}.kind", ("model", "table"))
+        at_least(self, where, 0, "num_layers", "model_dim", "num_heads", "ffn_dim", "output_init")
+        if not self.room > 0:
+            raise ConfigError(f"{where}.room is {self.room}; expected more than 0 nodes a token.")
+
+    @property
+    def table_streams(self) -> tuple[str, ...]:
+        return (self.stream,) if self.kind == "table" else ()
+
+
+@dataclasses.dataclass(frozen=True)
 class ValueEmbeddingConfig(_OneTable):
     """Value embeddings (after arXiv 2410.17897): v + E[x] in the attention of every layer."""
 
@@ -109,6 +135,7 @@ class ArmsConfig:
     film: FilmConfig = dataclasses.field(default_factory=FilmConfig)
     low_rank: LowRankConfig = dataclasses.field(default_factory=LowRankConfig)
     ngram: NgramConfig = dataclasses.field(default_factory=NgramConfig)
+    scone: SconeConfig = dataclasses.field(default_factory=SconeConfig)
     value_embedding: ValueEmbeddingConfig = dataclasses.field(default_factory=ValueEmbeddingConfig)
 
     def __post_init__(self):
@@ -129,5 +156,16 @@ class ArmsConfig:
     @property
     def table_streams(self) -> dict[str, tuple[str, ...]]:
         """Return the id streams that tables of the arms read, by arm."""
-        chosen = self.chosen().items()
-        return {name: one.table_streams for name, one in chosen if hasattr(one, "table_streams")}
+        found = {name: getattr(one, "table_streams", ()) for name, one in self.chosen().items()}
+        return {name: streams for name, streams in found.items() if streams}
+
+    @property
+    def streams_read(self) -> dict[str, tuple[str, ...]]:
+        """Return the id streams that the arms read, with tables or without, by arm."""
+        of_scone = {"scone": (self.scone.stream,)} if "scone" in self.chosen() else {}
+        return self.table_streams | of_scone
+
+    @property
+    def makes_ngrams(self) -> bool:
+        """Return whether a Transformer makes the embeddings of n-grams."""
+        return "scone" in self.chosen() and self.scone.kind == "model"

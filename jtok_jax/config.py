@@ -224,6 +224,7 @@ class DataConfig:
 
     source: str = "prepared"  # prepared (by jtok_jax.prepare) | synthetic (random ids)
     path: str = ""  # folder written by jtok_jax.prepare; several by weight: A:0.7,B:0.3
+    ngrams: str = ""  # file of jtok_jax.scone build, for a stream of frequent n-grams
     read_threads: int = 2
     prefetch: int = 8  # batches read ahead
     verify: str = "size"  # of every shard, at start | hash: and its SHA-256; reading checks anyway
@@ -385,7 +386,7 @@ class Config:
         if stream == "token":
             return min(tokens, self.model.vocab_size, self.train.max_unique_ids or tokens)
         found = self.model.id_streams[stream]
-        return min(tokens * found.heads, found.num_rows)
+        return min(tokens * found.heads + found.frequent, found.num_rows)
 
 
 def base_config() -> ml_collections.ConfigDict:

@@ -88,7 +88,8 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     stall = StallWatch(file, config.train.stall_seconds, hosts.announce)
     result = evaluate(
         eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for,
-        rows_of=saved.tables and RowReader(config, mesh, saved.tables).fetch,
+        rows_of=saved.tables
+        and RowReader(config, mesh, saved.tables, params=saved.params).fetch,
     )  # fmt: skip
     hosts.say(f"step {saved.step}: {result:.6f}")
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from jtok_jax.model.params import Declared, declared
+from jtok_jax.model.scone import ngram_model_config
 from jtok_jax.model.variables import Vector, Weight
 from jtok_jax.model_config import ModelConfig
 
@@ -45,7 +46,8 @@ class Counts:
     of a sequence of `seq_len`: 2 per multiply-add of every matmul, of attention over the causal
     half, and of mixing and gating with tables. Left out are norms, softmax, activations, the
     optimizer, and additions and gates of arms. Training is forward plus twice forward;
-    recomputation is not counted.
+    recomputation is not counted. SCONE's A_f counts in training alone, for all its room: tables of
+    its outputs serve. It has no part in `active`.
     """
 
     backbone: int
@@ -63,22 +65,34 @@ class Counts:
 
 def count(config: ModelConfig, *, seq_len: int) -> Counts:
     """Return the counts of `config`; see `Counts` for what they include."""
-    parameters = declared(config).values()
+    parameters = [one for one in declared(config).values() if not one.is_index]
     tables = [one for one in parameters if one.is_table]
-    dense = [one for one in parameters if not one.is_table]
+    of_ngrams = [one for one in parameters if one.owner == "scone" and not one.is_table]
+    dense = [one for one in parameters if not one.is_table and one not in of_ngrams]
     backbone = sum(map(_size, dense))
     idle = sum(_size(one) - _share(one) for one in dense if issubclass(one.kind, Weight))
     forward = 2 * sum(_share(one) for one in dense if not issubclass(one.kind, Vector))
     forward += _other_flops(config, seq_len)
     return Counts(
-        backbone=backbone,
+        backbone=backbone + sum(map(_size, of_ngrams)),
         tables=sum(map(_size, tables)),
         active=backbone - idle,
         active_without_embedding=backbone - idle - sum(_size(x) for x in dense if "V" in x.axes),
         table_bytes=sum(_size(one) * one.dtype.itemsize for one in tables),
         forward_flops=forward,
-        train_flops=3 * forward,
+        train_flops=3 * (forward + _ngram_flops(config, of_ngrams)),
     )
+
+
+def _ngram_flops(config: ModelConfig, parameters: list[Declared]) -> int:
+    """Return FLOPs a token of A_f: those of a node, for as many as there is room."""
+    if not parameters:
+        return 0
+    options, own = config.arms.scone, ngram_model_config(config)
+    order = config.id_streams[options.stream].order
+    matmuls = 2 * sum(map(_share, (one for one in parameters if issubclass(one.kind, Weight))))
+    attention = 4 * order * own.num_heads * own.head_size * own.num_layers
+    return round(options.room * (matmuls + attention))
 
 
 def _size(one: Declared) -> int:

@@ -21,8 +21,8 @@ from jtok_jax.config import Config
 from jtok_jax.config_dict import to_dict
 from jtok_jax.data import tokenizer
 from jtok_jax.errors import ConfigError, exit_on_error
+from jtok_jax.model.block import TABLES
 from jtok_jax.model.params import Params, init_params, to_logical
-from jtok_jax.model.transformer import TABLES
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.resume import CONFIG_FILE, keep_tokenizer, new_folder

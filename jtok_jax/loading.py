@@ -153,7 +153,8 @@ def load(
     encoder, end_id = _tokenizer(saved, pathlib.Path(workdir), data)
     reader = None
     if saved.tables:
-        reader = RowReader(saved.config, make_mesh(saved.config.mesh), saved.tables, put_whole)
+        mesh = make_mesh(saved.config.mesh)
+        reader = RowReader(saved.config, mesh, saved.tables, put_whole, params=saved.params)
     return LoadedRun(saved.config, saved.params, encoder, end_id, saved.step, reader)
 
 

@@ -266,6 +266,17 @@ class ModelConfig:
                 f"model.jtok.stream is {self.jtok.stream!r}, which has several hash heads; JTok "
                 "reads one row of a table. Leave out the heads."
             )
+        if len(self.frequent_streams) > 1:
+            raise ConfigError(
+                f"model.streams declares {' and '.join(self.frequent_streams)} as frequent n-grams;"
+                " there is one file of them, data.ngrams, so declare one."
+            )
+        scone = self.arms.scone
+        if "scone" in self.arms.chosen() and not streams[scone.stream].frequent:
+            raise ConfigError(
+                f"model.arms.scone.stream is {scone.stream!r}, which is no stream of frequent "
+                f"n-grams. Declare it: model.streams={scone.stream}=5:ROWS:frequent"
+            )
         unread = set(streams) - {"token"}.union(*read.values())
         if unread:
             raise ConfigError(
@@ -280,10 +291,10 @@ class ModelConfig:
 
     @property
     def streams_read(self) -> dict[str, tuple[str, ...]]:
-        """Return the names of the streams that tables read, by the option that says so."""
+        """Return the names of the streams that are read, by the option that says so."""
         arms = {
             f"model.arms.{arm}.{'streams' if arm == 'ngram' else 'stream'}": names
-            for arm, names in self.arms.table_streams.items()
+            for arm, names in self.arms.streams_read.items()
         }
         jtok = {} if self.jtok.kind == "none" else {"model.jtok.stream": (self.jtok.stream,)}
         return jtok | arms
@@ -305,6 +316,16 @@ class ModelConfig:
         return max(
             (streams[n].order - 1 for ns in self.streams_read.values() for n in ns), default=0
         )
+
+    @property
+    def frequent_streams(self) -> dict[str, IdStream]:
+        """Return the streams of frequent n-grams by name: all are read."""
+        return {name: one for name, one in self.id_streams.items() if one.frequent}
+
+    @property
+    def embed_std(self) -> float:
+        """Return the standard deviation of the embedding at first."""
+        return self.embed_init_std or self.init_std
 
     @property
     def head_size(self) -> int:

@@ -18,8 +18,9 @@ if PLATFORMS == "cpu" and "optimization_level" not in FLAGS:  # others as users 
 import jax
 import pytest
 from drawn import FIRST, SEED, left_out
-from small import prepare_small_corpus
+from small import FREQUENT, prepare_small_corpus
 
+from jtok_jax import scone
 from train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,8 +46,13 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A small prepared corpus: 40 documents of made-up words, windows of 64 tokens."""
-    return prepare_small_corpus(tmp_path_factory.mktemp("corpus"))
+    """A small prepared corpus: 40 documents of made-up words, windows of 64 tokens.
+
+    Beside it are its frequent n-grams, as many as `with_every_table` reads.
+    """
+    folder = prepare_small_corpus(tmp_path_factory.mktemp("corpus"))
+    scone.build(folder, folder / FREQUENT, max_n=3, rows=119, min_count=2, workers=1)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,17 @@ from jtok_jax.arms_config import (
     ArmsConfig,
     LowRankConfig,
     NgramConfig,
+    SconeConfig,
     ValueEmbeddingConfig,
 )
 from jtok_jax.config import Config, MeshConfig, TrainConfig
+from jtok_jax.data.ngrams import Description, FrequentNgrams
 from jtok_jax.mesh import make_mesh
+from jtok_jax.model.ngram_index import build_index, names_of
 from jtok_jax.model.params import declared_tables, init_params
 from jtok_jax.model_config import JtokConfig, ModelConfig, MoeConfig
 from jtok_jax.prepare import Recipe, prepare
+from jtok_jax.streams import IdStream
 from jtok_jax.training import rows, step
 from jtok_jax.training.optimizer import make_optimizer
 from jtok_jax.training.state import init_state
@@ -52,30 +56,70 @@ KINDS = {
     "moe-jtok": dataclasses.replace(DENSE, moe=MOE, jtok=JTOK),
     "moe-jtok_m": dataclasses.replace(DENSE, moe=MOE, jtok=JTOK_M),
 }
+FREQUENT = "frequent.ngrams"  # beside the corpus of tests, those that `with_every_table` reads
 ARMS = tuple(field.name for field in dataclasses.fields(ArmsConfig))[2:]
 
 
 def with_every_table(model: ModelConfig) -> ModelConfig:
-    """Every arm beside what `model` has, with tables by token, pairs and two hashes of triples."""
+    """Every arm beside what `model` has, with tables by all kinds of streams."""
     arms = ArmsConfig(
         names=",".join(ARMS),
         ngram=NgramConfig("bigram,trigram"),
         low_rank=LowRankConfig(stream="bigram", rank=8),
+        scone=SconeConfig(kind="table"),
         value_embedding=ValueEmbeddingConfig(stream="trigram", init_std=0.3),
     )
-    return dataclasses.replace(model, arms=arms, streams="bigram=2:38, trigram=3:42:2")
+    streams = "bigram=2:38, trigram=3:42:2, frequent=3:119:frequent"
+    return dataclasses.replace(model, arms=arms, streams=streams)
+
+
+def random_ngrams(stream: IdStream, seed: int = 0) -> FrequentNgrams:
+    """As many n-grams as a stream has rows, of 2 and 3 tokens, of which any two in a row are one.
+
+    Half of all pairs of tokens, at most, may be among them.
+    """
+    vocab, rng = stream.vocab_rows, np.random.default_rng(seed)
+    pairs = stream.rows if stream.order == 2 else 2 * stream.rows // 3
+    first = np.sort(rng.choice(vocab**2, pairs, replace=False))
+    triples = [(place, last) for place, pair in enumerate(first) for last in range(vocab)
+               if pair % vocab * vocab + last in first]  # fmt: skip
+    chosen = rng.choice(len(triples), stream.rows - pairs, replace=False)
+    second = np.sort([triples[one][0] * vocab + triples[one][1] for one in chosen])
+    keys = [first.astype(np.uint64), second.astype(np.uint64)][: stream.order - 1]
+    rows = tuple(map(len, keys)) + (0,) * (stream.order - 3)
+    keys += [np.empty(0, np.uint64)] * (stream.order - 3)
+    return FrequentNgrams(Description(rows, vocab, vocab, 1, "", ""), keys, keys)
+
+
+def with_ngrams(config: ModelConfig, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters whose frequent n-grams are those of `random_ngrams`."""
+    found = dict(params)
+    for name, stream in config.frequent_streams.items():
+        index = build_index(random_ngrams(stream), stream)
+        found |= zip(names_of(name), map(jnp.asarray, index), strict=True)
+    return found
+
+
+def numbers_of(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Parameters without what n-grams are found in, for `jax.grad`."""
+    return {name: value for name, value in params.items() if not name.startswith("ngrams/")}
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> dict[str, jax.Array]:
-    """Initial parameters with norms, scales, biases and zeros moved away from their values."""
+    """Initial parameters with norms, scales, biases and zeros moved away from their values.
+
+    Frequent n-grams are those of `random_ngrams`.
+    """
     params = init_params(config, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    return {
+    moved = {
         name: value + 0.1 * rng.standard_normal(value.shape).astype(np.float32)
         if name.endswith(("norm", "scale", "bias")) or not np.any(value)
         else value
         for name, value in params.items()
+        if not name.startswith("ngrams/")
     }
+    return with_ngrams(config, moved)
 
 
 def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> jax.Array:
@@ -89,13 +133,14 @@ def training(config: Config):
     optimizer = make_optimizer(config)
     mesh = one_device()
     state = init_state(config, optimizer, mesh)
+    state = state._replace(params=with_ngrams(config.model, state.params))
     return state, jax.jit(make_train_step(config, optimizer, mesh)), optimizer
 
 
 def gradients(config: Config, params: dict, ids: jax.Array, targets: jax.Array):
     """(losses, gradients by name) of a step, the tables' as dense arrays; to be jitted."""
     microbatches = [step._split(config, array) for array in (ids, targets)]
-    plans = rows.make_plans(config, microbatches[0], None)
+    plans = rows.make_plans(config, params, microbatches[0], None)
     backbone, tables = make_optimizer(config).split(params)
     losses, grads, row_grads = step._gradients(
         config, backbone, tables, *microbatches, None, plans, None

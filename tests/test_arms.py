@@ -16,11 +16,13 @@ from small import (
     JTOK,
     JTOK_M,
     gradients,
+    numbers_of,
     one_device,
     random_ids,
     small_config,
     training,
     with_every_table,
+    with_ngrams,
 )
 
 from jtok_jax import flops
@@ -29,12 +31,14 @@ from jtok_jax.arms_config import (
     DeepEmbedConfig,
     LowRankConfig,
     NgramConfig,
+    SconeConfig,
     ValueEmbeddingConfig,
 )
 from jtok_jax.config import Config, OptimizerConfig, TableOptimizerConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.arms import LAYERS
 from jtok_jax.model.attention import AttentionResult, causal
+from jtok_jax.model.ngram_index import indices_of
 from jtok_jax.model.params import bind, declared, declared_tables, init_params
 from jtok_jax.model.tables import stream_ids
 from jtok_jax.model_config import ModelConfig
@@ -54,8 +58,9 @@ EVERYTHING = with_every_table(
 
 def model_with(name: str, base: ModelConfig = DENSE) -> ModelConfig:
     """One arm; n-grams of two orders, one of them under two hash functions."""
+    streams = {"ngram": STREAMS, "scone": "frequent=3:90:frequent"}.get(name, "")
     arms = ArmsConfig(names=name, ngram=NgramConfig("bigram,trigram"))
-    return dataclasses.replace(base, arms=arms, streams=STREAMS * (name == "ngram"))
+    return dataclasses.replace(base, arms=arms, streams=streams)
 
 
 def run_with(model: ModelConfig, kind: str = "lazy_adam", **train) -> Config:
@@ -67,8 +72,9 @@ def run_with(model: ModelConfig, kind: str = "lazy_adam", **train) -> Config:
 def moved(params: dict, size: float = 0.3) -> dict:
     """Return parameters with noise added, so that what starts at zero counts."""
     rng = np.random.default_rng(0)
+    noise = lambda value: size * np.float32(rng.standard_normal(value.shape))
     return {
-        name: value + size * np.float32(rng.standard_normal(value.shape))
+        name: value if value.dtype == jnp.int32 else value + noise(value)
         for name, value in params.items()
     }
 
@@ -184,7 +190,7 @@ def test_rows_are_added_at_the_input_and_to_values(name):
 @pytest.mark.parametrize("name", ARMS)
 def test_an_arm_adds_to_the_backbone_and_changes_none_of_it(name):
     dense, model = init_params(DENSE, jax.random.key(3)), model_with(name)
-    params = init_params(model, jax.random.key(3))
+    params = with_ngrams(model, init_params(model, jax.random.key(3)))
     for key, value in dense.items():
         np.testing.assert_array_equal(params[key], value, err_msg=key)
     ids = random_ids(DENSE, 2, 9)
@@ -193,7 +199,7 @@ def test_an_arm_adds_to_the_backbone_and_changes_none_of_it(name):
 
 
 def test_no_token_sees_a_later_one():
-    params = moved(init_params(EVERYTHING, jax.random.key(0)))
+    params = with_ngrams(EVERYTHING, moved(init_params(EVERYTHING, jax.random.key(0))))
     ids = np.array(random_ids(DENSE, 1, 9))
     before = bind(EVERYTHING, params)(jnp.asarray(ids)).hidden_BTD
     ids[0, 5] = (ids[0, 5] + 1) % DENSE.vocab_size
@@ -206,13 +212,13 @@ def test_no_token_sees_a_later_one():
 def test_row_gradients_of_every_table_are_those_of_plain_autodiff(accumulation):
     """Against dense gradients of the whole tables, which no plan and no kernel makes."""
     config = run_with(EVERYTHING, grad_accumulation=accumulation)
-    params = moved(init_params(config.model, jax.random.key(0)), 0.1)
+    params = with_ngrams(config.model, moved(init_params(config.model, jax.random.key(0)), 0.1))
     ids = random_ids(DENSE, 4, 16)
     targets = (ids + 1) % DENSE.vocab_size
     losses, found = jax.jit(lambda p: gradients(config, p, ids, targets))(params)
 
-    def loss(params, ids, targets):
-        model = bind(config.model, params)
+    def loss(trained, ids, targets):
+        model = bind(config.model, params | trained)
         output = model(ids)
         logits = (output.hidden_BTD @ model.head_DV)[..., : DENSE.vocab_size]
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)
@@ -221,7 +227,7 @@ def test_row_gradients_of_every_table_are_those_of_plain_autodiff(accumulation):
         return -chosen.mean() + config.train.z_loss * penalty.mean() + balance
 
     # Microbatches are strided, and their gradients averaged.
-    grads = [jax.grad(loss)(params, ids[i::accumulation], targets[i::accumulation])
+    grads = [jax.grad(loss)(numbers_of(params), ids[i::accumulation], targets[i::accumulation])
              for i in range(accumulation)]  # fmt: skip
     expected = jax.tree.map(lambda *leaves: sum(leaves) / accumulation, *grads)
     assert found.keys() == expected.keys()
@@ -239,11 +245,12 @@ def test_every_parameter_learns_and_rows_that_are_not_read_stay(kind):
     for _ in range(2):  # what is behind zeros gets no gradient in the first
         state, metrics = step(state, ids, (ids + 1) % DENSE.vocab_size)
     assert np.isfinite(metrics.loss)
-    for key in first:
+    for key in numbers_of(first):
         assert not np.array_equal(first[key], state.params[key]), key
     for name, table in declared_tables(config.model).items():
         stream = config.model.id_streams[table.stream]
-        read = np.unique(np.asarray(stream_ids(stream, ids)))
+        index = indices_of(first).get(stream.name)
+        read = np.unique(np.asarray(stream_ids(stream, ids, index=index)))
         unread = np.setdiff1d(np.arange(table.shape[-2]), read)
         assert unread.size or stream.name == "token", "a test that cannot fail"
         same = np.asarray(first[name])[..., unread, :]
@@ -272,7 +279,9 @@ def still_after_two_steps(**options) -> tuple[set[str], dict[str, object]]:
     ids, after = random_ids(DENSE, 4, 16), state
     for _ in range(2):
         after, _ = step(after, ids, ids)
-    still = {n for n, value in state.params.items() if np.array_equal(value, after.params[n])}
+    still = {
+        n for n, value in numbers_of(state.params).items() if np.array_equal(value, after.params[n])
+    }
     return still, state.opt_state
 
 
@@ -312,6 +321,7 @@ def test_jtok_keyed_by_bigrams_is_jtok_of_their_ids():
 
 def test_counts_are_those_of_the_parameters():
     params, counts = init_params(EVERYTHING, jax.random.key(0)), flops.count(EVERYTHING, seq_len=16)
+    params = numbers_of(params)
     tables = sum(params[name].size for name in declared_tables(EVERYTHING))
     assert counts.tables == tables
     assert counts.total == sum(leaf.size for leaf in params.values())
@@ -367,10 +377,11 @@ def test_memory_of_a_step_does_not_grow_with_the_tables(kind):
     """No table, no layer of one and no gradient of its size is ever copied."""
 
     def compiled(rows: int):
-        streams = f"a=2:{rows}, b=2:{rows + 8}, c=3:{rows}:2"
+        streams = f"a=2:{rows}, b=2:{rows + 8}, c=3:{rows}:2, frequent=4:{rows - 1}:frequent"
         arms = ArmsConfig(
             names=",".join(ARMS), ngram=NgramConfig("b,c"), deep_embed=DeepEmbedConfig("a"),
             low_rank=LowRankConfig("b"), value_embedding=ValueEmbeddingConfig("a"),
+            scone=SconeConfig(kind="table"),
         )  # fmt: skip
         jtok = dataclasses.replace(JTOK_M, stream="a")
         model = dataclasses.replace(DENSE, jtok=jtok, arms=arms, streams=streams)

@@ -11,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 from pythons import OLD
-from small import KINDS, with_every_table
+from small import FREQUENT, KINDS, with_every_table
 from test_config import changed
 from test_data import run_config
 
@@ -33,7 +33,8 @@ def config(corpus):
     jtok = dataclasses.replace(KINDS["dense-jtok_m"].jtok, table_init_std=0.1)
     model = with_every_table(dataclasses.replace(KINDS["dense-jtok_m"], jtok=jtok, vocab_size=300))
     start = dataclasses.replace(run_config(corpus, steps=3), model=model)
-    return changed(start, {"optimizer.learning_rate": 0.1, "checkpoint.every": 1})
+    fields = {"optimizer.learning_rate": 0.1, "checkpoint.every": 1}
+    return changed(start, fields | {"data.ngrams": f"{corpus}/{FREQUENT}"})
 
 
 @pytest.fixture(scope="module")

@@ -209,7 +209,7 @@ def test_kernels_run_within_the_exchange(kind, name):
     split = ids[None], ids[None]
 
     def gradients(params, parallel):
-        plans = rows.make_plans(config, split[0], parallel)
+        plans = rows.make_plans(config, params, split[0], parallel)
         parameters = make_optimizer(config).split(params)
         return step._gradients(config, *parameters, *split, None, plans, parallel)
 

@@ -13,11 +13,21 @@ import pytest
 from hf_oracle import config as hf_config
 from hf_oracle import random_tensors, write_folder
 from pythons import oldest
-from small import ARMS, DENSE, JTOK, JTOK_M, small_config, small_recipe, write_documents
+from small import (
+    ARMS,
+    DENSE,
+    FREQUENT,
+    JTOK,
+    JTOK_M,
+    small_config,
+    small_recipe,
+    write_documents,
+)
 from test_config import changed
 from test_data import run_config
 
 from configs.pretrained import get_config
+from jtok_jax.arms_config import SconeConfig
 from jtok_jax.config import OptimizerConfig
 from jtok_jax.config_dict import from_config_dict
 from jtok_jax.convert import from_folder
@@ -134,10 +144,12 @@ def test_what_is_frozen_takes_neither_moments_nor_gradients():
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_trains_alone(arm, base, tmp_path):
-    arms = dataclasses.replace(BASE.arms, names=arm)
-    streams = "bigram=2:64" if arm == "ngram" else ""
+    arms = dataclasses.replace(BASE.arms, names=arm, scone=SconeConfig(kind="table"))
+    streams = {"ngram": "bigram=2:64", "scone": "frequent=3:119:frequent"}.get(arm, "")
     model = dataclasses.replace(BASE, arms=arms, streams=streams)
     config = more(base, model, **{"optimizer.frozen": "backbone", "train.steps": 3})
+    if arm == "scone":
+        config = changed(config, {"data.ngrams": f"{config.data.path}/{FREQUENT}"})
     train(config, tmp_path / "run")
     before, after = load_params(base[0]).params, load_params(tmp_path / "run").params
     for name, value in before.items():

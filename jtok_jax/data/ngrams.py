@@ -64,10 +64,15 @@ class FrequentNgrams:
     """n-grams of 2 to max_n tokens with their rows, numbered from 0."""
 
     def __init__(
-        self, description: Description, keys: Sequence[np.ndarray], counts: Sequence[np.ndarray]
+        self,
+        description: Description,
+        keys: Sequence[np.ndarray],
+        counts: Sequence[np.ndarray],
+        digest: str = "",
     ):
-        """keys, counts: uint64, sorted by key, of each length from 2."""
+        """keys, counts: uint64, sorted by key, of each length from 2. digest: of their file."""
         self.description, self.keys, self.counts = description, list(keys), list(counts)
+        self.digest = digest
         self.offsets = np.cumsum([0, *description.rows])  # the first row of each length
 
     def __len__(self) -> int:
@@ -173,7 +178,8 @@ def open_ngrams(path: pathlib.Path, *, tokenizer: str = "") -> FrequentNgrams:
             f"{path} holds n-grams of another tokenizer. Build it again from this corpus."
         )
     ends = np.cumsum(of.rows)[:-1]
-    return FrequentNgrams(of, **{name: np.split(x, ends) for name, x in arrays.items()})
+    parts = {name: np.split(x, ends) for name, x in arrays.items()}
+    return FrequentNgrams(of, **parts, digest=about["sha256"])
 
 
 def extended_keys(

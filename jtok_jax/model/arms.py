@@ -111,6 +111,7 @@ LAYERS: dict[str, type[Arm]] = {
     "film": Film,
     "low_rank": LowRank,
     "ngram": Arm,  # at the input alone, see `arm_tables`
+    "scone": Arm,  # at the input alone, see `jtok_jax.model.scone`
     "value_embedding": ValueEmbedding,
 }
 
@@ -161,7 +162,8 @@ def arm_tables(config: ModelConfig, *, rngs: nnx.Rngs, rows: Mapping[str, jax.Ar
             layers = tuple(range(config.num_layers))
             found[arm] = {"table": table(arm, *streams, layers, *in_layers[arm])}
         else:
-            found[arm] = {name: table(arm, name, (), dim, 0.0) for name in streams}
+            std = config.embed_std if arm == "scone" else 0.0  # in place of the embedding, or added
+            found[arm] = {name: table(arm, name, (), dim, std) for name in streams}
     return Arms({arm: ArmTables(tables) for arm, tables in found.items()})
 
 

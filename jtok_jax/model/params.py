@@ -13,7 +13,7 @@ from jtok_kernels import pack_rows, unpack_rows
 from jtok_jax.errors import ConfigError
 from jtok_jax.model.operations import Operations, choose_operations, held_alone
 from jtok_jax.model.transformer import Transformer
-from jtok_jax.model.variables import Parameter, Table
+from jtok_jax.model.variables import Index, Parameter, Table
 from jtok_jax.model_config import ModelConfig
 
 Params = dict[str, jax.Array]
@@ -22,7 +22,7 @@ Params = dict[str, jax.Array]
 class Declared(NamedTuple):
     """The metadata of a parameter, see jtok_jax.model.variables."""
 
-    kind: type[Parameter]
+    kind: type[Parameter | Index]
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: str  # with the leading L of blocks
@@ -38,6 +38,10 @@ class Declared(NamedTuple):
     @property
     def is_table(self) -> bool:
         return issubclass(self.kind, Table)
+
+    @property
+    def is_index(self) -> bool:
+        return issubclass(self.kind, Index)
 
     @property
     def reads(self) -> int:
@@ -58,7 +62,7 @@ def declared(config: ModelConfig) -> dict[str, Declared]:
     for path, variable in nnx.to_flat_state(state):
         value, metadata = variable.get_value(), variable.get_metadata()
         fields = {key: metadata[key] for key in Declared._fields if key in metadata}
-        fields["axes"] = "L" * (path[0] == "blocks") + fields["axes"]
+        fields["axes"] = "L" * ("blocks" in path) + fields["axes"]
         found["/".join(path)] = Declared(type(variable), value.shape, value.dtype, **fields)
     return found
 

@@ -18,6 +18,7 @@ from jtok_kernels import RowPlan, mixed
 
 from jtok_jax.model import host_memory
 from jtok_jax.model.exchange import Exchange
+from jtok_jax.model.ngram_index import NgramIndex, frequent_ids
 from jtok_jax.model.variables import Table
 from jtok_jax.streams import IdStream
 
@@ -36,6 +37,7 @@ class SomeRows(NamedTuple):
     """The rows of one batch, of tables that are held in host memory.
 
     They stand for the tables: what is looked up is the place of an id among the rows that are here.
+    Of frequent n-grams the row of none is always there, so that its place is 0, as its id is.
     """
 
     places: dict[str, jax.Array]  # by stream; int32, as `stream_ids` gives ids
@@ -129,15 +131,19 @@ def make_reader(
     training: Rows | None,
     exchanges: dict[str, Exchange],
     places: dict[str, jax.Array] | None,
+    indices: dict[str, NgramIndex],
 ) -> Reader:
     """Return the reader of a batch; ids of every stream that a table reads are made once.
 
     places: what takes the place of these ids, see `SomeRows`.
+    indices: of streams of frequent n-grams.
     """
     ids, of_group = dict(places or {}), {}
     for name, table in tables.items():
         if table.stream not in ids:
-            ids[table.stream] = stream_ids(streams[table.stream], ids_BT, before_BC)
+            stream = streams[table.stream]
+            index = indices.get(stream.name)
+            ids[stream.name] = stream_ids(stream, ids_BT, before_BC, index=index)
         exchange = exchanges.get(name)
         key = plan_key(table.stream, exchange)
         if exchange and key not in of_group:
@@ -146,19 +152,28 @@ def make_reader(
 
 
 def stream_ids(
-    stream: IdStream, ids_BT: jax.Array, before_BC: jax.Array | None = None, *, xp=jnp
+    stream: IdStream,
+    ids_BT: jax.Array,
+    before_BC: jax.Array | None = None,
+    *,
+    index: NgramIndex | None = None,
+    xp=jnp,
 ) -> jax.Array:
     """Return int32 ids [B, T], or [B, T, heads], in [0, stream.num_rows).
 
     An n-gram's id is a hash of the last n token ids; before a sequence's first token there is none.
+    That of frequent n-grams is 1 + the row of the longest, 0 where there is none.
 
     Args:
         before_BC: int32, as many ids before the first as the longest n-gram reads, each plus 1,
             and 0 where there is none. None: nothing comes before.
+        index: of frequent n-grams.
         xp: the module that computes, `jax.numpy`, or `numpy` where ids are wanted on the host.
     """
     if stream.order == 1:
         return ids_BT
+    if stream.frequent:
+        return frequent_ids(index, ids_BT, before_BC, stream, xp=xp)
     length, reach = ids_BT.shape[1], stream.order - 1
     ids = ids_BT.astype(np.uint32) + 1
     if before_BC is None:

@@ -1,13 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""The decoder: embedding, scanned blocks, final norm; where the token tables enter a block.
-
-h ------------+--> norm -> attention --+--> h~ --+--> norm -> feed-forward -> dm --+
-              |                        |         |                                 |
-              +------------------------+         |        JTok: dm * gate(row)  <--+
-                                                 |        JTok-M: dm + dr(rows)    |
-                                                 +---------------------------------+--> h'
-"""
+"""The decoder: embedding, scanned blocks, final norm."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,34 +14,20 @@ from jax.sharding import Mesh, NamedSharding
 
 from jtok_jax.mesh import split_batch, split_columns
 from jtok_jax.model import host_memory
-from jtok_jax.model.arms import arm_tables, arms_of_layer, table_name
-from jtok_jax.model.attention import ROTATED, Attend, Attention, AttentionResult, causal
-from jtok_jax.model.exchange import FETCHED, Exchange
-from jtok_jax.model.jtok import jtok_layer
+from jtok_jax.model.arms import arm_tables, table_name
+from jtok_jax.model.attention import AttentionResult, causal
+from jtok_jax.model.block import TABLES, moments, over_layers, remat, stacked_blocks
+from jtok_jax.model.exchange import Exchange
 from jtok_jax.model.layers import (
-    FeedForward,
-    Rotation,
     layer_norm,
-    normed,
     rms_norm,
     rotation,
 )
-from jtok_jax.model.moe import Moe
-from jtok_jax.model.pattention import PattentionFeedForward
-from jtok_jax.model.splash import SAVED
-from jtok_jax.model.tables import Lookup, Reader, Rows, make_reader
+from jtok_jax.model.ngram_index import NgramStreams
+from jtok_jax.model.scone import NgramModel, embed_ngrams
+from jtok_jax.model.tables import Reader, Rows, make_reader
 from jtok_jax.model.variables import Embedding, Table, Vector, normal, ones, owned
 from jtok_jax.model_config import ModelConfig
-
-TABLES = "tables"  # where a model holds JTok's, which every other table has its path for
-
-
-class BlockAux(NamedTuple):
-    """What a block reports beside its output; stacked to [L, ...] by the scan."""
-
-    moe_balance: jax.Array
-    jtok_balance: jax.Array
-    health: dict[str, jax.Array]
 
 
 class Output(NamedTuple):
@@ -63,6 +42,7 @@ class Output(NamedTuple):
     moe_balance: jax.Array
     jtok_balance: jax.Array
     health: dict[str, jax.Array]
+    ngrams: dict[str, jax.Array]  # what SCONE made of the batch, see `scone.embed_ngrams`
 
 
 class Parallel(NamedTuple):
@@ -70,79 +50,6 @@ class Parallel(NamedTuple):
 
     exchanges: dict[str, Exchange]
     mesh: Mesh
-
-
-class Block(nnx.Module):
-    """Attention, feed-forward (dense or experts) and, where configured, the token tables."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.attention = Attention(config, rngs=rngs)
-        if config.moe.num_experts:
-            self.moe = Moe(config, rngs=rngs)
-        else:
-            pattention = config.pattention.kind != "none"
-            self.ffn = (PattentionFeedForward if pattention else FeedForward)(config, rngs=rngs)
-        if config.jtok.kind != "none":
-            self.jtok = owned(jtok_layer(config, rngs=rngs), "jtok")
-        if config.arms.names:
-            self.arms = arms_of_layer(config, rngs=rngs)
-        self.config = config
-
-    def __call__(
-        self,
-        h_BTD: jax.Array,
-        *,
-        rope: Rotation,
-        attend: Attend,
-        lookups: Mapping[str, Lookup],
-        mesh: Mesh | None,
-        with_health: bool = False,
-    ) -> tuple[jax.Array, object, BlockAux]:
-        """Return (h', what `attend` caches, aux); `lookups` has the tables of this layer."""
-        lookup = lookups.get(TABLES)
-        arms = [
-            (getattr(self.arms, name), lookups[table].rows() if table in lookups else None)
-            for name in self.config.arms.chosen()
-            for table in [table_name(name)]
-        ]
-        pre_BTD = normed(h_BTD, self.attention.norm, self.config)
-        options = self.config.jtok
-        gated, shared = options.kind == "jtok", options.router_norm == "shared"
-        prefetched = None
-        if lookup and (gated or options.router_input == "pre_attention"):
-            prefetched = self.jtok.prefetch(pre_BTD if shared else h_BTD, lookup)
-
-        def change_values(value_BTKH):
-            for arm, rows in arms:
-                value_BTKH = arm.values(value_BTKH, rows)
-            return value_BTKH
-
-        out_BTD, cached = self.attention(
-            pre_BTD, rope=rope, attend=attend, change_values=change_values
-        )
-        tilde_BTD = h_BTD + out_BTD
-        feed = self.moe if self.config.moe.num_experts else self.ffn
-        post_BTD = normed(tilde_BTD, feed.norm, self.config)
-        if lookup and not prefetched:
-            prefetched = self.jtok.prefetch(post_BTD if shared else tilde_BTD, lookup)
-        moe_balance = jnp.float32(0)
-        if self.config.moe.num_experts:
-            dm_BTD, moe_balance = self.moe(post_BTD, mesh)
-        else:
-            dm_BTD = self.ffn(post_BTD)
-        for arm, rows in arms:
-            dm_BTD = arm.increment(dm_BTD, post_BTD, rows)
-        health = {"hidden_std": _moments(h_BTD)} if with_health else {}
-        if lookup is None:
-            return tilde_BTD + dm_BTD, cached, BlockAux(moe_balance, jnp.float32(0), health)
-        known = {"lookup": lookup, "prefetched": prefetched}
-        if gated:
-            h_BTD, balance = self.jtok(tilde_BTD, dm_BTD, **known), jnp.float32(0)
-        else:
-            h_BTD, balance = self.jtok(tilde_BTD, None, dm_BTD, **known)
-        if with_health:
-            health |= self.jtok.health(dm_BTD, prefetched, lookup)
-        return h_BTD, cached, BlockAux(moe_balance, balance, health)
 
 
 class Transformer(nnx.Module):
@@ -155,16 +62,20 @@ class Transformer(nnx.Module):
         rows = rows or {}
         dim, vocab, dtype = config.model_dim, config.vocab_size, config.param_dtype
         pad = config.padded_vocab - vocab
-        std = config.embed_init_std or config.init_std
+        std = config.embed_std
         tied = {"kind": Embedding, "share": (int(config.head == "tied"), 1)}
         self.embed = normal(rngs, vocab, dim, axes="VD", std=std, dtype=dtype, pad=(pad, 0), **tied)
-        self.blocks = _stacked_blocks(config, rngs)
+        self.blocks = stacked_blocks(config, rngs)
         self.final_norm = ones(dim, "D")
         if config.block_norm == "weightless_layer":
             self.final_bias = Vector(jnp.zeros(dim, jnp.float32), "D")
         if config.head == "untied":
             std = config.init_std
             self.head = normal(rngs, dim, vocab, axes="DV", std=std, dtype=dtype, pad=(0, pad))
+        if config.frequent_streams:
+            self.ngrams = NgramStreams(config.frequent_streams)
+        if config.arms.makes_ngrams:
+            self.scone = owned(NgramModel(config, rngs=rngs), "scone")
         if config.tables_shape:
             self.tables = _jtok_tables(config, rngs, rows)
         if config.arms.table_streams:
@@ -213,7 +124,10 @@ class Transformer(nnx.Module):
         attend = attend or _attend_causally(config, mesh, segments_BT)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
         tables, streams = self.named_tables, config.id_streams
-        reader = make_reader(tables, streams, ids_BT, before_BC, training, exchanges, places)
+        indices = self.ngrams.indices if config.frequent_streams else {}
+        reader = make_reader(
+            tables, streams, ids_BT, before_BC, training, exchanges, places, indices
+        )
         in_layers = reader.in_layers
         partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)
@@ -233,14 +147,16 @@ class Transformer(nnx.Module):
                 out_BTD, cached, aux = _either(stacks[TABLES] >= 0, with_all, without)
             return split(out_BTD, split_batch), (cached, aux)
 
-        h_BTD = split(self._input(ids_BT, reader, split), split_batch)
+        h_BTD, ngrams = self._input(ids_BT, before_BC, indices, reader, mesh)
+        h_BTD = split(h_BTD, split_batch)
         stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
-        layers, body = (params, stacks, row_grads, cache), _remat(body, config.remat)
-        h_BTD, (cached, aux) = _over_layers(body, h_BTD, layers)
+        layers, body = (params, stacks, row_grads, cache), remat(body, config.remat)
+        h_BTD, (cached, aux) = over_layers(body, h_BTD, layers)
         hidden_BTD = self._final_norm(h_BTD)
-        health = _with_stds(aux.health, _moments(h_BTD)) if with_health else {}
-        return Output(hidden_BTD, cached, aux.moe_balance.sum(), aux.jtok_balance.sum(), health)
+        health = _with_stds(aux.health, moments(h_BTD)) if with_health else {}
+        balances = aux.moe_balance.sum(), aux.jtok_balance.sum()
+        return Output(hidden_BTD, cached, *balances, health, ngrams)
 
     def _final_norm(self, h_BTD: jax.Array) -> jax.Array:
         """Return the last norm of `h`, which has a weight whatever those of blocks have."""
@@ -249,37 +165,30 @@ class Transformer(nnx.Module):
             return layer_norm(h_BTD, weight_D, self.final_bias[...], eps=eps)
         return rms_norm(h_BTD, weight_D, eps=eps)
 
-    def _input(self, ids_BT: jax.Array, reader: Reader, split: Callable) -> jax.Array:
-        """Return the embedding of `ids` and the rows of tables at the input, added."""
-        h_BTD = split(self.embed[ids_BT].astype(self.config.compute_dtype), split_columns)
-        for name in sorted(reader.tables.keys() - reader.in_layers.keys()):
-            h_BTD = h_BTD + reader.at_input(name).rows().astype(h_BTD.dtype)
-        return h_BTD
+    def _input(self, ids_BT, before_BC, indices, reader: Reader, mesh: Mesh | None):
+        """Return what the blocks read, [B, T, D], and `Output.ngrams`.
 
-
-def _over_layers(body: Callable, h_BTD: jax.Array, layers: tuple):
-    """Return a scan over `layers`, or, where the last of them is a cache, the same one by one.
-
-    Caches of layers are arrays apart, so that each is read and written where it lies.
-    """
-    (*stacks, cache), cached, auxs = layers, [], []
-    if cache is None:
-        return jax.lax.scan(body, h_BTD, layers)
-    for index, of_layer in enumerate(cache):
-        mine = jax.tree.map(lambda stack, index=index: stack[index], stacks)
-        h_BTD, (new, aux) = body(h_BTD, (*mine, of_layer))
-        cached.append(new)
-        auxs.append(aux)
-    return h_BTD, (cached, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *auxs))
-
-
-def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def build(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
-
-    return build(rngs)
+        That is the embedding of `ids`, or SCONE's of an n-gram; rows of tables at the input are
+        added.
+        """
+        config, dtype, ngrams = self.config, self.config.compute_dtype, {}
+        split = lambda x, how: x if mesh is None else _split(x, how(mesh))
+        embed = lambda ids: split(self.embed[ids].astype(dtype), split_columns)
+        h_BTD, at_input = embed(ids_BT), reader.tables.keys() - reader.in_layers.keys()
+        if config.arms.makes_ngrams:
+            stream = config.id_streams[config.arms.scone.stream]
+            h_BTD, ngrams = embed_ngrams(
+                self.scone, ids_BT, before_BC, indices[stream.name], stream, embed, h_BTD,
+                room=config.arms.scone.room, training=reader.training is not None, mesh=mesh,
+            )  # fmt: skip
+        of_ngrams = table_name("scone")
+        if of_ngrams in at_input:
+            rows_BTD = reader.at_input(of_ngrams).rows().astype(dtype)
+            is_frequent = reader.ids[config.arms.scone.stream] > 0
+            h_BTD = jnp.where(is_frequent[..., None], rows_BTD, h_BTD)
+        for name in sorted(at_input - {of_ngrams}):
+            h_BTD = h_BTD + reader.at_input(name).rows().astype(dtype)
+        return h_BTD, ngrams
 
 
 def _jtok_tables(config: ModelConfig, rngs: nnx.Rngs, rows: Mapping[str, jax.Array]) -> Table:
@@ -321,12 +230,6 @@ def _split(x: jax.Array, how: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, how)
 
 
-def _moments(x_BTD: jax.Array) -> jax.Array:
-    """Return float32 [B, 2], means of x and x^2 by sequence: no layer waits for other devices."""
-    x_BTD = jax.lax.stop_gradient(x_BTD).astype(jnp.float32)
-    return jnp.stack([x_BTD.mean(axis=(1, 2)), jnp.square(x_BTD).mean(axis=(1, 2))], axis=-1)
-
-
 def _with_stds(health: dict[str, jax.Array], final_B2: jax.Array) -> dict[str, jax.Array]:
     """Return `health` with deviations of the stream for its moments, and that after all layers."""
 
@@ -350,17 +253,3 @@ def _either(condition: jax.Array, with_tables: Callable, without: Callable):
         return h, cached, aux._replace(health=fill | aux.health)
 
     return jax.lax.cond(condition, with_tables, filled)
-
-
-def _remat(body: Callable, kind: str) -> Callable:
-    if kind == "none":
-        return body
-    known = jax.checkpoint_policies
-    policies = {
-        "dots": known.save_from_both_policies(
-            known.dots_with_no_batch_dims_saveable,
-            known.save_only_these_names(FETCHED, ROTATED, SAVED),
-        ),
-        "full": known.nothing_saveable,
-    }
-    return jax.checkpoint(body, policy=policies[kind], prevent_cse=False)

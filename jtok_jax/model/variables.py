@@ -46,6 +46,14 @@ class Vector(Parameter):
     """The weight of a norm, a scale or a bias; it does not decay."""
 
 
+class Index(nnx.Variable):
+    """Integers that tokens are found in: no parameter, so no gradient is taken of them."""
+
+    def __init__(self, value, axes: str, **metadata):
+        own = {"axes": axes, "share": (0, 1), "full_precision": True, "owner": ""}
+        super().__init__(value, **own, **metadata)
+
+
 class Table(Parameter):
     """A stack of tables whose rows an id stream looks up; gradients are of the rows of a step.
 

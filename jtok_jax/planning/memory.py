@@ -228,7 +228,7 @@ def _trace(model: ModelConfig, data: int, expert: int) -> tuple[float, float]:
 
     def backward(backbone, tables, ids):
         parallel = parallel_reads(config, mesh)
-        plans = make_plans(config, ids[None], parallel)
+        plans = make_plans(config, backbone, ids[None], parallel)
         first = lambda plan: plan._replace(order=jax.tree.map(lambda x: x[0], plan.order))
         mine = {key: first(plan) for key, plan in plans.items()}
 

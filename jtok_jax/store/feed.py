@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch, check_unique
 from jtok_jax.mesh import put_whole
-from jtok_jax.model.params import declared_tables
+from jtok_jax.model.params import Params, declared_tables
 from jtok_jax.model.tables import SomeRows
 from jtok_jax.store.reader import Ids, RowReader
 from jtok_jax.store.rows import Leaves
@@ -54,6 +54,10 @@ class RowFeed:
         self._taken: Ids = {}  # ids of the step under way
         self._last_write, self._failed = self._thread.submit(lambda: None), None
         self._merge = jax.jit(_merge, out_shardings=store.shardings, donate_argnums=0)
+
+    def find_ngrams_with(self, params: Params) -> None:
+        """Take from a model's parameters what frequent n-grams are found with."""
+        self._reader.find_ngrams_with(params)
 
     def fetch(self, ids_BT: np.ndarray) -> SomeRows:
         """Return the rows of a batch that changes none, after all changes under way."""

@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import put_batch, put_whole
-from jtok_jax.model.params import declared_tables
+from jtok_jax.model.ngram_index import indices_of
+from jtok_jax.model.params import Params, declared_tables
 from jtok_jax.model.tables import SomeRows, stream_ids
 from jtok_jax.store.tables import HostTables
 
@@ -32,12 +33,19 @@ class RowReader:
         mesh: Mesh,
         store: HostTables,
         put: Callable[[Mesh, np.ndarray], jax.Array] = put_batch,
+        *,
+        params: Params | None = None,
     ):
-        """put: how arrays of a batch lie on `mesh`."""
+        """put: how arrays of a batch lie on `mesh`. params: see `find_ngrams_with`."""
         self._mesh, self._store, self._put = mesh, store, put
         self._streams_layers = config.mesh.table_streaming
         streams = {table.stream for table in declared_tables(config.model).values()}
         self.streams = {name: config.model.id_streams[name] for name in sorted(streams)}
+        self.find_ngrams_with(params or {})
+
+    def find_ngrams_with(self, params: Params) -> None:
+        """Take from a model's parameters what frequent n-grams are found with."""
+        self._indices = jax.tree.map(np.asarray, indices_of(params))
 
     def fetch(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> SomeRows:
         """Return the rows of a batch that changes none, without their ids.
@@ -48,7 +56,7 @@ class RowReader:
         """
         places, ids = self.unique(ids_BT, before_BC)
         room = {
-            name: min(stream.num_rows, ids_BT.size * stream.heads)
+            name: min(stream.num_rows, ids_BT.size * stream.heads + stream.frequent)
             for name, stream in self.streams.items()
         }
         leaves = self._store.read(ids, room)
@@ -61,8 +69,11 @@ class RowReader:
         """Return for each stream the place of every id among the unique ones, and these."""
         places, unique = {}, {}
         for name, stream in self.streams.items():
-            ids = stream_ids(stream, ids_BT, before_BC, xp=np)
+            ids = stream_ids(stream, ids_BT, before_BC, index=self._indices.get(name), xp=np)
             unique[name], places[name] = _unique(ids, stream.num_rows)
+            if stream.frequent and unique[name][0]:  # the row of none is there, read or not
+                unique[name] = np.append(np.int32(0), unique[name])
+                places[name] += 1
         return places, unique
 
     def put(self, places: Ids, ids: Ids, room: Mapping[str, int]) -> SomeRows:

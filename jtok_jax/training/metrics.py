@@ -140,9 +140,9 @@ def open_writers(config: Config, workdir: pathlib.Path, first_step: int) -> list
 def step_record(metrics: StepMetrics, health: dict[str, object]) -> dict[str, object]:
     """Return the measurements of a step as JSON values; waits for it. Not finite becomes None."""
     values = jax.device_get(metrics)._asdict()
-    words = values.pop("batch_hash")
-    values = {name: value for name, value in (values | health).items() if value is not None}
-    plain = {name: _plain(value) for name, value in values.items()}
+    words, ngrams = values.pop("batch_hash"), values.pop("ngrams")
+    values |= ngrams | health
+    plain = {name: _plain(value) for name, value in values.items() if value is not None}
     return {"batch_hash": "".join(f"{word:08x}" for word in words)} | plain
 
 
@@ -199,6 +199,8 @@ def console_line(
     ]
     if seconds_left is not None:
         parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
+    if values.get("ngram_shortened"):
+        parts.append(f"{values['ngram_shortened']:.2%} of n-grams cut: model.arms.scone.room")
     if values["bad_steps"]:
         parts.append(f"{values['bad_steps']} steps skipped")
     return "  ".join(parts)

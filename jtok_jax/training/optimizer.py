@@ -55,7 +55,7 @@ class Optimizer(NamedTuple):
 
 
 def groups(model: ModelConfig, *, frozen: str = "none") -> dict[str, str]:
-    """Return the AdamW group of every parameter but tables: decay acts on matrices alone.
+    """Return the AdamW group of all that it trains, not of tables: decay acts on matrices alone.
 
     Args:
         frozen: "backbone" leaves out all but the parameters of JTok and of arms.
@@ -63,7 +63,7 @@ def groups(model: ModelConfig, *, frozen: str = "none") -> dict[str, str]:
     return {
         name: "vectors" if issubclass(one.kind, Vector) else "matrices"
         for name, one in declared(model).items()
-        if not one.is_table and (one.owner or frozen == "none")
+        if not (one.is_table or one.is_index) and (one.owner or frozen == "none")
     }
 
 

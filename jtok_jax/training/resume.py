@@ -15,14 +15,14 @@ from jtok_jax.errors import CheckpointError, ConfigError, DataError, WorkdirErro
 
 CHECKPOINTS = "checkpoints"  # folder of a workdir
 CONFIG_FILE = "config.json"
-# What may change when a run goes on. The contents of data.path are checked by their fingerprint,
+# What may change when a run goes on. What data.path and data.ngrams hold is checked by fingerprint,
 # train.steps by schedule.steps. Another mesh, and other compiler options, sum in another order and
 # so change the last bits.
 MAY_CHANGE = (
     "train.steps", "train.log_every", "train.stall_seconds", "checkpoint.", "evaluation.",
-    "logging.", "profile.", "data.path", "data.read_threads", "data.prefetch", "data.verify",
-    "mesh.", "model.jtok.implementation", "model.attention", "model.remat", "model.loss_chunk",
-    "train.compiler_options", "train.max_unique_ids", "train.start_seconds",
+    "logging.", "profile.", "data.path", "data.ngrams", "data.read_threads", "data.prefetch",
+    "data.verify", "mesh.", "model.jtok.implementation", "model.attention", "model.remat",
+    "model.loss_chunk", "train.compiler_options", "train.max_unique_ids", "train.start_seconds",
     "train.heartbeat_seconds", "train.allow_changes",
 )  # fmt: skip
 HISTORY_FILE = "history.json"

@@ -19,6 +19,7 @@ from jtok_jax.config import Config
 from jtok_jax.mesh import num_shards
 from jtok_jax.model import host_memory
 from jtok_jax.model.exchange import Exchange
+from jtok_jax.model.ngram_index import indices_of
 from jtok_jax.model.params import Declared, Params, declared_tables, operations
 from jtok_jax.model.placement import table_layouts, table_operations
 from jtok_jax.model.tables import plan_key, stream_ids
@@ -54,15 +55,18 @@ def _exchange(parallel: Parallel | None, name: str) -> Exchange | None:
 
 def make_plans(
     config: Config,
+    params: Params,
     ids_NBT: jax.Array,
     parallel: Parallel | None,
     places: dict[str, jax.Array] | None = None,
 ) -> dict[str, RowPlan]:
     """Return one plan for all microbatches of a step, for each stream, see `plan_key`.
 
-    places: of `SomeRows`, [N, B, T] as `ids_NBT`, where the tables are the rows of the step alone.
+    Args:
+        params: which have the indices of frequent n-grams.
+        places: of `SomeRows`, [N, B, T] as `ids_NBT`, where the tables are the rows of the step.
     """
-    plans, count = {}, ids_NBT.shape[0]
+    plans, count, indices = {}, ids_NBT.shape[0], indices_of(params)
     for name, table in declared_tables(config.model).items():
         exchange = _exchange(parallel, name)
         key = plan_key(table.stream, exchange)
@@ -72,7 +76,8 @@ def make_plans(
             ids = places[table.stream]
         else:
             stream = config.model.id_streams[table.stream]
-            ids = stream_ids(stream, ids_NBT.reshape(-1, ids_NBT.shape[-1]))
+            ids_RT, index = ids_NBT.reshape(-1, ids_NBT.shape[-1]), indices.get(stream.name)
+            ids = stream_ids(stream, ids_RT, index=index)
             ids = ids.reshape(*ids_NBT.shape, *ids.shape[2:])
         room, num_rows = config.unique_rows(table.stream), rows_on_device(config, name)
         if exchange:

@@ -3,7 +3,6 @@
 """The run that the loop of train.py drives: its devices, data, steps, checkpoints and metrics."""
 
 import contextlib
-import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import jax
 from jtok_jax.config import Config
 from jtok_jax.config_dict import flatten, to_dict
 from jtok_jax.data.loader import open_source, train_batches
-from jtok_jax.data.manifest import absolute_path
 from jtok_jax.errors import ConfigError, DamagedError, DataError, Preempted
 from jtok_jax.hosts import Hosts, code_and_versions
 from jtok_jax.lock import LOCK_FILE, locked
@@ -25,6 +23,7 @@ from jtok_jax.store.rows import require_trainable
 from jtok_jax.training import guards
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.evaluate import evaluate
+from jtok_jax.training.frequent import open_frequent, with_absolute_paths, with_frequent
 from jtok_jax.training.metrics import (
     Timer,
     Writer,
@@ -61,8 +60,7 @@ def open_run(config: Config, workdir: pathlib.Path, hosts: Hosts) -> Iterator["R
         hosts.agree("code and versions", code_and_versions(), ConfigError)
         hosts.agree("configuration", flatten(to_dict(config)), ConfigError)
         hosts.check_shared(workdir / LOCK_FILE)
-        data = dataclasses.replace(config.data, path=absolute_path(config.data.path))
-        config = dataclasses.replace(config, data=data)  # what reads the run may be elsewhere
+        config = with_absolute_paths(config)  # what reads the run may be elsewhere
         stop = stack.enter_context(guards.StopSignal())
         stall = guards.StallWatch(
             workdir / guards.STALL_FILE, config.train.stall_seconds, hosts.announce
@@ -118,6 +116,9 @@ class Run:
             raise ConfigError(
                 f"model.document_id is {begins}, but documents of the data begin with {end_id}."
             )
+        self._ngrams = open_frequent(config, self._source.fingerprint)
+        of_ngrams = {"ngrams": self._ngrams.digest} if self._ngrams else {}
+        self._fingerprint = self._source.fingerprint | of_ngrams
         if self._source.note:
             hosts.say(self._source.note)
         if hosts.lead:
@@ -144,16 +145,21 @@ class Run:
     def restore_or_init(self) -> TrainState:
         """Return the state of the newest checkpoint, or a fresh one; all processes agree on it."""
         facts = {"last step": self.first_step - 1, "validation due": self.validation_due}
-        self.hosts.agree("data and checkpoint", self._source.fingerprint | facts, DataError)
-        if self.first_step == 1:
-            state = init_state(self.config, self._optimizer, self._mesh)
-            self.steps.initialise_tables()
-            if self.config.init_from:
-                with self._stall.waiting_for(f"parameters of {self.config.init_from}"):
-                    known = self.config, self._mesh, state.params, self.steps.tables
-                    params = begin_with(*known, self.hosts.say)
-                state = state._replace(params=params)
-            return state
+        self.hosts.agree("data and checkpoint", self._fingerprint | facts, DataError)
+        state = self._initial_state() if self.first_step == 1 else self._resumed_state()
+        self.steps.find_ngrams_with(state.params)
+        return state
+
+    def _initial_state(self) -> TrainState:
+        state = init_state(self.config, self._optimizer, self._mesh)
+        self.steps.initialise_tables()
+        params, known = state.params, (self.config, self._mesh)
+        if self.config.init_from:
+            with self._stall.waiting_for(f"parameters of {self.config.init_from}"):
+                params = begin_with(*known, params, self.steps.tables, self.hosts.say)
+        return state._replace(params=with_frequent(*known, params, self._ngrams))
+
+    def _resumed_state(self) -> TrainState:
         state = self._restore()
         self.hosts.say(f"resumed at step {self.first_step - 1}")
         self._source.offset = self.checkpoints.offset
@@ -189,7 +195,7 @@ class Run:
 
     def _open_checkpoints(self) -> Checkpoints:
         """Open those of the workdir; of which Orbax cannot read the metadata are set aside."""
-        data = {"data": self._source.fingerprint, "end_id": self._source.end_id}
+        data = {"data": self._fingerprint, "end_id": self._source.end_id}
         while True:
             try:
                 return Checkpoints(self.workdir, self.config, **data)

@@ -47,12 +47,14 @@ class StepMetrics(NamedTuple):
     bad_in_row: jax.Array
     batch_hash: jax.Array  # uint32 [2], the same on any mesh
     unique_ids: jax.Array | None  # int32, different tokens of the batch; None if no table has them
+    ngrams: dict[str, jax.Array]  # see `Output.ngrams`
 
 
 class _Losses(NamedTuple):
     loss: jax.Array
     moe_balance: jax.Array
     jtok_balance: jax.Array
+    ngrams: dict[str, jax.Array]
 
 
 def make_train_step(
@@ -71,7 +73,7 @@ def make_train_step(
     ):
         places, rounding_ids = (some.places, some.ids) if some else (None, None)
         microbatches = jax.tree.map(lambda x: _split(config, x), (ids_BT, targets_BT, places))
-        plans = rows.make_plans(config, microbatches[0], parallel, microbatches[2])
+        plans = rows.make_plans(config, state.params, microbatches[0], parallel, microbatches[2])
         split = optimizer.split(state.params)
         losses, *grads = _gradients(config, *split, *microbatches, plans, parallel)
         norm = rows.norm(*grads)
@@ -359,6 +361,7 @@ def _loss(backbone, row_grads, config: Config, others, ids_BT, targets_BT, place
         loss=sums.nats / sums.weight,
         moe_balance=output.moe_balance,
         jtok_balance=output.jtok_balance,
+        ngrams=output.ngrams,
     )
 
 

@@ -11,6 +11,7 @@ from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch
 from jtok_jax.mesh import replicated
 from jtok_jax.model import host_memory
+from jtok_jax.model.params import Params
 from jtok_jax.store.feed import RowFeed
 from jtok_jax.store.mapped import Contents
 from jtok_jax.store.tables import HostTables
@@ -56,6 +57,11 @@ class Steps:
         """Draw the first rows of tables in host memory."""
         if self.tables:
             self.tables.initialise()
+
+    def find_ngrams_with(self, params: Params) -> None:
+        """Take from parameters what frequent n-grams are found with where rows are read ahead."""
+        if self._feed:
+            self._feed.find_ngrams_with(params)
 
     def compile(self, state: TrainState) -> None:
         """Compile the training and the health step for `state`.
