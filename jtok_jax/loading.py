@@ -151,11 +151,12 @@ def load(
 
     saved = load_params(pathlib.Path(workdir), choose, step=step)
     encoder, end_id = _tokenizer(saved, pathlib.Path(workdir), data)
-    reader = None
+    reader, params = None, saved.params
     if saved.tables:
         mesh = make_mesh(saved.config.mesh)
         reader = RowReader(saved.config, mesh, saved.tables, put_whole, params=saved.params)
-    return LoadedRun(saved.config, saved.params, encoder, end_id, saved.step, reader)
+        params = reader.without_indices(params)
+    return LoadedRun(saved.config, params, encoder, end_id, saved.step, reader)
 
 
 def _tokenizer(

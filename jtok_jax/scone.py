@@ -3,6 +3,7 @@
 """python -m jtok_jax.scone: what SCONE (arXiv 2502.01637) needs beside a run.
 
 python -m jtok_jax.scone build --data=data/docs --max_n=5 --rows=1000000 --output=data/docs.ngrams
+python -m jtok_jax.scone export --from=runs/scone --output=runs/scone-table
 """
 
 import argparse
@@ -20,6 +21,7 @@ from jtok_jax.data.ngram_counts import Counted, Counter, most_frequent, new_file
 from jtok_jax.data.ngrams import Description, FrequentNgrams
 from jtok_jax.data.windows import Windows, allow_open_files
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
+from jtok_jax.scone_export import export
 
 SHOWN = 4  # n-grams of each length that are shown
 
@@ -136,9 +138,20 @@ def main(arguments: list[str] | None = None) -> None:
     option("--min_count", type=int, default=5, help="of both parts of an n-gram (5)")
     cores = len(os.sched_getaffinity(0))
     option("--workers", type=int, default=cores, help="threads (one a core)")
+    export_parser = commands.add_parser("export", help="make a table of what A_f makes")
+    option = export_parser.add_argument
+    option("--from", dest="run", required=True, help="folder of a run, or FOLDER@STEP")
+    option("--output", required=True, type=pathlib.Path, help="folder to write")
+    option("--dtype", default="", choices=("float32", "bfloat16"), help="of rows (as of tables)")
+    option("--batch_size", type=int, default=4096, help="n-grams at a time (4096)")
     options = vars(parser.parse_args(arguments))
-    del options["command"]
+    command = options.pop("command")
     with exit_on_error():
+        if command == "export":
+            model = export(**options)
+            rows = model.id_streams[model.arms.scone.stream].rows
+            print(f"{options['output']}: {rows:,} rows in {model.arms.table_dtype}")
+            return
         ngrams = build(**options)
         print(f"{options['output']}:\n{_report(ngrams, options['data'], options['rows'])}")
 

@@ -94,6 +94,30 @@ def build_index(ngrams: FrequentNgrams, stream: IdStream) -> NgramIndex:
     return NgramIndex(starts, entries.reshape(-1))
 
 
+class NgramTokens:
+    """The tokens of every n-gram of an index, by row."""
+
+    def __init__(self, index: NgramIndex, stream: IdStream):
+        """index: arrays of NumPy; filled."""
+        prefix, token, row = np.asarray(index.entries).reshape(-1, FIELDS)[: stream.rows].T
+        self._stream, by_row = stream, np.argsort(row)
+        self._prefix, self._token = prefix[by_row], token[by_row]
+
+    def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return int32 tokens [R, order] of rows, NONE after the last, and lengths [R]."""
+        number, order = rows + self._stream.vocab_rows, self._stream.order
+        backwards = np.full((order, len(rows)), NONE, np.int32)
+        for place in range(order):  # the last token comes first
+            row = np.maximum(number - self._stream.vocab_rows, 0)
+            is_longer = number >= self._stream.vocab_rows
+            backwards[place] = np.where(is_longer, self._token[row], number)
+            number = np.where(is_longer, self._prefix[row], NONE)
+        lengths = (backwards != NONE).sum(axis=0)
+        places = lengths[:, None] - 1 - np.arange(order)
+        tokens = np.take_along_axis(backwards.T, np.maximum(places, 0), axis=1)
+        return np.where(places >= 0, tokens, NONE), lengths
+
+
 def numbers_by_length(
     index: NgramIndex, ids_BX: jax.Array, stream: IdStream, *, xp=jnp
 ) -> list[jax.Array]:

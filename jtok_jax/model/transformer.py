@@ -181,7 +181,7 @@ class Transformer(nnx.Module):
                 self.scone, ids_BT, before_BC, indices[stream.name], stream, embed, h_BTD,
                 room=config.arms.scone.room, training=reader.training is not None, mesh=mesh,
             )  # fmt: skip
-        of_ngrams = table_name("scone")
+        of_ngrams = table_name("scone", config.arms.scone.stream)
         if of_ngrams in at_input:
             rows_BTD = reader.at_input(of_ngrams).rows().astype(dtype)
             is_frequent = reader.ids[config.arms.scone.stream] > 0

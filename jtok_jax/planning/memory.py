@@ -18,17 +18,20 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh
 
 from jtok_jax import flops
+from jtok_jax.checks import names
 from jtok_jax.config import Config
 from jtok_jax.mesh import AUTO, AXES, BATCH, num_shards
 from jtok_jax.model.attention import QUERIES, causal
 from jtok_jax.model.host_memory import KIND
 from jtok_jax.model.params import abstract_params, bind, declared, declared_tables
 from jtok_jax.model.placement import entries_here, table_layouts
+from jtok_jax.model.scone import ngram_model_config
 from jtok_jax.model.splash import SAVED
 from jtok_jax.model.tables import Rows
 from jtok_jax.model.variables import Weight
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.store.rows import abstract_rows, bytes_of
+from jtok_jax.streams import FREQUENT
 from jtok_jax.training.optimizer import groups, make_optimizer
 from jtok_jax.training.rows import make_plans, parallel_reads, row_gradient_bytes, zero_row_grads
 from jtok_jax.training.state import abstract_state
@@ -94,6 +97,7 @@ def memory(config: Config, mesh: AbstractMesh) -> Memory:
         Part("backbone in the compute dtype", _cast_weights(shapes), "residuals"),
         Part("plan of rows", _plan(shapes), "residuals"),
         Part("activations of all layers", model.num_layers * _residuals(shapes), "residuals"),
+        Part("activations of A_f", _of_ngrams(shapes), "residuals"),
         Part("backward of a layer", _layer(shapes), "backward"),
         Part("loss and head", _head(shapes), "backward"),
         Part("update of the rows of a layer", _row_update(shapes), "update"),
@@ -207,14 +211,40 @@ def _residuals(shapes: _Shapes, remat: str | None = None) -> int:
     On several devices tables and experts split tokens over the tensor axis. Without them it splits
     heads and widths, and vectors of D entries are whole.
     """
-    model, jtok = shapes.model, shapes.model.jtok
-    jtok = dataclasses.replace(jtok, table_dtype="float32", implementation="auto")
+    model = _without_ngram_model(shapes.model)
+    vectors, others = _kept(model, shapes, remat)
+    split = model.moe.num_experts or any(table.layers for table in shapes.tables.values())
+    return int(shapes.tokens * (vectors / (shapes.tensor if split else 1) + others / shapes.tensor))
+
+
+def _of_ngrams(shapes: _Shapes) -> int:
+    """Return bytes that all layers of SCONE's A_f keep for its backward pass."""
+    model = shapes.model
+    if not model.arms.makes_ngrams:
+        return 0
+    own, nodes = ngram_model_config(model), model.arms.scone.room * shapes.tokens
+    vectors, others = _kept(own, shapes)
+    return int(own.num_layers * nodes * (vectors + others / shapes.tensor))
+
+
+def _without_ngram_model(model: ModelConfig) -> ModelConfig:
+    """Return a model without A_f, and without a stream that nothing else reads."""
+    if not model.arms.makes_ngrams:
+        return model
+    others = ",".join(name for name in model.arms.chosen() if name != "scone")
+    read = sum(model.arms.scone.stream in names for names in model.streams_read.values())
+    kept = [one for one in names(model.streams) if read > 1 or not one.endswith(FREQUENT)]
+    arms = dataclasses.replace(model.arms, names=others)
+    return dataclasses.replace(model, arms=arms, streams=",".join(kept))
+
+
+def _kept(model: ModelConfig, shapes: _Shapes, remat: str | None = None) -> tuple[float, float]:
+    """Return what `_trace` says of a model, by the choices that matter to it."""
+    jtok = dataclasses.replace(model.jtok, table_dtype="float32", implementation="auto")
     attention = "splash" if model.attention == "splash" else "xla"
     fields = {"remat": remat or model.remat, "attention": attention, "loss_chunk": 0, "jtok": jtok}
     data, expert = 1 + (shapes.mesh.size > 1), shapes.mesh.shape["expert"]
-    vectors, others = _trace(dataclasses.replace(model, **fields), data, expert)
-    split = model.moe.num_experts or any(table.layers for table in shapes.tables.values())
-    return int(shapes.tokens * (vectors / (shapes.tensor if split else 1) + others / shapes.tensor))
+    return _trace(dataclasses.replace(model, **fields), data, expert)
 
 
 @functools.cache
@@ -249,7 +279,8 @@ def _trace(model: ModelConfig, data: int, expert: int) -> tuple[float, float]:
 
 def _layer(shapes: _Shapes) -> int:
     """Return bytes of a layer's gathered matrices, their gradients, and the backward pass."""
-    entries = sum(shapes.entries(name, whole="D") for name in shapes.matrices)
+    own = [name for name in shapes.matrices if shapes.declared[name].owner != "scone"]
+    entries = sum(shapes.entries(name, whole="D") for name in own)
     weights = entries // shapes.model.num_layers * shapes.compute
     made = _residuals(shapes, "none")
     return int(2 * weights + max(made, made / 3 + max(_scores(shapes), _mixtures(shapes))))

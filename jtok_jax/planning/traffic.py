@@ -151,7 +151,7 @@ def collectives(config: Config, mesh: AbstractMesh) -> list[Collective]:
     of_fsdp, gathered = 0, 0  # entries along D; and how many of them a pass gathers
     experts, others = 0, 0  # entries here
     for name, one in declared(model).items():
-        if one.is_table:
+        if one.is_table or one.is_index:
             continue
         local = entries_here(config, mesh, name)
         along = local * shape["fsdp"] * ("D" in one.axes)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import put_batch, put_whole
-from jtok_jax.model.ngram_index import indices_of
+from jtok_jax.model.ngram_index import indices_of, names_of
 from jtok_jax.model.params import Params, declared_tables
 from jtok_jax.model.tables import SomeRows, stream_ids
 from jtok_jax.store.tables import HostTables
@@ -39,13 +39,20 @@ class RowReader:
         """put: how arrays of a batch lie on `mesh`. params: see `find_ngrams_with`."""
         self._mesh, self._store, self._put = mesh, store, put
         self._streams_layers = config.mesh.table_streaming
+        self._makes_ngrams = config.model.arms.makes_ngrams
         streams = {table.stream for table in declared_tables(config.model).values()}
         self.streams = {name: config.model.id_streams[name] for name in sorted(streams)}
         self.find_ngrams_with(params or {})
 
     def find_ngrams_with(self, params: Params) -> None:
         """Take from a model's parameters what frequent n-grams are found with."""
-        self._indices = jax.tree.map(np.asarray, indices_of(params))
+        mine = {name: one for name, one in indices_of(params).items() if name in self.streams}
+        self._indices = jax.tree.map(np.asarray, mine)
+
+    def without_indices(self, params: Params) -> Params:
+        """Return parameters with empty indices, if they are here and no device needs them."""
+        mine = () if self._makes_ngrams else self._indices
+        return params | {one: np.empty(0, np.int32) for name in mine for one in names_of(name)}
 
     def fetch(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> SomeRows:
         """Return the rows of a batch that changes none, without their ids.
