@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> str:
         (options.results / "published-lines.md").write_text(text)
         return text
     study = load_study(options.study)
-    paths = Paths(pathlib.Path.cwd(), options.runs, options.results, options.data)
+    paths = Paths(pathlib.Path.cwd(), options.runs, options.results, options.data, options.ngrams)
     if options.command == "report":
         return write_report(study, paths, options.study)
     if options.command == "fit":
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m jtok_jax.study", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.set_defaults(runs=pathlib.Path("runs/studies"), data="")
+    parser.set_defaults(runs=pathlib.Path("runs/studies"), data="", ngrams="")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     summaries = {line.split()[0]: line[55:] for line in __doc__.splitlines()[2:]}
     subs = {name: commands.add_parser(name, help=text) for name, text in summaries.items()}
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
             subs[name].add_argument("--study", required=True, help="FILE or FILE:ARGUMENT")
     for name in ("run", "time"):
         subs[name].add_argument("--data", default="", help="prepared corpus; default: the study's")
+        subs[name].add_argument("--ngrams", default="", help="file of jtok_jax.scone build")
     subs["run"].add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/studies"))
     subs["run"].add_argument("--keep_checkpoints", action="store_true", help="of finished runs")
     subs["time"].add_argument("--rounds", type=int, default=30)

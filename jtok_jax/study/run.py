@@ -67,7 +67,7 @@ def run_study(study: Study, paths: Paths, *, keep_checkpoints: bool) -> list[Sta
         WorkdirError: another study, or what is left of one, is training what comes next.
         Preempted: asked to stop; the run under way is saved.
     """
-    check_study(study, paths.root, data=paths.data)
+    check_study(study, paths.root, **paths.inputs)
     table = Table(paths.results)
     look_up = lambda cell, config: table.get(cell, config, data=data_fingerprint(config))
     if _walk(study, paths, look_up).missing:
@@ -107,7 +107,7 @@ def run_study(study: Study, paths: Paths, *, keep_checkpoints: bool) -> list[Sta
 
 def load_progress(study: Study, paths: Paths) -> Progress:
     """Return what the table has of a study, once it is checked as `check_study` does."""
-    check_study(study, paths.root, data=paths.data)
+    check_study(study, paths.root, **paths.inputs)
     return _walk(study, paths, Table(paths.results).get)
 
 
@@ -120,7 +120,7 @@ def _walk(study: Study, paths: Paths, obtain: Callable[[Cell, Config], Result | 
             expanded = expand(candidates, stage)
             results, missing = {one.name: [] for one in expanded}, []
             for cell in cells(study, stage, expanded):
-                if result := obtain(cell, resolve(cell, paths.root, data=paths.data)):
+                if result := obtain(cell, resolve(cell, paths.root, **paths.inputs)):
                     results[cell.candidate.name].append(result)
                 else:
                     missing.append(cell.name)

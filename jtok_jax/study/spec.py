@@ -32,7 +32,7 @@ IDLE = {
 }  # fmt: skip
 # Where files lie and how often something is written changes no result.
 PATHS = (
-    "data.path", "data.read_threads", "data.prefetch", "data.verify", "checkpoint.",
+    "data.path", "data.ngrams", "data.read_threads", "data.prefetch", "data.verify", "checkpoint.",
     "logging.", "profile.",
     "train.log_every", "train.stall_seconds", "train.start_seconds", "train.heartbeat_seconds",
     "train.allow_changes",
@@ -211,8 +211,10 @@ def cells(study: Study, stage: Stage, candidates: list[Candidate]) -> list[Cell]
     return found
 
 
-def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
+def resolve(cell: Cell, root: pathlib.Path, *, data: str = "", ngrams: str = "") -> Config:
     """Return the checked configuration of a run, on the corpus `data` if one is given.
+
+    ngrams: the file of frequent n-grams, for a model that reads them.
 
     Raises ConfigError: the arm's file is none, a field unknown or a value impossible.
     """
@@ -227,10 +229,12 @@ def resolve(cell: Cell, root: pathlib.Path, *, data: str = "") -> Config:
         make_optimizer(config)
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{cell.name}: {error}") from error
+    if ngrams and config.model.frequent_streams:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, ngrams=ngrams))
     return config
 
 
-def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
+def check_study(study: Study, root: pathlib.Path, *, data: str = "", ngrams: str = "") -> None:
     """Build and compare all configurations that stages may come to train.
 
     Raises ConfigError: as `resolve`; runs of one stage differ in data, tokens or evaluation; two
@@ -246,7 +250,7 @@ def check_study(study: Study, root: pathlib.Path, *, data: str = "") -> None:
         for cell in cells(study, stage, candidates):
             message = f"Two candidates are called {cell.name!r}: they differ in what it hides."
             _require(cell.name not in configs, message)
-            configs[cell.name] = resolve(cell, root, data=data)
+            configs[cell.name] = resolve(cell, root, data=data, ngrams=ngrams)
         _require_comparable(configs)
 
 

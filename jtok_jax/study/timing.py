@@ -66,7 +66,7 @@ def time_candidates(study: Study, paths: Paths, study_name: str, *, rounds: int)
     timed, configs = {}, {}
     for one in itertools.chain(*progress.candidates.values()):
         cell = timed[one.name] = cells(study, study.stages[-1], [one])[0]
-        config = configs[one.name] = resolve(cell, paths.root, data=paths.data)
+        config = configs[one.name] = resolve(cell, paths.root, **paths.inputs)
         table.get(cell, config, data=data_fingerprint(config))
     steps = {name: _Step(config) for name, config in configs.items()}
     order = list(steps.values())

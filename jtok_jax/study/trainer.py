@@ -40,6 +40,12 @@ class Paths(NamedTuple):
     runs: pathlib.Path  # a workdir for every run
     results: pathlib.Path  # the table
     data: str = ""  # prepared corpus; empty: data.path of the study
+    ngrams: str = ""  # file of frequent n-grams, for models that read them
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Return what `resolve` is told of data."""
+        return {"data": self.data, "ngrams": self.ngrams}
 
 
 def data_fingerprint(config: Config) -> str:
@@ -65,9 +71,10 @@ def workdir_of(cell: Cell, paths: Paths) -> pathlib.Path:
     return paths.runs / cell.key
 
 
-def command(cell: Cell, paths: Paths) -> list[str]:
+def command(cell: Cell, config: Config, paths: Paths) -> list[str]:
     """Return the run as a command, from the repository's folder."""
     fields = dict(cell.fields) | ({"data.path": paths.data} if paths.data else {})
+    fields |= {"data.ngrams": config.data.ngrams} if config.data.ngrams else {}
     overrides = [f"--config.{key}={value}" for key, value in fields.items()]
     where = f"--config={cell.candidate.arm.config}", f"--workdir={workdir_of(cell, paths)}"
     return [sys.executable, "train.py", *where, *overrides]
@@ -92,11 +99,11 @@ def train_cell(
         "jax": _add_version(workdir / "jax.txt", jax.__version__),
     }
     with console.open("a+") as output:
-        output.write(shlex.join(command(cell, paths)) + "\n")
+        output.write(shlex.join(command(cell, config, paths)) + "\n")
         output.flush()
         begun = output.tell()
         process = subprocess.Popen(
-            command(cell, paths), cwd=paths.root, stdout=output, stderr=subprocess.STDOUT,
+            command(cell, config, paths), cwd=paths.root, stdout=output, stderr=subprocess.STDOUT,
             env={CACHE: str(paths.runs.resolve() / "compiled")} | os.environ,
         )  # fmt: skip
         code = wait(process, stop, lambda: _show(bar, before, metrics))

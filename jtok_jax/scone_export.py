@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""Turns SCONE's A_f into the table of what it makes, one row a frequent n-gram, to be looked up."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from jtok_jax.config import Config
+from jtok_jax.config_dict import to_dict
+from jtok_jax.data import tokenizer
+from jtok_jax.errors import ConfigError, WorkdirError
+from jtok_jax.model.arms import table_name
+from jtok_jax.model.ngram_index import NgramTokens, indices_of
+from jtok_jax.model.params import Params, bind, to_logical
+from jtok_jax.model.scone import embed_ngrams
+from jtok_jax.model_config import ModelConfig
+from jtok_jax.training.checkpoint import Checkpoints
+from jtok_jax.training.digest import digests
+from jtok_jax.training.resume import CONFIG_FILE, keep_tokenizer, new_folder
+from jtok_jax.training.saved import Saved, load_params
+
+ROOM = 0.5  # nodes a token of a batch, of which the n-grams in order share most prefixes
+
+
+def served_model(model: ModelConfig, dtype: str = "") -> ModelConfig:
+    """Return the model whose table takes the place of A_f.
+
+    Args:
+        dtype: of the table, "float32" or "bfloat16"; "": that of tables of arms.
+
+    Raises:
+        ConfigError: the model has no A_f; or other arms have tables of another dtype.
+    """
+    arms = model.arms
+    if not arms.makes_ngrams:
+        raise ConfigError("This run has no A_f: model.arms.scone.kind is model where there is one.")
+    if arms.table_streams and dtype not in ("", arms.table_dtype):
+        raise ConfigError(
+            f"--dtype is {dtype}, but the run has other tables in {arms.table_dtype}, and all have "
+            "one dtype. Leave it out."
+        )
+    scone = dataclasses.replace(arms.scone, kind="table")
+    arms = dataclasses.replace(arms, scone=scone, table_dtype=dtype or arms.table_dtype)
+    return dataclasses.replace(model, arms=arms)
+
+
+def export(
+    run: str, output: pathlib.Path, *, dtype: str = "", batch_size: int = 4096
+) -> ModelConfig:
+    """Write a run of no steps whose table has what A_f makes of every n-gram; return its model.
+
+    Rows come into a file beside `output` first. Killed, the same command goes on from there.
+
+    Args:
+        run: a folder, or FOLDER@STEP.
+        batch_size: n-grams at a time.
+
+    Raises:
+        ConfigError: see `served_model`; or a batch has no n-gram.
+        CheckpointError: there is no such checkpoint.
+        WorkdirError: `output` holds something, or cannot be written.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"--batch_size is {batch_size}; expected at least 1.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise WorkdirError(f"{output} is not an empty folder. Nothing was written.")
+    path, _, step = run.partition("@")
+    saved = load_params(pathlib.Path(path), step=step or "newest")
+    model = served_model(saved.config.model, dtype)
+    params = to_logical(saved.params)
+    try:
+        rows = RowFile(output, saved, model.arms.table_dtype)
+        for first, made in _made(saved.config.model, params, rows.done, batch_size):
+            rows.write(first, made)
+        table = {table_name("scone", model.arms.scone.stream): rows.array}
+        _write(output, model, saved, params | table)
+        rows.remove()
+    except OSError as error:
+        raise WorkdirError(f"{error}. Nothing was written to {output}.") from error
+    return model
+
+
+def _made(
+    model: ModelConfig, params: Params, done: int, batch_size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (row of the table, float [n, D] from there on), from row `done` on; 0 is of none."""
+    stream = model.id_streams[model.arms.scone.stream]
+    index = indices_of(params)[stream.name]
+    tokens_of = NgramTokens(jax.tree.map(np.asarray, index), stream)
+    run = jax.jit(functools.partial(_outputs, model))
+    bar = tqdm.tqdm(total=stream.rows, initial=max(0, done - 1), unit="n-gram", unit_scale=True)
+    with bar:
+        for first in range(max(done, 1), stream.num_rows, batch_size):
+            rows = np.arange(first, min(first + batch_size, stream.num_rows)) - 1
+            tokens, lengths = tokens_of[np.resize(rows, batch_size)]  # all batches are of one shape
+            yield first, np.asarray(run(params, tokens, lengths))[: len(rows)]
+            bar.update(len(rows))
+
+
+def _outputs(model: ModelConfig, params: Params, tokens_Rn: jax.Array, lengths_R: jax.Array):
+    """Return what A_f makes of n-grams, [R, D]: each is a sequence, and ends it."""
+    module, stream = bind(model, params), model.id_streams[model.arms.scone.stream]
+    embed = lambda ids: module.embed[jnp.maximum(ids, 0)].astype(model.compute_dtype)
+    known = module.scone, tokens_Rn, None, indices_of(params)[stream.name], stream, embed
+    made_RnD, _ = embed_ngrams(*known, embed(tokens_Rn), room=ROOM, training=False, mesh=None)
+    return jnp.take_along_axis(made_RnD, lengths_R[:, None, None] - 1, axis=1)[:, 0]
+
+
+def _write(output: pathlib.Path, model: ModelConfig, saved: Saved, params: Params) -> None:
+    kept = {name: value for name, value in params.items() if not name.startswith("scone/")}
+    with new_folder(output) as folder:
+        config = Config(model=model, train=saved.config.train)
+        (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=1) + "\n")
+        keep_tokenizer(folder, saved.workdir / tokenizer.FILE_NAME)
+        words = {name: one for name, one in saved.data.items() if name == "tokenizer"}
+        checkpoints = Checkpoints(folder, config, data=words, end_id=saved.end_id)
+        checkpoints.save_params(kept)
+        checkpoints.close()
+
+
+class RowFile:
+    """The rows made so far, in a file beside the output, and a note of how many they are.
+
+    array: [1, rows, D], mapped. done: rows that are there, the first of them zeros.
+    """
+
+    def __init__(self, output: pathlib.Path, saved: Saved, dtype: str):
+        """Open the file if it is of this checkpoint and dtype, else begin it. Raises OSError."""
+        self._file = output.with_name(f"{output.name}.rows")
+        self._note = output.with_name(f"{output.name}.rows.json")
+        model = saved.config.model
+        rows = model.id_streams[model.arms.scone.stream].num_rows
+        shape = 1, rows, model.model_dim
+        self._of = {"digests": digests(saved.params), "dtype": dtype}
+        try:
+            note = json.loads(self._note.read_text())
+            self.done = note["done"] if note["of"] == self._of else 0
+        except (FileNotFoundError, ValueError, KeyError):
+            self.done = 0
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        mode = "r+" if self.done and self._file.exists() else "w+"
+        self.done *= mode == "r+"
+        self.array = np.memmap(self._file, jnp.dtype(dtype), mode, shape=shape)
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        """Write rows from `first` on; the note says so once they are on the disk."""
+        self.array[0, first : first + len(rows)] = rows
+        self.array.flush()
+        self.done = first + len(rows)
+        partial = self._note.with_suffix(".partial")
+        partial.write_text(json.dumps({"of": self._of, "done": self.done}))
+        partial.replace(self._note)
+
+    def remove(self) -> None:
+        """Delete both files."""
+        del self.array
+        for path in (self._file, self._note):
+            path.unlink(missing_ok=True)
