@@ -368,7 +368,7 @@ def test_more_unique_ids_than_there_is_room_for_make_the_step_void():
 @pytest.mark.parametrize(("model", "layout"), [
     (MODELS["jtok"], LAYOUTS["columns"]),
     (replace(with_every_table(replace(MODELS["jtok_m"], moe=EXPERTS)),
-             streams="bigram=2:40, trigram=3:48:2"), None),
+             streams="bigram=2:40, trigram=3:48:2, frequent=3:119:frequent"), None),
 ])  # fmt: skip
 def test_text_is_that_of_one_device(model, layout):
     """Prompts of other lengths and number than the devices."""

@@ -1,25 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
 # Copyright 2026 The jtok_jax authors
-"""Pattention on eight devices, whose slots lie over the tensor axis, against one device.
+"""TokenFormer and SCONE on eight devices, against one device.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/eight_devices_maps.py
 """
 
+from dataclasses import replace
+
+import jax
+import numpy as np
 import pytest
 from drawn import drawn
-from eight_devices import check_trains_as_alone, run_config
+from eight_devices import check_trains_as_alone, first_devices, run_config
+from small import random_ids, random_params
 from test_config import changed
 
 from jtok_jax.config import MeshConfig
+from jtok_jax.mesh import put_batch
+from jtok_jax.model.placement import parameter_sharding
+from jtok_jax.training import step
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import init_state
+
+LAYOUTS = {
+    "tensor": MeshConfig(fsdp=2, tensor=2),
+    "fsdp": MeshConfig(fsdp=4, table_columns="fsdp"),
+}
 
 
 @pytest.mark.parametrize("kind", drawn(["all", "ffn"], 1))
-@pytest.mark.parametrize(
-    "layout",
-    [MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=4, table_columns="fsdp")],
-    ids=["tensor", "fsdp"],
-)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_slots_over_devices_train_as_on_one(kind, layout):
+    """Slots lie over the tensor axis."""
     fields = {"model.pattention.kind": kind, "model.pattention.slots": 12}
     fields |= {"model.pattention.ffn_slots": 20, "model.block_norm": "weightless_layer"}
-    check_trains_as_alone(changed(run_config("jtok", layout), fields))
+    check_trains_as_alone(changed(run_config("jtok", LAYOUTS[layout]), fields))
+
+
+@pytest.mark.parametrize("kind", ["model", "table"])
+@pytest.mark.parametrize("layout", drawn(list(LAYOUTS), 1))
+def test_ngrams_over_devices_train_as_on_one(kind, layout):
+    """A device makes the n-grams of its own sequences; the rows of a table are read as any."""
+    config = run_config("jtok", LAYOUTS[layout])
+    fields = {
+        "model.streams": "frequent=3:399:frequent", "model.arms.names": "scone",
+        "model.arms.scone.kind": kind, "model.arms.scone.room": 4.0,
+    }  # fmt: skip
+    config = changed(config, fields)
+    found = trajectory(config, first_devices(config.mesh, 8))
+    alone = replace(config, mesh=MeshConfig())
+    expected = trajectory(alone, first_devices(alone.mesh, 1))
+    for metrics, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(metrics.loss, other.loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics.grad_norm, other.grad_norm, rtol=1e-5)
+        for name in ("ngram_matched", "ngram_shortened") * (kind == "model"):
+            assert metrics.ngrams[name] == other.ngrams[name]
+    if kind == "model":  # each device has nodes of its own
+        assert found[0].ngrams["ngram_nodes"] > expected[0].ngrams["ngram_nodes"]
+        assert expected[0].ngrams["ngram_matched"] > 0.1
+
+
+def trajectory(config, mesh) -> list[step.StepMetrics]:
+    optimizer = make_optimizer(config)
+    state, place = init_state(config, optimizer, mesh), parameter_sharding(config, mesh)
+    index = {
+        name: value for name, value in random_params(config.model).items() if "/frequent/" in name
+    }
+    placed = {name: jax.device_put(x, place(name, x.shape)) for name, x in index.items()}
+    state = state._replace(params=state.params | placed)
+    run, found = step.jit_train_step(config, optimizer, mesh), []
+    for number in range(3):
+        batch = put_batch(mesh, np.asarray(random_ids(config.model, 8, 16, seed=number)) % 17)
+        state, metrics = run(state, batch, batch)
+        found.append(jax.device_get(metrics))
+    return found

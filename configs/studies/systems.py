@@ -3,8 +3,8 @@
 """JTok, JTok-M, SCONE, TokenFormer: what does each buy at equal FLOPs?
 
     python -m jtok_jax.scone build --data=FOLDER --rows=65536 --output=FILE
-    python -m jtok_jax.study run --study=configs/studies/systems.py --data=FOLDER --ngrams=FILE
-    python -m jtok_jax.study run --study=configs/studies/systems.py:seeds --data=FOLDER --ngrams=FILE
+    study="--study=configs/studies/systems.py --results=docs/results/systems"
+    python -m jtok_jax.study run $study --data=FOLDER --ngrams=FILE
 
 All in one decoder, on the same batches, on two CPU cores. All arms but wider_dense decode with the
 FLOPs of dense, JTok's and JTok-M's gates apart. SCONE trains with more: wider_dense has as many in
