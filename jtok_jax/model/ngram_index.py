@@ -130,11 +130,11 @@ def numbers_by_length(
     Returns:
         int32 [B, X] of the lengths 1, 2, ..., stream.order.
     """
-    found = [ids_BX]
+    found, none_B1 = [ids_BX], xp.full_like(ids_BX[:, :1], NONE)
     for _ in range(2, stream.order + 1):
         rows = _find(index, found[-1][:, :-1], ids_BX[:, 1:], xp)
         number = xp.where(rows >= 0, rows + np.int32(stream.vocab_rows), np.int32(NONE))
-        found.append(xp.pad(number, ((0, 0), (1, 0)), constant_values=NONE))
+        found.append(xp.concatenate([none_B1, number], axis=1))  # np.pad takes ten times as long
     return found
 
 
