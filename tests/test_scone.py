@@ -124,7 +124,7 @@ def input_of(model: ModelConfig, params: Params, ids_BT: jax.Array, training=Non
     """(what the blocks read, counts)."""
     module = bind(model, params)
     reader = type("Reader", (), {"tables": {}, "in_layers": {}, "training": training})
-    return module._input(ids_BT, None, module.ngrams.indices, reader, None)
+    return module._input(ids_BT, None, reader, None)
 
 
 @pytest.mark.parametrize("fields", [{}, NARROW], ids=["as the model", "narrower"])

@@ -23,7 +23,7 @@ from jtok_jax.model.layers import (
     rms_norm,
     rotation,
 )
-from jtok_jax.model.ngram_index import NgramStreams
+from jtok_jax.model.ngram_index import NgramIndex, NgramStreams
 from jtok_jax.model.scone import NgramModel, embed_ngrams
 from jtok_jax.model.tables import Reader, Rows, make_reader
 from jtok_jax.model.variables import Embedding, Table, Vector, normal, ones, owned
@@ -89,6 +89,11 @@ class Transformer(nnx.Module):
         return {"/".join(path): table for path, table in found}
 
     @property
+    def indices(self) -> dict[str, NgramIndex]:
+        """Return what frequent n-grams are found in, by stream."""
+        return self.ngrams.indices if self.config.frequent_streams else {}
+
+    @property
     def head_DV(self) -> jax.Array:
         return self.embed[...].T if self.config.head == "tied" else self.head[...]
 
@@ -123,11 +128,8 @@ class Transformer(nnx.Module):
         exchanges, mesh = parallel or ({}, None)
         attend = attend or _attend_causally(config, mesh, segments_BT)
         split = lambda x, how: x if mesh is None else _split(x, how(mesh))
-        tables, streams = self.named_tables, config.id_streams
-        indices = self.ngrams.indices if config.frequent_streams else {}
-        reader = make_reader(
-            tables, streams, ids_BT, before_BC, training, exchanges, places, indices
-        )
+        known = ids_BT, before_BC, training, exchanges, places, self.indices
+        reader = make_reader(self.named_tables, config.id_streams, *known)
         in_layers = reader.in_layers
         partly = TABLES in in_layers and min(in_layers[TABLES].layers) < 0
         graph, params = nnx.split(self.blocks)
@@ -147,16 +149,14 @@ class Transformer(nnx.Module):
                 out_BTD, cached, aux = _either(stacks[TABLES] >= 0, with_all, without)
             return split(out_BTD, split_batch), (cached, aux)
 
-        h_BTD, ngrams = self._input(ids_BT, before_BC, indices, reader, mesh)
-        h_BTD = split(h_BTD, split_batch)
+        h_BTD, ngrams = self._input(ids_BT, before_BC, reader, mesh)
         stacks = {name: np.array(table.layers, np.int32) for name, table in in_layers.items()}
         row_grads = {name: training.grads[name] for name in in_layers} if training else {}
         layers, body = (params, stacks, row_grads, cache), remat(body, config.remat)
         h_BTD, (cached, aux) = over_layers(body, h_BTD, layers)
-        hidden_BTD = self._final_norm(h_BTD)
         health = _with_stds(aux.health, moments(h_BTD)) if with_health else {}
         balances = aux.moe_balance.sum(), aux.jtok_balance.sum()
-        return Output(hidden_BTD, cached, *balances, health, ngrams)
+        return Output(self._final_norm(h_BTD), cached, *balances, health, ngrams)
 
     def _final_norm(self, h_BTD: jax.Array) -> jax.Array:
         """Return the last norm of `h`, which has a weight whatever those of blocks have."""
@@ -165,7 +165,7 @@ class Transformer(nnx.Module):
             return layer_norm(h_BTD, weight_D, self.final_bias[...], eps=eps)
         return rms_norm(h_BTD, weight_D, eps=eps)
 
-    def _input(self, ids_BT, before_BC, indices, reader: Reader, mesh: Mesh | None):
+    def _input(self, ids_BT, before_BC, reader: Reader, mesh: Mesh | None):
         """Return what the blocks read, [B, T, D], and `Output.ngrams`.
 
         That is the embedding of `ids`, or SCONE's of an n-gram; rows of tables at the input are
@@ -178,7 +178,7 @@ class Transformer(nnx.Module):
         if config.arms.makes_ngrams:
             stream = config.id_streams[config.arms.scone.stream]
             h_BTD, ngrams = embed_ngrams(
-                self.scone, ids_BT, before_BC, indices[stream.name], stream, embed, h_BTD,
+                self.scone, ids_BT, before_BC, self.indices[stream.name], stream, embed, h_BTD,
                 room=config.arms.scone.room, training=reader.training is not None, mesh=mesh,
             )  # fmt: skip
         of_ngrams = table_name("scone", config.arms.scone.stream)
@@ -188,7 +188,7 @@ class Transformer(nnx.Module):
             h_BTD = jnp.where(is_frequent[..., None], rows_BTD, h_BTD)
         for name in sorted(at_input - {of_ngrams}):
             h_BTD = h_BTD + reader.at_input(name).rows().astype(dtype)
-        return h_BTD, ngrams
+        return split(h_BTD, split_batch), ngrams
 
 
 def _jtok_tables(config: ModelConfig, rngs: nnx.Rngs, rows: Mapping[str, jax.Array]) -> Table:

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+# Copyright 2026 The jtok_jax authors
+"""SCONE's training step and its decoding from a table: python benchmarks/scone.py --data=FOLDER
+
+Steps of a dense model and of the same with an A_f of half its layers, on a prepared corpus, paired:
+the ratio beside what FLOPs alone predict. Then decoding with a table of n-grams in host memory
+beside the dense model. Every round takes each arm once, in an order that rotates. A ratio is the
+median over rounds of the ratio within a round (10th to 90th percentile).
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import shlex
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from timing import percentiles, record, say
+from train_step import BATCHES, our_arm, run_rounds
+
+from jtok_jax import flops, scone
+from jtok_jax.arms_config import ArmsConfig, SconeConfig
+from jtok_jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from jtok_jax.data.loader import make_batch, open_source
+from jtok_jax.data.ngrams import FrequentNgrams
+from jtok_jax.inference.generator import for_inference, generate
+from jtok_jax.inference.sampling import Sampling
+from jtok_jax.mesh import make_mesh, put_batch, put_whole
+from jtok_jax.model.ngram_index import build_index, names_of
+from jtok_jax.model.params import init_params
+from jtok_jax.model_config import ModelConfig
+from jtok_jax.store.reader import RowReader
+from jtok_jax.store.tables import HostTables
+
+
+def with_ngrams(model: ModelConfig, ngrams: FrequentNgrams, kind: str, room: float) -> ModelConfig:
+    options = SconeConfig(kind=kind, num_layers=model.num_layers // 2, room=room)
+    streams = f"frequent={ngrams.description.max_n}:{len(ngrams)}:frequent"
+    arms = ArmsConfig(names="scone", scone=options)
+    return dataclasses.replace(model, arms=arms, streams=streams)
+
+
+def index_of(model: ModelConfig, ngrams: FrequentNgrams) -> dict[str, jax.Array]:
+    """Return the parameters that hold the index."""
+    stream = model.id_streams["frequent"]
+    index = map(jnp.asarray, build_index(ngrams, stream))
+    return dict(zip(names_of(stream.name), index, strict=True))
+
+
+def train(options, dense: ModelConfig, ngrams: FrequentNgrams) -> None:
+    """Print what a step of training takes over that of dense, and over what FLOPs predict."""
+    arms, work = {}, {}
+    models = {"dense": dense, "scone": with_ngrams(dense, ngrams, "model", options.room)}
+    for name, model in models.items():
+        config = Config(
+            model=model,
+            train=TrainConfig(batch_size=options.batch, seq_len=options.seq_len),
+            data=DataConfig(path=str(options.data)),
+        )
+        mesh, source = make_mesh(config.mesh), open_source(config)
+        batches = [
+            tuple(put_batch(mesh, x) for x in make_batch(source.sequences(step)))
+            for step in range(1, BATCHES + 1)
+        ]
+        arms[name] = arm = our_arm(config, mesh, batches[0])
+        if name == "scone":
+            arm.state = arm.state._replace(params=arm.state.params | index_of(model, ngrams))
+        work[name] = flops.count(model, seq_len=options.seq_len).train_flops
+    run_rounds(arms, batches, options.rounds)
+    ratio = np.array(arms["scone"].seconds) / arms["dense"].seconds
+    predicted = work["scone"] / work["dense"]
+    say(f"a step of training: {percentiles(ratio)} of dense, {predicted:.3f} by FLOPs")
+    say(f"  over what FLOPs predict: {percentiles(ratio / predicted)}")
+    record(benchmark="scone", what="train", ratio=float(np.median(ratio)), predicted=predicted)
+
+
+def decode(options, dense: ModelConfig, ngrams: FrequentNgrams) -> None:
+    """Print what a token takes with the table in host memory over that of dense."""
+    table = with_ngrams(dense, ngrams, "table", options.room)
+    config = Config(model=table, mesh=MeshConfig(table_memory="host"))
+    mesh, key = make_mesh(config.mesh), jax.random.key(0)
+    tables = HostTables(config, mesh, {})
+    tables.initialise()
+    params = for_inference(dense, init_params(dense, key))
+    known = params | index_of(table, ngrams)
+    reader = RowReader(config, mesh, tables, put_whole, params=known)
+    held = {"dense": (dense, params, None), "scone": (table, reader.without_indices(known), reader)}
+    for batch in map(int, options.decode.split(",")):
+        prompts = np.random.default_rng(0).integers(0, dense.vocab_size, (batch, 8)).tolist()
+
+        def seconds(name: str, tokens: int, prompts=prompts) -> float:
+            model, params, reader = held[name]
+            began = time.perf_counter()
+            options = {"tokens": tokens, "sampling": Sampling(), "seed": 0, "reader": reader}
+            generate(model, params, prompts, **options)
+            return time.perf_counter() - began
+
+        times = {name: [] for name in held}
+        for number in range(options.rounds + 1):  # the first is not counted
+            for name in list(held)[:: 1 if number % 2 else -1]:
+                whole, first = (seconds(name, tokens) for tokens in (options.tokens, 1))
+                times[name].append((whole - first) / (options.tokens - 1))
+        ratio = np.array(times["scone"][1:]) / np.array(times["dense"][1:])
+        own, other = (1e3 * np.median(times[name][1:]) for name in ("scone", "dense"))
+        text = f"{percentiles(ratio)} of dense; {own:.2f} and {other:.2f} ms"
+        say(f"a token at batch {batch}, width {dense.model_dim}: {text}")
+        record(benchmark="scone", what="decode", batch=batch, ratio=float(np.median(ratio)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    option = parser.add_argument
+    option("--data", type=pathlib.Path, required=True, help="folder of jtok_jax.prepare")
+    option("--rows", type=int, default=65536, help="n-grams that are kept")
+    option("--room", type=float, default=1.0, help="nodes a token of a step")
+    option("--width", type=int, default=128)
+    option("--layers", type=int, default=4)
+    option("--batch", type=int, default=8)
+    option("--seq_len", type=int, default=256)
+    option("--rounds", type=int, default=12)
+    option("--no_training", action="store_true")
+    option("--tokens", type=int, default=48, help="of each text")
+    option("--decode", default="1,16", help="texts at a time; empty: none")
+    options = parser.parse_args()
+    say(f"$ python {shlex.join(sys.argv)}\n{jax.__version__}, {jax.devices()[0].device_kind}")
+    dense = ModelConfig(
+        compute_dtype="float32", model_dim=options.width, num_layers=options.layers,
+        num_heads=options.width // 32, num_kv_heads=options.width // 32,
+        ffn_dim=options.width * 43 // 16,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "frequent.ngrams"
+        of = {"max_n": 5, "rows": options.rows, "min_count": 5, "workers": 2}
+        ngrams = scone.build(options.data, file, **of)
+        if not options.no_training:
+            train(options, dense, ngrams)
+        if options.decode:
+            decode(options, dense, ngrams)
+
+
+if __name__ == "__main__":
+    main()
