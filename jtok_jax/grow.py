@@ -5,13 +5,16 @@
     python -m jtok_jax.grow --from=runs/small --output=runs/grown --slots=1024 --ffn_slots=4096
     python train.py --config=configs/pretrained.py:runs/grown --workdir=runs/larger ...
 
-A TokenFormer gets more slots with keys of zero; JTok tables in more layers, with scales of zero.
+A TokenFormer gets more slots with keys of zero; JTok tables in more layers, with scales of zero;
+JTok-M more tables, of zeros, that it reads beside those it chose; any model more tokens.
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
+import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -20,42 +23,89 @@ from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.config_dict import to_dict
 from jtok_jax.data import tokenizer
+from jtok_jax.data.manifest import file_sha256
 from jtok_jax.errors import ConfigError, exit_on_error
 from jtok_jax.model.block import TABLES
-from jtok_jax.model.params import Params, init_params, to_logical
+from jtok_jax.model.ngram_index import indices_of, names_of, with_more_tokens
+from jtok_jax.model.params import Declared, Params, declared, init_params, to_logical
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.resume import CONFIG_FILE, keep_tokenizer, new_folder
 from jtok_jax.training.saved import load_params
 
 KEYS = ("zero", "random")
+READ = 8.0  # logit of a new table: above those of old ones
 
 
-def grown_model(
-    model: ModelConfig, slots: int = 0, ffn_slots: int = 0, jtok_layers: str = "", *, keys: str
-) -> ModelConfig:
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """What a model gets more of; 0 and "" leave it as it is.
+
+    slots, ffn_slots: of each map of attention, and of the feed-forward.
+    jtok_layers: that have tables, see `JtokConfig.layers`.
+    jtok_tables: of JTok-M in a layer.
+    vocab_size: tokens.
+    keys: "zero": the factor stays, and so does what the model computes. "random": the published
+        code's way, whose factor is that of all slots.
+    """
+
+    slots: int = 0
+    ffn_slots: int = 0
+    jtok_layers: str = ""
+    jtok_tables: int = 0
+    vocab_size: int = 0
+    keys: str = "zero"
+
+
+def grown_model(model: ModelConfig, growth: Growth) -> ModelConfig:
     """Return a larger model.
 
-    Args:
-        slots, ffn_slots: of each map of attention, and of the feed-forward; 0: as there are.
-        jtok_layers: that have tables, see `JtokConfig.layers`; "": those that have.
-        keys: "zero": the factor stays, and so does what the model computes. "random": the published
-            code's way, whose factor is that of all slots.
-
     Raises:
-        ConfigError: the model has no slots or tables, would have fewer, or as many as before.
+        ConfigError: it lacks what grows, would have less of it, or as much as before.
     """
     larger = model
-    if slots or ffn_slots:
-        larger = _with_slots(larger, slots, ffn_slots, keys)
-    if jtok_layers:
-        larger = _with_tables(larger, jtok_layers)
+    if growth.slots or growth.ffn_slots:
+        larger = _with_slots(larger, growth)
+    if growth.jtok_layers:
+        larger = _with_table_layers(larger, growth.jtok_layers)
+    if growth.jtok_tables:
+        larger = _with_more_tables(larger, growth.jtok_tables)
+    if growth.vocab_size:
+        larger = _with_more_tokens(larger, growth.vocab_size)
     if larger == model:
-        raise ConfigError("Nothing grows: pass --slots, --ffn_slots or --jtok_layers.")
+        raise ConfigError(
+            "Nothing grows: pass --slots, --ffn_slots, --jtok_layers, --jtok_tables or "
+            "--vocab_size, above what the model has."
+        )
     return larger
 
 
-def _with_tables(model: ModelConfig, layers: str) -> ModelConfig:
+def _with_more_tables(model: ModelConfig, tables: int) -> ModelConfig:
+    """Return JTok-M that reads its new tables beside those it chose before."""
+    old = model.jtok
+    if old.kind != "jtok_m":
+        raise ConfigError(f"model.jtok.kind is {old.kind}: --jtok_tables is of JTok-M.")
+    _require_no_less("jtok_tables", tables, old.num_tables)
+    top_k = old.top_k + tables - old.num_tables
+    jtok = dataclasses.replace(old, num_tables=tables, top_k=top_k, router_bias=True)
+    return model if tables == old.num_tables else dataclasses.replace(model, jtok=jtok)
+
+
+def _with_more_tokens(model: ModelConfig, tokens: int) -> ModelConfig:
+    """Return a model with more tokens, whose hashed n-grams stay where they are."""
+    _require_no_less("vocab_size", tokens, model.vocab_size)
+    rows = lambda found: f":{int(found[1]) * model.padded_vocab}"
+    return dataclasses.replace(
+        model, vocab_size=tokens, streams=re.sub(r":(\d+)V", rows, model.streams)
+    )
+
+
+def _require_no_less(name: str, wanted: int, there: int) -> None:
+    if wanted < there:
+        raise ConfigError(f"--{name} is {wanted}; the model has {there}, and none are removed.")
+
+
+def _with_table_layers(model: ModelConfig, layers: str) -> ModelConfig:
     if model.jtok.kind == "none":
         raise ConfigError("model.jtok.kind is none: there are no tables, so init_from adds them.")
     jtok = dataclasses.replace(model.jtok, layers=layers)
@@ -67,8 +117,8 @@ def _with_tables(model: ModelConfig, layers: str) -> ModelConfig:
     return model if before == after else dataclasses.replace(model, jtok=jtok)
 
 
-def _with_slots(model: ModelConfig, slots: int, ffn_slots: int, keys: str) -> ModelConfig:
-    old = model.pattention
+def _with_slots(model: ModelConfig, growth: Growth) -> ModelConfig:
+    old, slots, ffn_slots = model.pattention, growth.slots, growth.ffn_slots
     if old.kind == "none":
         raise ConfigError("model.pattention.kind is none: there are no slots to grow.")
     if slots and old.kind == "ffn":
@@ -76,60 +126,103 @@ def _with_slots(model: ModelConfig, slots: int, ffn_slots: int, keys: str) -> Mo
     new, changes = {"slots": slots or old.slots, "ffn_slots": ffn_slots or old.ffn_slots}, {}
     for name, before in (("slots", old.slots_before), ("ffn_slots", old.ffn_slots_before)):
         there = getattr(old, name)
-        if new[name] < there:
-            raise ConfigError(
-                f"--{name} is {new[name]}; the model has {there}, and none are removed."
-            )
+        _require_no_less(name, new[name], there)
         if new[name] > there:
-            history = ",".join(map(str, (*before, there))) if keys == "zero" else ""
+            history = ",".join(map(str, (*before, there))) if growth.keys == "zero" else ""
             changes |= {name: new[name], name.replace("slots", "grown_from"): history}
     return dataclasses.replace(model, pattention=dataclasses.replace(old, **changes))
 
 
 def grown_params(
-    model: ModelConfig, before: ModelConfig, params: Params, *, keys: str, seed: int
+    model: ModelConfig, before: ModelConfig, params: Params, *, keys: str = "zero", seed: int
 ) -> Params:
     """Return parameters of a grown model: those of the model before, and new ones.
 
-    New slots come after the old ones. Where a layer gets tables its scale is zero at first.
+    What is new comes after the old. Where a layer gets tables its scale is zero at first. New
+    tables of JTok-M are zeros, and always read.
 
     Args:
         params: logical, of the model before.
+        keys: of new slots, see `Growth`.
         seed: of new values, and of random keys, drawn as those of a new model.
     """
     drawn = init_params(model, jax.random.key(seed))
-    indices = [one.jtok.table_of_layer(one.num_layers) for one in (before, model)]
-    added = [layer for layer, (old, new) in enumerate(zip(*indices, strict=True)) if old < 0 <= new]
-    found = {}
+    told, found = declared(before), {}
+    layers = [one.jtok.table_of_layer(one.num_layers) for one in (before, model)]
     for name, first in drawn.items():
-        old, new = np.asarray(params[name]), np.array(first)
+        new = np.array(first)
+        old = np.asarray(params[name])[_tokens_of(told[name], before)] if name in params else None
         if name == TABLES:
-            for there, here in zip(*indices, strict=True):
-                if there >= 0:
-                    new[here] = old[there]
+            _take_tables(new, old, *layers)
         elif name.startswith("blocks/jtok/"):
-            new[added] *= not name.endswith("/scale")
-            kept = np.setdiff1d(np.arange(len(new)), added)
-            new[kept] = old[kept]
+            _take_layers(name.rpartition("/")[2], new, old, *layers, before.jtok.num_tables)
         else:
-            count = old.shape[1] if old.ndim > 1 else 0
             if new.shape != old.shape and keys == "zero" and name.endswith("/key"):
-                new[:, count:] = 0
-            new[tuple(slice(size) for size in old.shape)] = old
+                new[:, old.shape[1] :] = 0
+            _take(new, old)
         found[name] = new
+    for name, stream in model.frequent_streams.items():
+        index = indices_of(params)[name]
+        moved = with_more_tokens(index, before.frequent_streams[name], stream)
+        found |= zip(names_of(name), moved, strict=True)
     return found
 
 
+def _tokens_of(one: Declared, model: ModelConfig) -> tuple[slice, ...]:
+    """Return where a parameter has no padding of the vocabulary."""
+    found = [slice(model.vocab_size if letter == "V" else None) for letter in one.axes]
+    if one.is_table and one.stream == "token":
+        found[-2] = slice(model.vocab_size)
+    return tuple(found)
+
+
+def _take(new: np.ndarray, old: np.ndarray) -> None:
+    """Write what was there over the first entries along all axes."""
+    new[tuple(slice(size) for size in old.shape)] = old
+
+
+def _take_tables(new: np.ndarray, old: np.ndarray, before: Sequence[int], after: Sequence[int]):
+    """Write tables [G, (M,) R, D] of the layers that had some; tables that they get are zeros.
+
+    before, after: for each layer the index of its tables, or -1.
+    """
+    for there, here in zip(before, after, strict=True):
+        if there >= 0 and old.ndim > 3:
+            new[here, old.shape[1] :] = 0
+        if there >= 0:
+            _take(new[here], old[there])
+
+
+def _take_layers(
+    what: str, new: np.ndarray, old: np.ndarray | None, before: Sequence[int],
+    after: Sequence[int], tables: int,
+) -> None:  # fmt: skip
+    """Write a parameter of JTok's layers, [L, ...], for those that had tables, so many each."""
+    for layer, (there, here) in enumerate(zip(before, after, strict=True)):
+        if there < 0 <= here and what == "scale":
+            new[layer] = 0
+        if there < 0:
+            continue
+        if what == "router":
+            new[layer, :, tables:] = 0
+        if what == "router_bias":  # there is none before, or it is written next
+            new[layer, :tables], new[layer, tables:] = 0, READ
+        if old is not None:
+            _take(new[layer], old[layer])
+
+
 def grow(
-    run: str, output: pathlib.Path, *, slots: int = 0, ffn_slots: int = 0, jtok_layers: str = "",
-    keys: str = "zero", seed: int = 0,
+    run: str, output: pathlib.Path, growth: Growth, *, words: pathlib.Path | None = None,
+    seed: int = 0,
 ) -> ModelConfig:  # fmt: skip
     """Write a grown model as a run of no steps; return what it is.
 
     The optimizer begins anew, as the authors of TokenFormer had it.
 
     Args:
-        run: a folder, or FOLDER@STEP. Others: see `grown_model` and `grown_params`.
+        run: a folder, or FOLDER@STEP.
+        words: tokenizer.json of the grown model; None: that of the run.
+        seed: see `grown_params`.
 
     Raises:
         ConfigError: see `grown_model`.
@@ -139,14 +232,16 @@ def grow(
     path, _, step = run.partition("@")
     saved = load_params(pathlib.Path(path), step=step or "newest")
     before = saved.config.model
-    model = grown_model(before, slots, ffn_slots, jtok_layers, keys=keys)
-    params = grown_params(model, before, to_logical(saved.params), keys=keys, seed=seed)
+    model = grown_model(before, growth)
+    params = grown_params(model, before, to_logical(saved.params), keys=growth.keys, seed=seed)
     with new_folder(output) as folder:
         config = Config(model=model, train=saved.config.train)
         (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        keep_tokenizer(folder, saved.workdir / tokenizer.FILE_NAME)
-        words = {name: one for name, one in saved.data.items() if name == "tokenizer"}
-        checkpoints = Checkpoints(folder, config, data=words, end_id=saved.end_id)
+        keep_tokenizer(folder, words or saved.workdir / tokenizer.FILE_NAME)
+        data = {name: one for name, one in saved.data.items() if name == "tokenizer"}
+        if words:
+            data = {"tokenizer": file_sha256(words)}
+        checkpoints = Checkpoints(folder, config, data=data, end_id=saved.end_id)
         checkpoints.save_params(params)
         checkpoints.close()
     return model
@@ -162,14 +257,21 @@ def main(arguments: list[str] | None = None) -> None:
     option("--slots", type=int, default=0, help="of each map of attention (as many as there are)")
     option("--ffn_slots", type=int, default=0, help="of the feed-forward (as many as there are)")
     option("--jtok_layers", default="", help="layers with tables, as all or 0,2 (as there are)")
+    option("--jtok_tables", type=int, default=0, help="of JTok-M in a layer (as many as there are)")
+    option("--vocab_size", type=int, default=0, help="tokens (as many as there are)")
+    option("--tokenizer", type=pathlib.Path, help="tokenizer.json of more tokens (the run's)")
     option("--keys", choices=KEYS, default="zero", help="new ones; random: as the published code")
     option("--seed", type=int, default=0, help="of new values (0)")
     options = vars(parser.parse_args(arguments))
+    given = {name: options.pop(name) for name in ("run", "output", "tokenizer", "seed")}
     with exit_on_error():
-        found = grow(**options)
+        found = grow(
+            given["run"], given["output"], Growth(**options), words=given["tokenizer"],
+            seed=given["seed"],
+        )  # fmt: skip
         size = flops.count(found, seq_len=1)
-        print(f"{options['output']}: {size.backbone:,} parameters and {size.tables:,} of tables")
-        print(f"train it: --config=configs/pretrained.py:{options['output']}")
+        print(f"{given['output']}: {size.backbone:,} parameters and {size.tables:,} of tables")
+        print(f"train it: --config=configs/pretrained.py:{given['output']}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 """Growing a TokenFormer: what it computes stays, and training goes on."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from pythons import oldest
-from small import DENSE, JTOK_M, random_ids, random_params
+from small import DENSE, JTOK_M, random_ids, random_params, with_every_table
 from test_config import changed
 from test_data import run_config
 from test_train_loop import records
@@ -17,9 +18,11 @@ from test_train_loop import records
 from jtok_jax import grow
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
-from jtok_jax.grow import grown_model, grown_params
+from jtok_jax.grow import Growth, grown_model, grown_params
 from jtok_jax.inference.cache import logits
+from jtok_jax.model.ngram_index import indices_of
 from jtok_jax.model.params import bind
+from jtok_jax.model.tables import stream_ids
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.pretrained import model_of
 from jtok_jax.training.saved import load_params
@@ -48,7 +51,7 @@ def test_two_growths_change_no_bit(form):
     params = random_params(model)
     first = logits_of(model, params)
     for slots, ffn_slots in ((13, 64), (40, 0)):
-        before, model = model, grown_model(model, slots, ffn_slots, keys="zero")
+        before, model = model, grown_model(model, Growth(slots, ffn_slots))
         params = grown_params(model, before, params, keys="zero", seed=5)
         np.testing.assert_array_equal(logits_of(model, params), first)
         assert model.pattention != before.pattention
@@ -57,7 +60,7 @@ def test_two_growths_change_no_bit(form):
 
 
 def test_new_slots_learn_unless_their_values_are_zero_too():
-    model = grown_model(small(), 16, 0, keys="zero")
+    model = grown_model(small(), Growth(16))
     params = grown_params(model, small(), random_params(small()), keys="zero", seed=5)
     ids = random_ids(model, 2, 16, seed=3)
     score = lambda params: logits(bound := bind(model, params), bound(ids).hidden_BTD)[..., 0].sum()
@@ -74,7 +77,7 @@ def test_new_slots_learn_unless_their_values_are_zero_too():
 
 def test_the_published_way_changes_the_model():
     """Random keys, and the factor of all slots: another result, which is no growth of ours."""
-    model = grown_model(small(), 20, 44, keys="random")
+    model = grown_model(small(), Growth(20, 44, keys="random"))
     params = grown_params(model, small(), random_params(small()), keys="random", seed=5)
     assert (model.pattention.grown_from, model.pattention.ffn_grown_from) == ("", "")
     assert np.asarray(params["blocks/ffn/map/key"])[:, 22:].any()
@@ -115,7 +118,7 @@ def test_more_layers_get_tables(kind, sharing):
     before = changed(Config(model=dataclasses.replace(DENSE, jtok=JTOK_M)), fields).model
     params = random_params(before)
     for layers, close in (("0,1", 0), ("all", 1e-5)):
-        model = grown_model(before, jtok_layers=layers, keys="zero")
+        model = grown_model(before, Growth(jtok_layers=layers))
         grown = grown_params(model, before, params, keys="zero", seed=5)
         found, expected = logits_of(model, grown), logits_of(before, params)
         np.testing.assert_allclose(found, expected, rtol=0, atol=close)
@@ -124,6 +127,75 @@ def test_more_layers_get_tables(kind, sharing):
     score = lambda params: jnp.square(bind(model, params)(ids).hidden_BTD).sum()
     grads = jax.grad(lambda params: score(params) + params["embed"].sum())(grown)
     assert np.asarray(grads["blocks/jtok/scale"]).any(axis=-1).all()  # so new layers learn
+
+
+def test_new_tables_of_jtok_m_are_read_beside_the_old_choice_and_learn():
+    """A norm divides by the share that zeros take of the weights: bits differ, by rounding."""
+    before = dataclasses.replace(DENSE, jtok=dataclasses.replace(JTOK_M, layers="0,2"))
+    params = random_params(before)
+    model = grown_model(before, Growth(jtok_tables=7))
+    assert (model.jtok.num_tables, model.jtok.top_k, model.jtok.router_bias) == (7, 4, True)
+    grown = grown_params(model, before, params, seed=5)
+    assert not np.asarray(grown["tables"])[:, 5:].any()
+    np.testing.assert_allclose(
+        logits_of(model, grown), logits_of(before, params), rtol=1e-4, atol=1e-4
+    )
+    ids = random_ids(model, 2, 16, seed=3)
+    score = lambda params: logits(bound := bind(model, params), bound(ids).hidden_BTD)[..., 0].sum()
+    grads = jax.grad(score)({name: jnp.asarray(value) for name, value in grown.items()})
+    assert np.asarray(grads["tables"])[:, 5:].any(axis=(2, 3)).all()
+    assert np.asarray(grads["blocks/jtok/router_bias"])[0, 5:].all()
+
+
+@pytest.mark.parametrize("name", ["dense", "every table", "tied, padded"])
+def test_more_tokens_leave_the_logits_of_the_old_ones(name):
+    """No bit changes. Hashed n-grams keep their rows, frequent ones are found as before."""
+    before = with_every_table(dataclasses.replace(DENSE, jtok=JTOK_M))
+    streams = before.streams.replace("bigram=2:38", "bigram=2:2V")
+    before = {
+        "dense": DENSE, "every table": dataclasses.replace(before, streams=streams),
+        "tied, padded": dataclasses.replace(before, head="tied", vocab_multiple=16),
+    }[name]  # fmt: skip
+    params = random_params(before)
+    model = grown_model(before, Growth(vocab_size=41))
+    grown = grown_params(model, before, params, seed=5)
+    ids = random_ids(before, 2, 16, seed=3)
+    run = lambda model, params: np.asarray(
+        jax.jit(lambda params: logits(bound := bind(model, params), bound(ids).hidden_BTD))(params)
+    )
+    np.testing.assert_allclose(run(model, grown)[..., :29], run(before, params), atol=1e-5)
+    assert grown["embed"][29:41].any(axis=1).all()
+    assert not grown["embed"][41:].any()
+    if name != "dense":
+        stream, index = model.id_streams["frequent"], indices_of(grown)["frequent"]
+        found, expected = (
+            stream_ids(one, ids, index=of) for one, of in (
+                (stream, index), (before.id_streams["frequent"], indices_of(params)["frequent"])
+            )
+        )  # fmt: skip
+        np.testing.assert_array_equal(found, expected)
+        assert (expected > 0).any()
+        assert grown["tables"].shape[-2] == model.padded_vocab
+    if name == "every table":
+        assert "bigram=2:58," in model.streams
+
+
+def test_a_run_with_more_tokens_goes_on(corpus, tmp_path):
+    start = run_config(corpus, steps=3)
+    model = dataclasses.replace(start.model, jtok=JTOK_M)
+    train(dataclasses.replace(start, model=model), tmp_path / "small")
+    words = tmp_path / "words.json"
+    shutil.copy(corpus / "tokenizer.json", words)
+    grow.main([
+        f"--from={tmp_path}/small", f"--output={tmp_path}/grown", "--vocab_size=310",
+        "--jtok_tables=6", f"--tokenizer={words}",
+    ])  # fmt: skip
+    found = load_params(tmp_path / "grown").config.model
+    assert (found.vocab_size, found.jtok.num_tables) == (310, 6)
+    train(dataclasses.replace(start, model=found, init_from=str(tmp_path / "grown")),
+          tmp_path / "after")  # fmt: skip
+    first, last = records(tmp_path / "small")[-1], records(tmp_path / "after")[0]
+    assert first["val_loss"] <= last["val_loss"] < first["val_loss"] + 0.1  # ten tokens more
 
 
 @pytest.mark.parametrize(("fields", "slots", "message"), [
@@ -135,10 +207,14 @@ def test_more_layers_get_tables(kind, sharing):
     ({}, (0, 0, "all"), "there are no tables, so init_from adds them"),
     ({"model.jtok.kind": "jtok"}, (0, 0, "0,1"), r"leaves out layers \[2\], which have tables"),
     ({"model.jtok.kind": "jtok"}, (0, 0, "all"), "Nothing grows"),
+    ({"model.jtok.kind": "jtok"}, (0, 0, "", 7), "--jtok_tables is of JTok-M"),
+    ({"model.jtok.kind": "jtok_m"}, (0, 0, "", 4), "--jtok_tables is 4; the model has 5"),
+    ({"model.jtok.kind": "jtok_m"}, (0, 0, "", 5, 29), "Nothing grows"),
+    ({}, (0, 0, "", 0, 28), "--vocab_size is 28; the model has 29"),
 ])  # fmt: skip
 def test_what_cannot_grow_is_refused(fields, slots, message):
     with pytest.raises(ConfigError, match=message):
-        grown_model(small(**fields), *slots, keys="zero")
+        grown_model(small(**fields), Growth(*slots))
 
 
 @pytest.mark.parametrize("text", ["10", "12", "4,3", "4,4", "x", "0"])

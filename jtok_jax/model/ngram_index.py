@@ -75,23 +75,43 @@ def indices_of(params: Mapping[str, jax.Array]) -> dict[str, NgramIndex]:
 
 def build_index(ngrams: FrequentNgrams, stream: IdStream) -> NgramIndex:
     """Return the index of all n-grams, as many as `stream` has rows; arrays of NumPy."""
-    own, rows = np.uint64(ngrams.description.vocab_size), len(ngrams)
-    entries, first = np.full((rows + BUCKET, FIELDS), NONE, np.int32), 0
+    own = np.uint64(ngrams.description.vocab_size)
+    prefixes, tokens = [], []
     for order, keys in enumerate(ngrams.keys, 2):
         prefix, token = np.divmod(keys, own)
-        if order > 2:
-            prefix = prefix + np.uint64(stream.vocab_rows + ngrams.offsets[order - 3])
-        entries[first : first + len(keys), 0] = prefix
-        entries[first : first + len(keys), 1] = token
-        first += len(keys)
-    entries[:rows, 2] = np.arange(rows)
-    buckets = _bucket(entries[:rows, 0], entries[:rows, 1], rows)
+        longer = stream.vocab_rows + int(ngrams.offsets[order - 3]) if order > 2 else 0
+        prefixes.append(prefix.astype(np.int32) + np.int32(longer))
+        tokens.append(token.astype(np.int32))
+    return _in_buckets(np.concatenate(prefixes), np.concatenate(tokens))
+
+
+def _in_buckets(prefixes: np.ndarray, tokens: np.ndarray) -> NgramIndex:
+    """Return the index of n-grams given by row."""
+    rows = len(prefixes)
+    buckets = _bucket(prefixes, tokens, rows)
     if np.bincount(buckets, minlength=1).max(initial=0) > BUCKET:
         raise AssertionError(f"a bucket of n-grams has more than {BUCKET} entries")
     order = np.argsort(buckets, kind="stable")
-    entries[:rows] = entries[order]
+    entries = np.full((rows + BUCKET, FIELDS), NONE, np.int32)
+    entries[:rows] = np.stack([prefixes, tokens, np.arange(rows)], axis=1)[order]
     starts = np.searchsorted(buckets[order], np.arange(rows)).astype(np.int32)
     return NgramIndex(starts, entries.reshape(-1))
+
+
+def _by_row(index: NgramIndex, stream: IdStream) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of each n-gram's prefix, and its last token, by row."""
+    prefix, token, row = np.asarray(index.entries).reshape(-1, FIELDS)[: stream.rows].T
+    order = np.argsort(row)
+    return prefix[order], token[order]
+
+
+def with_more_tokens(index: NgramIndex, before: IdStream, after: IdStream) -> NgramIndex:
+    """Return the index of the same n-grams in a model with more rows of the embedding."""
+    if (np.asarray(index.entries) < 0).all():  # it was never filled
+        return index
+    prefix, token = _by_row(index, before)
+    shift = np.where(prefix >= before.vocab_rows, after.vocab_rows - before.vocab_rows, 0)
+    return _in_buckets((prefix + shift).astype(np.int32), token)
 
 
 class NgramTokens:
@@ -99,9 +119,8 @@ class NgramTokens:
 
     def __init__(self, index: NgramIndex, stream: IdStream):
         """index: arrays of NumPy; filled."""
-        prefix, token, row = np.asarray(index.entries).reshape(-1, FIELDS)[: stream.rows].T
-        self._stream, by_row = stream, np.argsort(row)
-        self._prefix, self._token = prefix[by_row], token[by_row]
+        self._stream = stream
+        self._prefix, self._token = _by_row(index, stream)
 
     def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return int32 tokens [R, order] of rows, NONE after the last, and lengths [R]."""
