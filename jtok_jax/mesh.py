@@ -33,6 +33,14 @@ RULES: Rules = {
 }  # fmt: skip
 
 
+# What a size of a split axis comes from.
+FIELDS = {
+    "D": "model.model_dim", "E": "model.moe.num_experts", "N": "model.num_heads",
+    "K": "model.num_kv_heads", "F": "model.ffn_dim, or model.moe.expert_dim,",
+    "S": "a number of slots in model.pattention, or model.moe.shared_dim,", "V": "model.vocab_size",
+}  # fmt: skip
+
+
 class TableLayout(NamedTuple):
     """Mesh axes that split the tables; those it does not name hold copies."""
 
@@ -131,7 +139,7 @@ def sharding(mesh: Mesh, rules: Rules, letters: str, shape: tuple[int, ...]) -> 
     for letter, of_axis, size in zip(letters, axes, shape, strict=True):
         if size % num_shards(mesh, of_axis):
             raise ConfigError(
-                f"axis {letter} of an array {letters} is {size}, which mesh.{of_axis[0]} = "
+                f"{FIELDS.get(letter, f'axis {letter}')} is {size}, which mesh.{of_axis[0]} = "
                 f"{num_shards(mesh, of_axis)} devices do not divide; choose a divisor"
                 f"{_PAD if letter == 'V' else ''}."
             )

@@ -107,7 +107,7 @@ def test_axes_are_split_once_and_only_where_they_divide():
     rules = RULES | rules_of(config, one, "tables")
     spec = sharding(one, rules, "GXRC", (2, 3, 5, 8)).spec
     assert spec == jax.sharding.PartitionSpec(None, ("data",), None, ("fsdp",))
-    with pytest.raises(ConfigError, match=r"axis D of an array VD is 12, which mesh\.fsdp = 8"):
+    with pytest.raises(ConfigError, match=r"model\.model_dim is 12, which mesh\.fsdp = 8"):
         sharding(Shape(fsdp=8), rules, "VD", (5, 12))
 
 
