@@ -6,16 +6,18 @@ import itertools
 
 import numpy as np
 
+from jtok_jax import flops
 from jtok_jax.study.estimate import Estimate, estimate, markdown_table
 from jtok_jax.study.plots import draw_cost, draw_curves
 from jtok_jax.study.results import Result, Table
 from jtok_jax.study.run import Ranked, StageResults, load_progress
-from jtok_jax.study.spec import Study, cells, short, study_name
+from jtok_jax.study.spec import Study, cells, resolve, short, study_name
 from jtok_jax.study.timing import StepTime, step_times
 from jtok_jax.study.trainer import Paths
 
 FINAL = ("arm", "chosen", "seeds", "val loss, nats/token", "against the baseline", "bits/byte",
-         "backbone", "tables", "eta", "FLOPs", "step", "trials")  # fmt: skip
+         "backbone", "tables", "eta", "training FLOPs", "FLOPs to decode a token", "step",
+         "trials")  # fmt: skip
 
 
 def write_report(study: Study, paths: Paths, file: str) -> str:
@@ -29,6 +31,8 @@ def write_report(study: Study, paths: Paths, file: str) -> str:
     best = {arm: ranked[0] for arm, ranked in last.items() if ranked}
     times = step_times(paths.results / f"{name}-steps.csv")
     seconds, how, times = _step_seconds(study, last, times)
+    found = [one for ranked in last.values() for one in ranked]
+    decoding = {one.candidate.name: _decode_flops(study, one, paths) for one in found}
     curves = Table(paths.results).curves()
     draw_curves(best, curves, seconds, paths.results / f"{name}-curves.svg")
     draw_cost(best, seconds, best[study.baseline], paths.results / f"{name}-cost.svg")
@@ -36,7 +40,7 @@ def write_report(study: Study, paths: Paths, file: str) -> str:
         f"# {study.question}",
         f"`python -m jtok_jax.study run --study={file} --data=FOLDER`, then `report`. "
         + _circumstances(last),
-        final_table(progress.stages, best[study.baseline], seconds, times),
+        final_table(progress.stages, best[study.baseline], seconds, times, decoding),
         "Mean and 95% interval (Student's t) over seeds; differences are taken seed by seed. "
         "eta: parameters of tables over those of the backbone. Trials: different runs "
         "that the values of the arm were chosen from; the lowest or highest of those tried may not "
@@ -58,9 +62,16 @@ def write_report(study: Study, paths: Paths, file: str) -> str:
 
 
 def final_table(
-    stages: list[StageResults], base: Ranked, seconds: dict[str, float], times: dict[str, StepTime]
+    stages: list[StageResults],
+    base: Ranked,
+    seconds: dict[str, float],
+    times: dict[str, StepTime],
+    decoding: dict[str, int],
 ) -> str:
-    """Return Markdown of the last stage, a line a candidate, by loss; `base`: of the baseline."""
+    """Return Markdown of the last stage, a line a candidate, by loss; `base`: of the baseline.
+
+    decoding: FLOPs of a token by candidate.
+    """
     rows = []
     for one in sorted(itertools.chain(*stages[-1].values()), key=lambda one: one.loss):
         arm, first, time = one.candidate.arm, one.results[0], times.get(one.candidate.name)
@@ -72,9 +83,16 @@ def final_table(
             arm.name, _chosen(one, stages), len(one.results), _loss(one), _against(one, base),
             estimate([result.val_bpb for result in one.results]), f"{first.backbone / 1e6:.2f}M",
             f"{first.tables / 1e6:.2f}M", f"{first.tables / first.backbone:.2f}",
-            f"{first.train_flops:.2e}", step, max(len(trials) + arm.tried, 1),
+            f"{first.train_flops:.2e}", f"{decoding[one.candidate.name]:.2e}", step,
+            max(len(trials) + arm.tried, 1),
         ])  # fmt: skip
     return markdown_table(FINAL, rows)
+
+
+def _decode_flops(study: Study, one: Ranked, paths: Paths) -> int:
+    """Return the forward FLOPs of a token; SCONE's are those of serving from its table."""
+    config = resolve(cells(study, study.stages[-1], [one.candidate])[0], paths.root)
+    return flops.count(config.model, seq_len=config.train.seq_len).forward_flops
 
 
 def fields_table(best: dict[str, Ranked]) -> str:
