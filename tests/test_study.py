@@ -87,7 +87,7 @@ def ends(monkeypatch):
     """Runs that train nothing: each ends at once with the exit code of its arm, or 0."""
     codes = {}
 
-    def command(cell, paths):
+    def command(cell, config, paths):
         config, workdir = resolve(cell, ROOT), trainer.workdir_of(cell, paths)
         record = {"step": config.train.steps, "loss": 1.0, "step_seconds": 1.0}
         lines = json.dumps(record | {"val_loss": 1.0, "val_bpb": 1.0})
