@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 from jtok_jax.model.params import Declared, declared
-from jtok_jax.model.scone import ngram_model_config
 from jtok_jax.model.variables import Vector, Weight
 from jtok_jax.model_config import ModelConfig
 
@@ -88,11 +87,11 @@ def _ngram_flops(config: ModelConfig, parameters: list[Declared]) -> int:
     """Return FLOPs a token of A_f: those of a node, for as many as there is room."""
     if not parameters:
         return 0
-    options, own = config.arms.scone, ngram_model_config(config)
+    options, own = config.arms.scone, config.ngram_model
     order = config.id_streams[options.stream].order
     matmuls = 2 * sum(map(_share, (one for one in parameters if issubclass(one.kind, Weight))))
     attention = 4 * order * own.num_heads * own.head_size * own.num_layers
-    return round(options.room * (matmuls + attention))
+    return round(min(options.room, order) * (matmuls + attention))
 
 
 def _size(one: Declared) -> int:

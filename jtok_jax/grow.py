@@ -14,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 from collections.abc import Sequence
 
 import jax
@@ -225,7 +226,8 @@ def grow(
         seed: see `grown_params`.
 
     Raises:
-        ConfigError: see `grown_model`.
+        ConfigError: see `grown_model`; or `words` has other tokens than the run's in their place.
+        DataError: `words` is no tokenizer.
         CheckpointError: there is no such checkpoint.
         WorkdirError: `output` holds something, or cannot be written.
     """
@@ -233,18 +235,37 @@ def grow(
     saved = load_params(pathlib.Path(path), step=step or "newest")
     before = saved.config.model
     model = grown_model(before, growth)
+    if words:
+        _require_old_tokens(words, saved.workdir / tokenizer.FILE_NAME, model.vocab_size)
     params = grown_params(model, before, to_logical(saved.params), keys=growth.keys, seed=seed)
     with new_folder(output) as folder:
         config = Config(model=model, train=saved.config.train)
         (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=1) + "\n")
-        keep_tokenizer(folder, words or saved.workdir / tokenizer.FILE_NAME)
         data = {name: one for name, one in saved.data.items() if name == "tokenizer"}
+        keep_tokenizer(folder, saved.workdir / tokenizer.FILE_NAME)
         if words:
+            shutil.copyfile(words, folder / tokenizer.FILE_NAME)
             data = {"tokenizer": file_sha256(words)}
         checkpoints = Checkpoints(folder, config, data=data, end_id=saved.end_id)
         checkpoints.save_params(params)
         checkpoints.close()
     return model
+
+
+def _require_old_tokens(new: pathlib.Path, old: pathlib.Path, vocab_size: int) -> None:
+    """Raise ConfigError if a tokenizer lacks a token of the run's under its id, or has too many."""
+    after, before = (tokenizer.load_tokenizer(path).get_vocab() for path in (new, old))
+    other = [word for word, one in before.items() if after.get(word) != one]
+    if other:
+        raise ConfigError(
+            f"--tokenizer={new} has {len(other)} tokens of the run not under their ids, such as "
+            f"{other[0]!r}. Add tokens to {old}; ids that are there must stay."
+        )
+    if max(after.values()) >= vocab_size:
+        raise ConfigError(
+            f"--tokenizer={new} has ids up to {max(after.values())}, the model {vocab_size} "
+            "tokens. Pass a larger --vocab_size."
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

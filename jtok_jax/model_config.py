@@ -251,15 +251,21 @@ class ModelConfig:
             )
         self.jtok.table_layers(self.num_layers)
         self._check_streams()
+        if self.arms.makes_ngrams:
+            try:
+                _ = self.ngram_model
+            except ConfigError as error:
+                raise ConfigError(f"Of A_f, by model.arms.scone: {error}") from error
 
     def _check_streams(self) -> None:
         streams, read = self.id_streams, self.streams_read
         for where, names in read.items():
             for name in names:
                 if name not in streams:
+                    form = "5:ROWS:frequent" if where == "model.arms.scone.stream" else "2:65536"
                     raise ConfigError(
                         f"{where} names {name!r}, but the id streams are "
-                        f"{', '.join(streams)}. Declare it: model.streams={name}=2:65536"
+                        f"{', '.join(streams)}. Declare it: model.streams={name}={form}"
                     )
         if self.jtok.kind != "none" and streams[self.jtok.stream].heads > 1:
             raise ConfigError(
@@ -275,7 +281,7 @@ class ModelConfig:
         if "scone" in self.arms.chosen() and not streams[scone.stream].frequent:
             raise ConfigError(
                 f"model.arms.scone.stream is {scone.stream!r}, which is no stream of frequent "
-                f"n-grams. Declare it: model.streams={scone.stream}=5:ROWS:frequent"
+                "n-grams. Declare one, and name it there: model.streams=frequent=5:ROWS:frequent"
             )
         unread = set(streams) - {"token"}.union(*read.values())
         if unread:
@@ -321,6 +327,22 @@ class ModelConfig:
     def frequent_streams(self) -> dict[str, IdStream]:
         """Return the streams of frequent n-grams by name: all are read."""
         return {name: one for name, one in self.id_streams.items() if one.frequent}
+
+    @property
+    def ngram_model(self) -> "ModelConfig":
+        """Return the options of A_f's blocks: the model's, but for what arms.scone says."""
+        options, changes = self.arms.scone, {}
+        if options.model_dim:
+            changes |= {"model_dim": options.model_dim, "head_dim": 0}
+        if options.num_heads:
+            changes |= {"num_heads": options.num_heads, "num_kv_heads": options.num_heads}
+        return dataclasses.replace(
+            self, **changes,
+            num_layers=options.num_layers or self.num_layers,
+            ffn_dim=options.ffn_dim or self.ffn_dim,
+            jtok=JtokConfig(), moe=MoeConfig(), pattention=PattentionConfig(), arms=ArmsConfig(),
+            streams="", document_id=-1, rope_scaling="",
+        )  # fmt: skip
 
     @property
     def embed_std(self) -> float:

@@ -22,6 +22,7 @@ from jtok_jax.data.ngrams import Description, FrequentNgrams
 from jtok_jax.data.windows import Windows, allow_open_files
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
 from jtok_jax.scone_export import export
+from jtok_jax.streams import MOST_FREQUENT
 
 SHOWN = 4  # n-grams of each length that are shown
 
@@ -42,7 +43,7 @@ def build(
         DataError: the corpus is damaged, no n-gram is frequent, or files cannot be written.
     """
     for name, value, least, most in (
-        ("max_n", max_n, 2, 255), ("rows", rows, 1, (1 << 31) - 1),
+        ("max_n", max_n, 2, 255), ("rows", rows, 1, MOST_FREQUENT),
         ("min_count", min_count, 1, 1 << 62), ("workers", workers, 1, 1 << 10),
     ):  # fmt: skip
         if not least <= value <= most:

@@ -147,7 +147,9 @@ class RowFile:
             self.done = 0
         self._file.parent.mkdir(parents=True, exist_ok=True)
         mode = "r+" if self.done and self._file.exists() else "w+"
-        self.done *= mode == "r+"
+        if mode == "w+":  # a note of other rows must not count for these
+            self._note.unlink(missing_ok=True)
+            self.done = 0
         self.array = np.memmap(self._file, jnp.dtype(dtype), mode, shape=shape)
 
     def write(self, first: int, rows: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from jtok_jax.checks import names
 from jtok_jax.errors import ConfigError
 
 FREQUENT = "frequent"
+MOST_FREQUENT = 500_000_000
 _DECLARED = re.compile(rf"([a-z][a-z0-9_]*)=(\d+):(\d+)(V?)(?::(\d+|{FREQUENT}))?")
 
 
@@ -69,8 +70,12 @@ def parse_streams(text: str, vocab_rows: int, document_id: int = -1) -> dict[str
                 raise ConfigError(
                     f"model.streams: {what} of {name} is {value}; expected at least {least}."
                 )
-        words = 4 * rows + vocab_rows if frequent else rows * found.heads  # see ngram_index
-        if words >= 1 << 31:
+        if found.num_rows >= 1 << 31:
             raise ConfigError(f"model.streams: {name} has {found.num_rows} rows; ids are int32.")
+        if frequent and rows > MOST_FREQUENT:
+            raise ConfigError(
+                f"model.streams: {name} has {rows} rows; at most {MOST_FREQUENT} frequent n-grams "
+                "can be found, whose places in an index are int32."
+            )
         streams[name] = found
     return streams

@@ -3,6 +3,7 @@
 """Growing a TokenFormer: what it computes stays, and training goes on."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -17,9 +18,10 @@ from test_train_loop import records
 
 from jtok_jax import grow
 from jtok_jax.config import Config
-from jtok_jax.errors import ConfigError
+from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.grow import Growth, grown_model, grown_params
 from jtok_jax.inference.cache import logits
+from jtok_jax.loading import load
 from jtok_jax.model.ngram_index import indices_of
 from jtok_jax.model.params import bind
 from jtok_jax.model.tables import stream_ids
@@ -184,18 +186,42 @@ def test_a_run_with_more_tokens_goes_on(corpus, tmp_path):
     start = run_config(corpus, steps=3)
     model = dataclasses.replace(start.model, jtok=JTOK_M)
     train(dataclasses.replace(start, model=model), tmp_path / "small")
-    words = tmp_path / "words.json"
-    shutil.copy(corpus / "tokenizer.json", words)
+    words, made = tmp_path / "words.json", json.loads((corpus / "tokenizer.json").read_text())
+    made["model"]["vocab"] |= {f"<new {number}>": 300 + number for number in range(10)}
+    words.write_text(json.dumps(made))
     grow.main([
         f"--from={tmp_path}/small", f"--output={tmp_path}/grown", "--vocab_size=310",
         "--jtok_tables=6", f"--tokenizer={words}",
     ])  # fmt: skip
+    assert load(tmp_path / "grown").tokenizer.get_vocab_size() == 310
     found = load_params(tmp_path / "grown").config.model
     assert (found.vocab_size, found.jtok.num_tables) == (310, 6)
-    train(dataclasses.replace(start, model=found, init_from=str(tmp_path / "grown")),
-          tmp_path / "after")  # fmt: skip
+    config = dataclasses.replace(start, model=found, init_from=str(tmp_path / "grown"))
+    with pytest.raises(DataError, match="was cut by another tokenizer than"):
+        train(config, tmp_path / "after")
+    shutil.copy(corpus / "tokenizer.json", tmp_path / "grown")  # whose ids are the same
+    train(config, tmp_path / "after")
     first, last = records(tmp_path / "small")[-1], records(tmp_path / "after")[0]
     assert first["val_loss"] <= last["val_loss"] < first["val_loss"] + 0.1  # ten tokens more
+
+
+def test_a_tokenizer_without_the_old_tokens_is_refused(corpus, tmp_path):
+    train(run_config(corpus, steps=1), tmp_path / "small")
+    made = json.loads((corpus / "tokenizer.json").read_text())
+    vocab = made["model"]["vocab"]
+    vocab["<new>"] = 300
+    (tmp_path / "more.json").write_text(json.dumps(made))
+    first, second = list(vocab)[5:7]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (tmp_path / "others.json").write_text(json.dumps(made))
+    for name, size, reason in (("others", 301, "2 tokens of the run not under their ids"),
+                               ("more", 300, None), ("more", 301, None)):  # fmt: skip
+        growth, words = Growth(slots=0, vocab_size=size), tmp_path / f"{name}.json"
+        if name == "more" and size == 301:
+            grow.grow(str(tmp_path / "small"), tmp_path / "grown", growth, words=words)
+            continue
+        with pytest.raises(ConfigError, match=reason or "Nothing grows"):
+            grow.grow(str(tmp_path / "small"), tmp_path / "grown", growth, words=words)
 
 
 @pytest.mark.parametrize(("fields", "slots", "message"), [

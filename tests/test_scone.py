@@ -201,6 +201,20 @@ def test_without_room_the_longest_ngrams_are_cut_and_counted():
     assert input_of(model, params, ids)[1]["ngram_shortened"] == 0  # not in training: room for all
 
 
+def test_outside_of_training_more_nodes_than_room_are_made_all_the_same():
+    """The few nodes that fit seldom hold all: then all are computed."""
+    ids = random_ids(scone(), 32, 40)
+    found = []
+    for room in (0.01, 4.0):
+        model = scone(arms__scone__room=room)
+        states, counts = input_of(model, random_params(model), ids)
+        assert counts["ngram_shortened"] == 0
+        found.append(states)
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)
+    cut = input_of(scone(arms__scone__room=0.01), random_params(scone()), ids, training=True)[1]
+    assert cut["ngram_shortened"] > 0.3
+
+
 def test_a_later_token_changes_no_earlier_state():
     model = scone()
     params, ids = random_params(model), random_ids(model, 3, 12)
@@ -232,6 +246,8 @@ def test_flops_of_training_count_the_room_and_those_of_decoding_do_not():
     entries = 2 * (12 * 6 * (4 + 2 + 2 + 4) + 3 * 12 * 17)  # of two blocks
     assert found.forward_flops == dense.forward_flops
     assert found.train_flops - dense.train_flops == 3 * 4 * (2 * entries + 4 * 4 * 4 * 6 * 2)
+    most = flops.count(scone(arms__scone__room=400.0), seq_len=16)
+    assert most.train_flops == found.train_flops  # a token has at most four nodes
     norms = 12 * (2 * 2 + 1)
     assert found.backbone - dense.backbone == entries + norms + 4 * 12
     assert found.active == dense.active
@@ -244,7 +260,9 @@ def test_flops_of_training_count_the_room_and_those_of_decoding_do_not():
     ({"streams": "frequent=1:9:frequent"}, "order of frequent is 1"),
     ({"streams": "frequent=3:9:frequent, more=3:9:frequent", "arms.names": "scone,ngram",
       "arms.ngram.streams": "more"}, "frequent and more as frequent"),
-    ({"streams": "frequent=3:600000000:frequent"}, "int32"),
+    ({"streams": "frequent=3:600000000:frequent"}, "at most 500000000 frequent n-grams"),
+    ({"streams": ""}, "Declare it: model.streams=frequent=5:ROWS:frequent"),
+    ({"arms.scone.model_dim": 10}, "Of A_f, by model.arms.scone: .* is not a multiple"),
     ({"arms.scone.room": 0.0}, "arms.scone.room is 0.0"),
     ({"arms.scone.kind": "tables"}, "arms.scone.kind"),
 ])  # fmt: skip

@@ -98,15 +98,20 @@ def test_ngrams_of_another_corpus_or_tokenizer_are_refused(corpus, tmp_path):
             train(scone_config(corpus, data__ngrams=str(path)), tmp_path / "run")
 
 
-def test_a_run_does_not_go_on_with_other_ngrams(config, workdir, corpus, tmp_path):
-    """As many, of the same corpus: their digest is another."""
-    other = tmp_path / "other.ngrams"
-    scone.build(corpus, other, max_n=3, rows=130, min_count=3, workers=1)
-    ngrams = open_ngrams(other)
+def write_other(corpus, path) -> None:
+    """Write as many n-grams of the corpus, which are others."""
+    scone.build(corpus, path, max_n=3, rows=130, min_count=3, workers=1)
+    ngrams = open_ngrams(path)
     few = [keys[-119 * len(keys) // len(ngrams) :] for keys in ngrams.keys]
     few[1] = few[1][: 119 - len(few[0])]
     about = dataclasses.replace(ngrams.description, rows=tuple(map(len, few)))
-    type(ngrams)(about, few, few).save(other)
+    type(ngrams)(about, few, few).save(path)
+
+
+def test_a_run_does_not_go_on_with_other_ngrams(config, workdir, corpus, tmp_path):
+    """As many, of the same corpus: their digest is another."""
+    other = tmp_path / "other.ngrams"
+    write_other(corpus, other)
     more = {"train.steps": 13, "schedule.steps": 12, "data.ngrams": str(other)}
     with pytest.raises(DataError, match="Data differs from the run"):
         train(changed(config, more), workdir)
@@ -185,6 +190,34 @@ def test_rows_of_another_checkpoint_are_not_gone_on_with(finished, tmp_path, mon
     name = "arms/scone/frequent"
     found, expected = (load_params(tmp_path / one).params[name] for one in ("run", "other"))
     np.testing.assert_array_equal(found, expected)
+
+
+def test_rows_of_a_file_begun_anew_are_not_taken_as_made(finished, exported, tmp_path, monkeypatch):
+    """Killed after a batch; then another dtype, killed before its first; then the first again."""
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    for dtype, what in (("", "_write"), ("bfloat16", "_made"), ("", "")):
+        with monkeypatch.context() as patched:
+            if not what:
+                scone_export.export(str(finished), tmp_path / "run")
+                break
+            patched.setattr(scone_export, what, fail)
+            with pytest.raises(KeyboardInterrupt):
+                scone_export.export(str(finished), tmp_path / "run", dtype=dtype)
+    name = "arms/scone/frequent"
+    found, expected = (load_params(one).params[name] for one in (tmp_path / "run", exported))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_not_joined_to_other_ngrams(corpus, exported, tmp_path):
+    other = tmp_path / "other.ngrams"
+    write_other(corpus, other)
+    fields = {"model.arms.scone.kind": "table", "data.ngrams": str(other)}
+    config = changed(scone_config(corpus), fields)
+    with pytest.raises(ConfigError, match=r"holds other n-grams than .* whose tables have a row"):
+        train(dataclasses.replace(config, init_from=str(exported)), tmp_path / "run")
 
 
 def test_a_run_begins_with_an_exported_one_and_trains_its_rows(corpus, exported, tmp_path):

@@ -13,7 +13,6 @@ The output is that of running A_f on every n-gram alone, for a part of the work.
 Axes: G groups of sequences, one for each device that has its own; U nodes; n lengths, from 1.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -24,8 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jtok_jax.arms_config import ArmsConfig
-from jtok_jax.mesh import BATCH, num_shards, split_batch
+from jtok_jax.mesh import BATCH, num_shards, split_batch, split_columns
 from jtok_jax.model.attention import AttentionResult
 from jtok_jax.model.block import over_layers, remat, stacked_blocks
 from jtok_jax.model.layers import rms_norm, rotation
@@ -37,7 +35,7 @@ from jtok_jax.model.ngram_index import (
     with_before,
 )
 from jtok_jax.model.variables import Embedding, Vector, normal
-from jtok_jax.model_config import JtokConfig, ModelConfig, MoeConfig, PattentionConfig
+from jtok_jax.model_config import ModelConfig
 from jtok_jax.streams import IdStream
 
 ALWAYS = 1024  # room for all of so few nodes is no matter
@@ -145,8 +143,10 @@ def embed_ngrams(
     ids_BX = with_before(ids_BT, before_BC, stream.order)
     numbers = numbers_by_length(index, ids_BX, stream)
     grouped = lambda x: x.reshape(groups, -1, *x.shape[1:])
-    split = lambda x: x if mesh is None else jax.lax.with_sharding_constraint(x, split_batch(mesh))
-    of_group = [split(grouped(one)) for one in numbers], split(grouped(ids_BX))
+    constrained = jax.lax.with_sharding_constraint
+    split = lambda x, how: x if mesh is None else constrained(x, how(mesh))
+    of_batch = lambda x: split(grouped(x), split_batch)
+    of_group = [of_batch(one) for one in numbers], of_batch(ids_BX)
     length, tokens = ids_BT.shape[1], ids_BT.size // groups
     size = ids_BX.size // groups
     most = min(stream.vocab_rows, size) + (stream.order - 1) * size
@@ -193,27 +193,11 @@ def attend_to_ancestors(query_GUNH, key_GUKH, value_GUKH, ancestors_GUn, depth_G
     return mixed.reshape(query_GUNH.shape)
 
 
-def ngram_model_config(config: ModelConfig) -> ModelConfig:
-    """Return the options of A_f's blocks: those of the model, but for what arms.scone says."""
-    options, changes = config.arms.scone, {}
-    if options.model_dim:
-        changes |= {"model_dim": options.model_dim, "head_dim": 0}
-    if options.num_heads:
-        changes |= {"num_heads": options.num_heads, "num_kv_heads": options.num_heads}
-    return dataclasses.replace(
-        config, **changes,
-        num_layers=options.num_layers or config.num_layers,
-        ffn_dim=options.ffn_dim or config.ffn_dim,
-        jtok=JtokConfig(), moe=MoeConfig(), pattention=PattentionConfig(), arms=ArmsConfig(),
-        streams="", document_id=-1, rope_scaling="",
-    )  # fmt: skip
-
-
 class NgramModel(nnx.Module):
     """A_f: blocks as the model's, positions from an n-gram's first token, a norm of its output."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        own, dim, dtype = ngram_model_config(config), config.model_dim, config.param_dtype
+        own, dim, dtype = config.ngram_model, config.model_dim, config.param_dtype
         order = config.id_streams[config.arms.scone.stream].order
         # Absolute positions; small, as what they are added to may be.
         self.position = normal(
@@ -234,12 +218,13 @@ class NgramModel(nnx.Module):
 
         Args:
             nodes: of all groups, each array [G, ...].
-            split: how an array [G, U, ...] lies on the mesh.
+            split: (array [G, U, ...], function of a mesh) -> the array laid out so.
         """
         dtype, is_as_wide = x_GUD.dtype, self.own.model_dim == x_GUD.shape[-1]
         if not is_as_wide:
             x_GUD = x_GUD @ self.enter[...].astype(dtype)
-        h_GUd = x_GUD + self.position[nodes.depth_U].astype(dtype)
+        # As columns, like the embeddings: else XLA would gather the gradients of all devices.
+        h_GUd = x_GUD + split(self.position[nodes.depth_U].astype(dtype), split_columns)
         # Positions are those added: no head is rotated.
         rope = rotation(jnp.zeros((1, h_GUd.shape[1]), jnp.int32), self.own)
         attend = jax.checkpoint(attend_to_ancestors, prevent_cse=False)
@@ -254,9 +239,10 @@ class NgramModel(nnx.Module):
         def body(h_GUd, layer):
             block = nnx.merge(graph, layer[0])
             out, _, _ = block(h_GUd, rope=rope, attend=attend_here, lookups={}, mesh=None)
-            return split(out), None
+            return split(out, split_batch), None
 
-        h_GUd, _ = over_layers(remat(body, self.own.remat), split(h_GUd), (params, None))
+        h_GUd = split(h_GUd, split_batch)
+        h_GUd, _ = over_layers(remat(body, self.own.remat), h_GUd, (params, None))
         if not is_as_wide:
             h_GUd = h_GUd @ self.leave[...].astype(dtype)
         return rms_norm(h_GUd, self.norm[...], eps=self.eps)

@@ -25,7 +25,6 @@ from jtok_jax.model.attention import QUERIES, causal
 from jtok_jax.model.host_memory import KIND
 from jtok_jax.model.params import abstract_params, bind, declared, declared_tables
 from jtok_jax.model.placement import entries_here, table_layouts
-from jtok_jax.model.scone import ngram_model_config
 from jtok_jax.model.splash import SAVED
 from jtok_jax.model.tables import Rows
 from jtok_jax.model.variables import Weight
@@ -222,7 +221,8 @@ def _of_ngrams(shapes: _Shapes) -> int:
     model = shapes.model
     if not model.arms.makes_ngrams:
         return 0
-    own, nodes = ngram_model_config(model), model.arms.scone.room * shapes.tokens
+    own, scone = model.ngram_model, model.arms.scone
+    nodes = min(scone.room, model.id_streams[scone.stream].order) * shapes.tokens
     vectors, others = _kept(own, shapes)
     return int(own.num_layers * nodes * (vectors + others / shapes.tensor))
 

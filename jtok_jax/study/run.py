@@ -2,6 +2,8 @@
 # Copyright 2026 The jtok_jax authors
 """A study from stage to stage: what is trained, what is in the table already, what goes on."""
 
+import json
+import pathlib
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,12 +12,15 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from jtok_jax.config import Config
-from jtok_jax.errors import ConfigError, Preempted
+from jtok_jax.data.ngrams import open_ngrams
+from jtok_jax.errors import ConfigError, DataError, Preempted
 from jtok_jax.study.estimate import Estimate, estimate
 from jtok_jax.study.results import Result, Table, require_writable
 from jtok_jax.study.spec import Candidate, Cell, Study, cells, check_study, expand, resolve, select
 from jtok_jax.study.trainer import Paths, StudyError, data_fingerprint, train_cell, workdir_of
 from jtok_jax.training.guards import StopSignal
+
+NGRAMS = "ngrams.json"  # the digest of the n-grams that a table's runs read
 
 
 class Ranked(NamedTuple):
@@ -74,6 +79,7 @@ def run_study(study: Study, paths: Paths, *, keep_checkpoints: bool) -> list[Sta
         table.curves()  # readable?
         require_writable("results", paths.results)
         require_writable("runs", paths.runs)
+        _require_same_ngrams(paths)
     bar = tqdm(total=_count_steps(study), unit="step", desc="study", dynamic_ncols=True)
     with bar, StopSignal() as stop:
 
@@ -103,6 +109,20 @@ def run_study(study: Study, paths: Paths, *, keep_checkpoints: bool) -> list[Sta
         ended = f" {', '.join(ended)} could not go on to the next stage." * bool(ended)
         raise StudyError(f"{len(progress.missing)} of the runs failed, see above.{ended}")
     return progress.stages
+
+
+def _require_same_ngrams(paths: Paths) -> None:
+    """Note which n-grams the table's runs read. Raises DataError: earlier ones read others."""
+    if not paths.ngrams:
+        return
+    digest, note = open_ngrams(pathlib.Path(paths.ngrams)).digest, paths.results / NGRAMS
+    if note.exists() and json.loads(note.read_text()) != digest:
+        raise DataError(
+            f"Runs in {paths.results} read other n-grams than those of {paths.ngrams}. Use their "
+            "file, or another --results."
+        )
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(digest) + "\n")
 
 
 def load_progress(study: Study, paths: Paths) -> Progress:

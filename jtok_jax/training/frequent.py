@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jtok_jax.config import Config
@@ -14,7 +15,7 @@ from jtok_jax.data.manifest import absolute_path
 from jtok_jax.data.ngrams import FrequentNgrams, open_ngrams
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.model.ngram_index import build_index, names_of
-from jtok_jax.model.params import Params
+from jtok_jax.model.params import Params, declared_tables
 from jtok_jax.model.placement import parameter_sharding
 
 
@@ -72,7 +73,8 @@ def with_frequent(
 ) -> Params:
     """Return parameters whose arrays of frequent n-grams, if there are any, hold those of the file.
 
-    Raises ConfigError: there is none, and what the run begins with has none either.
+    Raises ConfigError: there is none, and what the run begins with has none either; or that has
+    rows of others.
     """
     stream = next(iter(config.model.frequent_streams.values()), None)
     if not stream:
@@ -86,6 +88,14 @@ def with_frequent(
             )
         return params
     index = build_index(ngrams, stream)
+    known = [np.asarray(params[name]) for name in names]
+    reads = [one.stream for one in declared_tables(config.model).values()]
+    is_filled = config.init_from and (known[1] >= 0).any()
+    if is_filled and stream.name in reads and not np.array_equal(known[1], index.entries):
+        raise ConfigError(
+            f"{config.data.ngrams} holds other n-grams than {config.init_from}, whose tables have "
+            "a row for each of its own. Leave data.ngrams empty."
+        )
     placed = {
         name: jax.device_put(value, place(name, value.shape))
         for name, value in zip(names, index, strict=True)

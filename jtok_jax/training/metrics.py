@@ -200,7 +200,8 @@ def console_line(
     if seconds_left is not None:
         parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
     if values.get("ngram_shortened"):
-        parts.append(f"{values['ngram_shortened']:.2%} of n-grams cut: model.arms.scone.room")
+        share = f"{values['ngram_shortened']:.2%} of tokens"
+        parts.append(f"{share} lack room for their n-gram: model.arms.scone.room")
     if values["bad_steps"]:
         parts.append(f"{values['bad_steps']} steps skipped")
     return "  ".join(parts)
