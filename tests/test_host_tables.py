@@ -248,7 +248,7 @@ def test_a_run_begins_with_tables_of_another(config, tmp_path):
 
 def test_a_model_without_tables_and_one_that_begins_with_it(config, tmp_path):
     plain = {"model.jtok.kind": "none", "model.arms.names": "", "model.streams": ""}
-    plain["train.steps"] = 2
+    plain |= {"train.steps": 2, "data.ngrams": ""}
     train(changed(config, HOST | plain), tmp_path / "plain")
     start = changed(config, HOST | {"init_from": str(tmp_path / "plain"), "train.steps": 2})
     train(start, tmp_path / "run")

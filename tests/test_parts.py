@@ -36,7 +36,7 @@ def part_of(monkeypatch, process: int, indices: dict[int, list[tuple[slice, slic
     """The part of `process`, whose devices have each these (experts, columns)."""
     devices = {
         Device(owner, number): (
-            slice(None), slice(None), *index,
+            slice(None), index[0], slice(None), index[1],
         )
         for owner, of in indices.items()
         for number, index in enumerate(of)
@@ -45,7 +45,7 @@ def part_of(monkeypatch, process: int, indices: dict[int, list[tuple[slice, slic
         is_fully_addressable=False, devices_indices_map=lambda shape: devices
     )
     monkeypatch.setattr(part_module.jax, "process_index", lambda: process)
-    return Part(ROW, sharding)
+    return Part(ROW, sharding, axis=2)
 
 
 ALL = slice(None)

@@ -25,7 +25,7 @@ from jtok_jax.config import Config
 from jtok_jax.data.loader import Batch, check_unique
 from jtok_jax.mesh import put_whole
 from jtok_jax.model.params import Params, declared_tables
-from jtok_jax.model.tables import SomeRows
+from jtok_jax.model.tables import ROWS, SomeRows
 from jtok_jax.store.reader import Ids, RowReader
 from jtok_jax.store.rows import Leaves
 from jtok_jax.store.tables import HostTables
@@ -147,11 +147,14 @@ def _found_in(earlier: Ids, ids: Ids, room: Mapping[str, int]) -> dict[str, np.n
 def _merge(leaves: Leaves, result: Leaves, places: dict[str, jax.Array]) -> Leaves:
     """Return rows, in place of which stand those of `result` that are at one of `places`."""
 
-    def merged(row, new, place_U):
-        there = (place_U >= 0).reshape(-1, *(1,) * (row.ndim - 1))
-        return jnp.where(there, new.take(place_U, 0, mode="clip"), row)
+    def merged(row, new, place_U, axis):
+        there = (place_U >= 0).reshape(-1, *(1,) * (row.ndim - axis - 1))
+        return jnp.where(there, new.take(place_U, axis, mode="clip"), row)
 
     return {
-        name: {leaf: merged(row, result[name][leaf], places[name]) for leaf, row in one.items()}
+        name: {
+            leaf: merged(row, result[name][leaf], places[name], one[ROWS].ndim - 2)
+            for leaf, row in one.items()
+        }
         for name, one in leaves.items()
     }

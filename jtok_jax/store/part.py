@@ -29,13 +29,13 @@ class Part:
     sharding: of rows on the devices.
     """
 
-    def __init__(self, row: Sequence[int], sharding: NamedSharding, *, axis: int = 0):
+    def __init__(self, row: Sequence[int], sharding: NamedSharding, *, axis: int):
         """Find what the devices of this process have of each row.
 
         Args:
             row: shape of a row, [G, (M,) (D)].
-            sharding: of an array on the devices, [n, G, (M,) (D)].
-            axis: where n comes there instead.
+            sharding: of an array on the devices, [G, (M,) n (, D)].
+            axis: of n there.
 
         Raises:
             ConfigError: the regions of a process are no product of experts and columns.
@@ -110,25 +110,31 @@ class Part:
             if found := intersection(region, begin, shape):
                 yield self.local_slices(found), relative_slices(found, begin)
 
+    def stacked_shape(self, count: int) -> tuple[int, ...]:
+        """Return the shape of so many rows that this process holds, [G, (M,) n (, D)]."""
+        return *self.shape[: self._axis], count, *self.shape[self._axis :]
+
     def to_devices(self, rows: np.ndarray) -> jax.Array:
-        """Return rows [n, ...] of this process as part of an array on the devices of all."""
-
-        def place(index: Slices) -> np.ndarray:
-            return np.moveaxis(rows[:, *self.local_slices(self._region(index))], 0, self._axis)
-
-        return jax.make_array_from_callback(self._whole(len(rows)), self.sharding, place)
+        """Return stacked rows of this process as part of an array on the devices of all."""
+        place = lambda index: rows[self._local(self._region(index))]
+        shape = self._whole(rows.shape[self._axis])
+        return jax.make_array_from_callback(shape, self.sharding, place)
 
     def from_devices(self, array: jax.Array) -> np.ndarray:
-        """Return what this process holds of rows [n, ...] on the devices of all; waits for them."""
-        by_rows = lambda shard: np.moveaxis(np.asarray(shard.data), self._axis, 0)
-        shards = array.addressable_shards
-        first = by_rows(shards[0])
-        if first.shape[1:] == self.shape:
+        """Return what this process holds of stacked rows on the devices of all; waits for them."""
+        shards, shape = array.addressable_shards, self.stacked_shape(array.shape[self._axis])
+        first = np.asarray(shards[0].data)
+        if first.shape == shape:
             return first
-        out = np.empty((array.shape[self._axis], *self.shape), array.dtype)
+        out = np.empty(shape, array.dtype)
         for region, shard in {self._region(shard.index): shard for shard in shards}.items():
-            out[:, *self.local_slices(region)] = by_rows(shard)
+            out[self._local(region)] = np.asarray(shard.data)
         return out
+
+    def _local(self, region: Region) -> Slices:
+        """Return where stacked rows that this process holds have a region."""
+        found = self.local_slices(region)
+        return *found[: self._axis], slice(None), *found[self._axis :]
 
 
 def of_all_processes(values: np.ndarray) -> np.ndarray:

@@ -4,10 +4,10 @@
 
 A leaf is what a table's rows are, the scale of rows in int8, or what their optimizer keeps of them:
 
-    by rows  [R or U, G, (M,) (D)]    as the store has it: one id is one run of memory
+    by rows  [R, G, (M,) (D)]         as the store has it: one id is one run of memory
     stacked  [G, (M,) R or U (, D)]   as checkpoints, devices and the step have it
 
-With mesh.table_streaming the rows of a step come stacked, in the host memory of their devices.
+With mesh.table_streaming the rows of a step lie in the host memory of their devices.
 """
 
 import math
@@ -63,30 +63,6 @@ def require_trainable(config: Config) -> None:
         )
 
 
-def stacked(leaves: Leaves) -> Leaves:
-    """Return leaves by rows in the other form; those in host memory have it."""
-    if _on_host(leaves):
-        return leaves
-    return {
-        name: {leaf: jnp.moveaxis(x, 0, one[ROWS].ndim - 2) for leaf, x in one.items()}
-        for name, one in leaves.items()
-    }
-
-
-def by_rows(leaves: Leaves) -> Leaves:
-    """Return stacked leaves in the other form, but for those in host memory."""
-    if _on_host(leaves):
-        return leaves
-    return {
-        name: {leaf: jnp.moveaxis(x, one[ROWS].ndim - 2, 0) for leaf, x in one.items()}
-        for name, one in leaves.items()
-    }
-
-
-def _on_host(leaves: Leaves) -> bool:
-    return any(map(host_memory.is_on_host, jax.tree.leaves(leaves)))
-
-
 def stacked_shardings(config: Config, mesh: Mesh, leaves: Leaves) -> Leaves:
     """Return the NamedSharding of every leaf of `leaves`, stacked: all rows on every device."""
     found = {}
@@ -106,27 +82,21 @@ def shape_by_rows(stacked: jax.ShapeDtypeStruct, axis: int) -> tuple[int, ...]:
 
 
 def step_shardings(config: Config, mesh: Mesh, leaves: Leaves) -> Leaves:
-    """Return the NamedSharding of every leaf of the rows of a step, in the form they come in.
+    """Return the NamedSharding of every leaf of the rows of a step.
 
     Of rows that are streamed what is one number a row stays on the device.
     """
-    moved, shardings = {}, stacked_shardings(config, mesh, leaves)
-    if config.mesh.table_streaming:
-        in_host_memory = lambda x: x.with_memory_kind(host_memory.KIND)
-        return {
-            name: {
-                leaf: in_host_memory(x) if leaves[name][leaf].ndim == leaves[name][ROWS].ndim else x
-                for leaf, x in one.items()
-            }
-            for name, one in shardings.items()
-        }
-    for name, one in shardings.items():
-        axis = len(one[ROWS].spec) - 2
-        moved[name] = {
-            leaf: NamedSharding(x.mesh, P(None, *x.spec[:axis], *x.spec[axis + 1 :]))
+    shardings = stacked_shardings(config, mesh, leaves)
+    if not config.mesh.table_streaming:
+        return shardings
+    in_host_memory = lambda x: x.with_memory_kind(host_memory.KIND)
+    return {
+        name: {
+            leaf: in_host_memory(x) if leaves[name][leaf].ndim == leaves[name][ROWS].ndim else x
             for leaf, x in one.items()
         }
-    return moved
+        for name, one in shardings.items()
+    }
 
 
 def abstract_rows(config: Config, mesh: Mesh, optimizers: Optimizers) -> SomeRows:
@@ -140,10 +110,8 @@ def abstract_rows(config: Config, mesh: Mesh, optimizers: Optimizers) -> SomeRow
         axis, rows = one[ROWS].ndim - 2, room[tables[name].stream]
         leaves[name] = {}
         for leaf, x in one.items():
-            shape = [rows, *shape_by_rows(x, axis)[1:]]
-            if config.mesh.table_streaming:
-                shape.insert(axis, shape.pop(0))
-            leaves[name][leaf] = place(tuple(shape), x.dtype, sharding=shardings[name][leaf])
+            shape = *x.shape[:axis], rows, *x.shape[axis + 1 :]
+            leaves[name][leaf] = place(shape, x.dtype, sharding=shardings[name][leaf])
     shape, everywhere = (config.train.batch_size, config.train.seq_len), replicated(mesh)
     return SomeRows(
         places={
@@ -167,12 +135,12 @@ def with_rows(
     if some is None:
         return params, None
     tables, declared = {}, declared_tables(config)
-    for name, leaves in stacked(some.leaves).items():
+    for name, leaves in some.leaves.items():
         rows = leaves[ROWS]
         if SCALE in leaves:
             rows = (rows * leaves[SCALE][..., None]).astype(declared[name].dtype)
         tables[name] = rows
-    on_host = _on_host(some.leaves)
+    on_host = any(map(host_memory.is_on_host, jax.tree.leaves(some.leaves)))
     return params | (tables if on_host else to_stored(config, tables)), some.places
 
 

@@ -35,6 +35,7 @@ from jtok_jax.store.rows import (
 
 Arrays = dict[str, dict[str, np.ndarray]]  # by table and leaf
 CHUNK = 32 << 20  # bytes of rows that are drawn, or looked at, at once
+AT_ONCE = 64  # rows that are read and moved at once
 FEW = 128  # rows that are drawn at once of those which a step reads for the first time
 
 
@@ -83,8 +84,8 @@ class HostTables:
             self._parts[name] = {}
             for leaf, x in leaves.items():
                 count, *row = shape_by_rows(x, self._axis(name))
-                axis = self._axis(name) if config.mesh.table_streaming else 0
-                part = self._parts[name][leaf] = Part(row, shardings[name][leaf], axis=axis)
+                part = Part(row, shardings[name][leaf], axis=self._axis(name))
+                self._parts[name][leaf] = part
                 shapes[f"{name}.{leaf}"] = jax.ShapeDtypeStruct((count, *part.shape), x.dtype)
         for name in {table.stream for table in self._tables.values()}:
             rows = config.model.id_streams[name].num_rows
@@ -221,7 +222,7 @@ class HostTables:
             self._folder.close()
 
     def read(self, ids: Mapping[str, np.ndarray], room: Mapping[str, int]) -> Arrays:
-        """Return this process's rows of int32 ids [U] by stream, and zeros up to the room of each.
+        """Return this process's rows of int32 ids [U] by stream, stacked; zeros up to the room.
 
         Raises CheckpointError: files were changed.
         """
@@ -229,15 +230,18 @@ class HostTables:
             self._folder.check()
         found = {}
         for name, leaves in self._arrays.items():
-            stream = self._tables[name].stream
-            found[name] = {leaf: _take(x, ids[stream], room[stream]) for leaf, x in leaves.items()}
+            stream, axis = self._tables[name].stream, self._axis(name)
+            found[name] = {
+                leaf: _take(x, ids[stream], room[stream], axis) for leaf, x in leaves.items()
+            }
         missing = {name: np.flatnonzero(~self._drawn[name][one]) for name, one in ids.items()}
         if any(map(len, missing.values())):
             wanted = {name: ids[name][places] for name, places in missing.items()}
             for name, first, rows in self._first_rows(wanted, FEW):
                 places = missing[self._tables[name].stream][first : first + len(rows)]
                 for leaf, value in self._stored(rows).items():
-                    found[name][leaf][places] = self._parts[name][leaf].local_rows(value)
+                    by_rows = np.moveaxis(found[name][leaf], self._axis(name), 0)
+                    by_rows[places] = self._parts[name][leaf].local_rows(value)
         return found
 
     def put(self, rows: Arrays) -> dict[str, dict[str, jax.Array]]:
@@ -257,13 +261,15 @@ class HostTables:
         Raises WorkdirError: the disk of the files is full.
         """
         for name, leaves in self._arrays.items():
-            of_table = ids[self._tables[name].stream]
+            of_table, axis = ids[self._tables[name].stream], self._axis(name)
             for leaf, value in leaves.items():
                 self._reserve(name, leaf, of_table)
-                new = self._parts[name][leaf].from_devices(rows[name][leaf])[: len(of_table)]
+                new = self._parts[name][leaf].from_devices(rows[name][leaf])
+                new = new[(slice(None),) * axis + (slice(len(of_table)),)]
                 if leaf == ROWS and not np.isfinite(new).all():
                     self._broken.add(name)
-                words(value)[of_table] = words(new)
+                for place in np.ndindex(new.shape[:axis]):
+                    words(value[:, *place])[of_table] = words(new[place])
         for stream, of_stream in ids.items():
             self._drawn[stream][of_stream] = True
 
@@ -378,8 +384,12 @@ def _memory_left() -> int | None:
     return 1024 * found[0] if found else None
 
 
-def _take(array: np.ndarray, ids: np.ndarray, room: int) -> np.ndarray:
-    out = np.zeros((room, *array.shape[1:]), array.dtype)  # pages that are not written cost nothing
-    # "clip" writes into `out`; the default copies once more, to leave it whole where an id is bad.
-    np.take(words(array), ids, axis=0, out=words(out[: len(ids)]), mode="clip")
+def _take(array: np.ndarray, ids: np.ndarray, room: int, axis: int) -> np.ndarray:
+    """Return rows of `array`, [R, G, ...], stacked: their axis is `axis`, as long as `room`."""
+    shape = *array.shape[1 : axis + 1], room, *array.shape[axis + 1 :]
+    out = np.zeros(shape, array.dtype)  # pages that are not written cost nothing
+    by_rows, source = np.moveaxis(words(out), axis, 0), words(array)
+    for first in range(0, len(ids), AT_ONCE):  # so few are still in a cache when they are moved
+        some = ids[first : first + AT_ONCE]
+        by_rows[first : first + len(some)] = source[some]
     return out

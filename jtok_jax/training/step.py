@@ -22,8 +22,6 @@ from jtok_jax.model.tables import ROWS, Rows, SomeRows
 from jtok_jax.model.transformer import Parallel
 from jtok_jax.store.rows import (
     abstract_rows,
-    by_rows,
-    stacked,
     step_shardings,
     whole_leaves,
     with_rows,
@@ -115,7 +113,6 @@ def make_step_of_rows(
     whole_step = make_train_step(config, optimizer, mesh)
 
     def step(state: TrainState, leaves, ids_BT: jax.Array, targets_BT: jax.Array, some: SomeRows):
-        leaves = stacked(leaves)
         tables = {name: one[ROWS] for name, one in leaves.items()}
         states = {
             name: state.opt_state[name] | {leaf: x for leaf, x in one.items() if leaf != ROWS}
@@ -134,7 +131,7 @@ def make_step_of_rows(
             scalars[name] = {leaf: found[leaf] for leaf in state.opt_state[name]}
         params = {name: new.params[name] for name in state.params}
         new = new._replace(params=params, opt_state=new.opt_state | scalars)
-        return new, by_rows(new_leaves), metrics
+        return new, new_leaves, metrics
 
     return step
 
