@@ -42,7 +42,7 @@ class SomeRows(NamedTuple):
 
     places: dict[str, jax.Array]  # by stream; int32, as `stream_ids` gives ids
     ids: dict[str, jax.Array]  # by stream; int32 [U], ascending; the number of rows where none is
-    # By table and leaf: its "rows", and what its optimizer keeps of them; [U, G, (M,) (D)].
+    # By table and leaf: its "rows", and what its optimizer keeps of them; [G, (M,) U (, D)].
     leaves: dict[str, dict[str, jax.Array]]
 
 
