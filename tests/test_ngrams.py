@@ -166,7 +166,7 @@ def test_command(corpus, built, capsys):
     run(corpus, built.with_name("more"), "--rows=400000000", "--workers=1")
     text = capsys.readouterr().out
     assert re.search(r"2 tokens: +[\d,]+ rows, at most [\d,]+ times: '", text)
-    assert "fewer than the 1,000,000,000 asked for: no others are frequent" in text
+    assert "fewer than the 400,000,000 asked for: no others are frequent" in text
     assert [path.name for path in built.parent.iterdir() if path.name.startswith(".")] == []
 
 
