@@ -4,6 +4,7 @@
 
 import ast
 import re
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -38,3 +39,9 @@ def test_reported_problems_name_tests_that_exist():
     defined = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())}
     assert len(named) > 40
     assert not set(named) - defined
+
+
+def test_a_wheel_has_every_package():
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {path.parent.relative_to(ROOT) for path in (ROOT / "jtok_jax").rglob("__init__.py")}
+    assert {*told} == {".".join(path.parts) for path in found} | {"jtok_kernels"}
