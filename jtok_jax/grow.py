@@ -40,7 +40,7 @@ READ = 8.0  # logit of a new table: above those of old ones
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What a model gets more of; 0 and "" leave it as it is.
+    """Says what a model gets more of; 0 and "" leave it as it is.
 
     slots, ffn_slots: of each map of attention, and of the feed-forward.
     jtok_layers: that have tables, see `JtokConfig.layers`.

@@ -107,7 +107,7 @@ def slow_embedding(params: dict, model: ModelConfig, ngram: tuple) -> np.ndarray
 
 
 def slow_input(params: dict, model: ModelConfig, ids, chosen) -> np.ndarray:
-    """What the blocks read; `chosen(sequence, end)` is the n-gram of a token."""
+    """Return what the blocks read; `chosen(sequence, end)` is the n-gram of a token."""
     made: dict[tuple, np.ndarray] = {}
     for sequence in ids:
         for end in range(len(sequence)):

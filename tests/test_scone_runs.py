@@ -109,7 +109,7 @@ def write_other(corpus, path) -> None:
 
 
 def test_a_run_does_not_go_on_with_other_ngrams(config, workdir, corpus, tmp_path):
-    """As many, of the same corpus: their digest is another."""
+    """They are as many, of the same corpus: their digest is another."""
     other = tmp_path / "other.ngrams"
     write_other(corpus, other)
     more = {"train.steps": 13, "schedule.steps": 12, "data.ngrams": str(other)}
