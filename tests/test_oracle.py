@@ -19,6 +19,7 @@ from small import (
     KINDS,
     MOE,
     gradients,
+    numbers_of,
     random_ids,
     random_params,
     with_every_table,
@@ -157,7 +158,8 @@ def test_gradients_of_a_bfloat16_model_are_near_those_of_float32(model, most):
     rng = np.random.default_rng(0)
     ids, targets = np.int32(rng.choice(len(share), size=(2, 16, 512), p=share / share.sum()))
     moved = lambda x: np.float32(jnp.bfloat16(x + 0.02 * rng.standard_normal(x.shape)))
-    params = jax.tree.map(moved, random_params(model))
+    params = random_params(model)
+    params |= jax.tree.map(moved, numbers_of(params))
     train = TrainConfig(batch_size=16, seq_len=512)
 
     def found(dtype):
