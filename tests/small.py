@@ -74,7 +74,7 @@ def with_every_table(model: ModelConfig) -> ModelConfig:
 
 
 def random_ngrams(stream: IdStream, seed: int = 0) -> FrequentNgrams:
-    """As many n-grams as a stream has rows, of 2 and 3 tokens, of which any two in a row are one.
+    """Draw as many n-grams as a stream has rows, of 2 and 3 tokens; their parts are among them.
 
     Half of all pairs of tokens, at most, may be among them.
     """

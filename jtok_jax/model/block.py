@@ -33,7 +33,7 @@ TABLES = "tables"  # where a model holds JTok's, which every other table has its
 
 
 class BlockAux(NamedTuple):
-    """What a block reports beside its output; stacked to [L, ...] by the scan."""
+    """Holds what a block reports beside its output; stacked to [L, ...] by the scan."""
 
     moe_balance: jax.Array
     jtok_balance: jax.Array
