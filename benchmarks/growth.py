@@ -3,9 +3,10 @@
 """Grown models beside those trained from scratch: python benchmarks/growth.py --data=FOLDER
 
 A TokenFormer that gets half as many slots more, and a JTok-M that gets two tables a layer more.
-Four runs of each: the small one; the grown one, which goes on from it; and the large one from
-scratch, with the FLOPs and with the steps of both together. Every run is `train.py` with a workdir
-of its own: stopped, the same command goes on. Losses against total FLOPs come into OUTPUT.
+Five runs of each: the small one; the grown one, which goes on from it, with a new optimizer or with
+its moments; and the large one from scratch, with the FLOPs and with the steps of both. Every run is
+`train.py` with a workdir of its own: stopped, the same command goes on. OUTPUT gets losses against
+total FLOPs.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def curve(workdir: pathlib.Path, before: float = 0.0) -> tuple[np.ndarray, np.nd
 
 
 def family(options, name: str) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
-    """Train the four runs; return their curves."""
+    """Train the five runs; return their curves."""
     config, common, small, large, growth = FAMILIES[name]
     fields, found = COMMON | common, {}
     steps = {"train.steps": options.steps}
@@ -77,11 +78,13 @@ def family(options, name: str) -> dict[str, tuple[np.ndarray, np.ndarray, float]
     found["small"] = curve(start)
     grown = options.runs / f"{name}-grown-start"
     if not grown.exists():
-        grow(str(start), grown, growth)
+        grow(str(start), grown, growth, moments=True)
     own = {key: value for key, value in fields.items() if not key.startswith("model.")}
-    after = run(options, f"{name}-grown", f"configs/pretrained.py:{grown}",
-                own | steps | {"schedule.kind": "cosine"})  # fmt: skip
-    found["grown"] = curve(after, before=found["small"][0][-1])
+    own |= steps | {"schedule.kind": "cosine"}
+    for moments, label in ((False, "grown"), (True, "grown, with moments")):
+        after = run(options, f"{name}-{label.replace(', ', '-')}", f"configs/pretrained.py:{grown}",
+                    own | {"init_moments": moments})  # fmt: skip
+        found[label] = curve(after, before=found["small"][0][-1])
     total = found["grown"][0][-1]
     whole = run(options, f"{name}-steps", config,
                 fields | large | {"train.steps": 2 * options.steps})  # fmt: skip

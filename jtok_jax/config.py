@@ -338,6 +338,7 @@ class Config:
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     # Parameters to begin with: those of a run, RUN or RUN@STEP, or a folder of Hugging Face.
     init_from: str = ""
+    init_moments: bool = False  # of its optimizer too; the step and the schedule begin at 0
 
     def __post_init__(self):
         unknown = set(self.optimizer.tables.owners) - set(self.model.table_owners)
@@ -352,15 +353,16 @@ class Config:
                 "optimizer.frozen is backbone, and there is nothing else to train. Set "
                 "model.jtok.kind or model.arms.names."
             )
-        if self.mesh.table_memory == "host":
-            tables = self.optimizer.tables
-            for owner in self.model.table_owners:
-                if tables.of(owner).kind == "adamw":
-                    raise ConfigError(
-                        f"optimizer.tables.kind of {owner} is adamw, which changes every row in "
-                        "every step; tables in host memory need lazy_adam, rowwise_adam or "
-                        "rowwise_adagrad."
-                    )
+        hosted = "tables in host memory" * (self.mesh.table_memory == "host")
+        needing = hosted or "moments of another run" * self.init_moments
+        for owner in self.model.table_owners if needing else ():
+            if self.optimizer.tables.of(owner).kind == "adamw":
+                raise ConfigError(
+                    f"optimizer.tables.kind of {owner} is adamw, whose rows have no clocks of "
+                    f"their own; {needing} need lazy_adam, rowwise_adam or rowwise_adagrad."
+                )
+        if self.init_moments and not self.init_from:
+            raise ConfigError("init_moments is on, and init_from names no run to take them of.")
         if self.mesh.table_streaming and self.model.remat == "none":
             raise ConfigError(
                 "mesh.table_streaming is on, and model.remat is none, which keeps the rows of all "

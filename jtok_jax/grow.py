@@ -15,7 +15,6 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -28,11 +27,21 @@ from jtok_jax.data.manifest import file_sha256
 from jtok_jax.errors import ConfigError, exit_on_error
 from jtok_jax.model.block import TABLES
 from jtok_jax.model.ngram_index import indices_of, names_of, with_more_tokens
-from jtok_jax.model.params import Declared, Params, declared, init_params, to_logical
+from jtok_jax.model.params import (
+    Declared,
+    Params,
+    abstract_params,
+    declared,
+    init_params,
+    to_logical,
+)
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.training.checkpoint import Checkpoints
+from jtok_jax.training.moments import Moments, moments_of, with_moments
+from jtok_jax.training.optimizer import Optimizer, count_shape, make_optimizer
 from jtok_jax.training.resume import CONFIG_FILE, keep_tokenizer, new_folder
 from jtok_jax.training.saved import load_params
+from jtok_jax.training.state import TrainState
 
 KEYS = ("zero", "random")
 READ = 8.0  # logit of a new table: above those of old ones
@@ -147,26 +156,74 @@ def grown_params(
         keys: of new slots, see `Growth`.
         seed: of new values, and of random keys, drawn as those of a new model.
     """
-    drawn = init_params(model, jax.random.key(seed))
-    told, found = declared(before), {}
-    layers = [one.jtok.table_of_layer(one.num_layers) for one in (before, model)]
+    drawn, found = init_params(model, jax.random.key(seed)), {}
     for name, first in drawn.items():
-        new = np.array(first)
-        old = np.asarray(params[name])[_tokens_of(told[name], before)] if name in params else None
-        if name == TABLES:
-            _take_tables(new, old, *layers)
-        elif name.startswith("blocks/jtok/"):
-            _take_layers(name.rpartition("/")[2], new, old, *layers, before.jtok.num_tables)
-        else:
-            if new.shape != old.shape and keys == "zero" and name.endswith("/key"):
-                new[:, old.shape[1] :] = 0
-            _take(new, old)
-        found[name] = new
+        found[name] = np.array(first)
+        if name in params:
+            _carry(name, np.asarray(params[name]), found[name], before, model)
+        if name == TABLES or name.startswith("blocks/jtok/"):
+            _begin_jtok(name, found[name], before, model, is_new=name not in params)
+        elif name.endswith("/key") and name in params and keys == "zero":
+            slots = params[name].shape[1]
+            found[name][:, slots:] = 0
     for name, stream in model.frequent_streams.items():
         index = indices_of(params)[name]
         moved = with_more_tokens(index, before.frequent_streams[name], stream)
         found |= zip(names_of(name), moved, strict=True)
     return found
+
+
+def grown_moments(
+    model: ModelConfig, before: ModelConfig, moments: Moments, optimizer: Optimizer
+) -> TrainState:
+    """Return a state without parameters, at step 0: the moments of before, and zeros for the new.
+
+    What is new counts its steps from 0.
+
+    Args:
+        optimizer: of the grown model, of `init_moments`.
+    """
+
+    def place(name: str, leaf: str, like: np.ndarray, value: jax.Array) -> np.ndarray:
+        new, value = np.zeros_like(like), np.asarray(value)
+        if not value.ndim and leaf != "count":
+            return value
+        if leaf == "count":
+            value = np.broadcast_to(value, count_shape(declared(before)[name]))
+        if leaf == "decayed":  # new rows have nothing to catch up with
+            new[...] = moments[name]["log_decay"]
+        _carry(name, value, new, before, model)
+        return new
+
+    masters = {
+        name: jax.ShapeDtypeStruct(leaf.shape, np.float32)
+        for name, leaf in abstract_params(model).items()
+    }
+    zeros = jax.tree.map(
+        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(optimizer.init, masters)
+    )
+    return TrainState(
+        np.int32(0), {}, with_moments(zeros, moments, place), np.int32(0), np.int32(0)
+    )
+
+
+def _carry(
+    name: str, old: np.ndarray, new: np.ndarray, before: ModelConfig, model: ModelConfig
+) -> None:
+    """Write a parameter, or a leaf of its moments, into the first entries of a grown one.
+
+    JTok's are of some layers; the parameters of a layer that had no tables are not written.
+    """
+    told, pairs = declared(before)[name], [(..., ...)]
+    layers = [one.jtok.table_of_layer(one.num_layers) for one in (before, model)]
+    if name == TABLES:
+        pairs = [pair for pair in zip(*layers, strict=True) if pair[0] >= 0]
+    elif name.startswith("blocks/jtok/"):
+        pairs = [(layer, layer) for layer, table in enumerate(layers[0]) if table >= 0]
+    old = old[_tokens_of(told, before)[: old.ndim]]
+    for there, here in pairs:
+        part = old[there]
+        new[here][tuple(slice(size) for size in part.shape)] = part
 
 
 def _tokens_of(one: Declared, model: ModelConfig) -> tuple[slice, ...]:
@@ -177,53 +234,43 @@ def _tokens_of(one: Declared, model: ModelConfig) -> tuple[slice, ...]:
     return tuple(found)
 
 
-def _take(new: np.ndarray, old: np.ndarray) -> None:
-    """Write what was there over the first entries along all axes."""
-    new[tuple(slice(size) for size in old.shape)] = old
+def _begin_jtok(
+    name: str, new: np.ndarray, before: ModelConfig, model: ModelConfig, *, is_new: bool
+) -> None:
+    """Write what tables begin with: a scale of zero, or zeros that are read beside the old ones.
 
-
-def _take_tables(new: np.ndarray, old: np.ndarray, before: Sequence[int], after: Sequence[int]):
-    """Write tables [G, (M,) R, D] of the layers that had some; tables that they get are zeros.
-
-    before, after: for each layer the index of its tables, or -1.
+    is_new: the model before had no such parameter.
     """
-    for there, here in zip(before, after, strict=True):
-        if there >= 0 and old.ndim > 3:
-            new[here, old.shape[1] :] = 0
-        if there >= 0:
-            _take(new[here], old[there])
-
-
-def _take_layers(
-    what: str, new: np.ndarray, old: np.ndarray | None, before: Sequence[int],
-    after: Sequence[int], tables: int,
-) -> None:  # fmt: skip
-    """Write a parameter of JTok's layers, [L, ...], for those that had tables, so many each."""
-    for layer, (there, here) in enumerate(zip(before, after, strict=True)):
+    what, tables = name.rpartition("/")[2], before.jtok.num_tables
+    layers = [one.jtok.table_of_layer(one.num_layers) for one in (before, model)]
+    for layer, (there, here) in enumerate(zip(*layers, strict=True)):
         if there < 0 <= here and what == "scale":
             new[layer] = 0
         if there < 0:
             continue
+        if name == TABLES and new.ndim > 3:
+            new[here, tables:] = 0
         if what == "router":
             new[layer, :, tables:] = 0
-        if what == "router_bias":  # there is none before, or it is written next
-            new[layer, :tables], new[layer, tables:] = 0, READ
-        if old is not None:
-            _take(new[layer], old[layer])
+        if what == "router_bias":
+            new[layer, tables:] = READ
+            if is_new:
+                new[layer, :tables] = 0
 
 
 def grow(
     run: str, output: pathlib.Path, growth: Growth, *, words: pathlib.Path | None = None,
-    seed: int = 0,
+    seed: int = 0, moments: bool = False,
 ) -> ModelConfig:  # fmt: skip
     """Write a grown model as a run of no steps; return what it is.
 
-    The optimizer begins anew, as the authors of TokenFormer had it.
+    The optimizer begins anew, as the authors of TokenFormer had it, unless its moments are kept.
 
     Args:
         run: a folder, or FOLDER@STEP.
         words: tokenizer.json of the grown model; None: that of the run.
         seed: see `grown_params`.
+        moments: keep those of the optimizer, for a run of `init_moments`.
 
     Raises:
         ConfigError: see `grown_model`; or `words` has other tokens than the run's in their place.
@@ -232,14 +279,19 @@ def grow(
         WorkdirError: `output` holds something, or cannot be written.
     """
     path, _, step = run.partition("@")
-    saved = load_params(pathlib.Path(path), step=step or "newest")
+    saved = load_params(pathlib.Path(path), step=step or "newest", moments=moments)
     before = saved.config.model
     model = grown_model(before, growth)
     if words:
         _require_old_tokens(words, saved.workdir / tokenizer.FILE_NAME, model.vocab_size)
     params = grown_params(model, before, to_logical(saved.params), keys=growth.keys, seed=seed)
+    config, state = Config(model=model, train=saved.config.train), None
+    if moments:
+        config = dataclasses.replace(
+            config, optimizer=saved.config.optimizer, init_from=run, init_moments=True
+        )
+        state = grown_moments(model, before, moments_of(saved.state), make_optimizer(config))
     with new_folder(output) as folder:
-        config = Config(model=model, train=saved.config.train)
         (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=1) + "\n")
         data = {name: one for name, one in saved.data.items() if name == "tokenizer"}
         keep_tokenizer(folder, saved.workdir / tokenizer.FILE_NAME)
@@ -247,7 +299,7 @@ def grow(
             shutil.copyfile(words, folder / tokenizer.FILE_NAME)
             data = {"tokenizer": file_sha256(words)}
         checkpoints = Checkpoints(folder, config, data=data, end_id=saved.end_id)
-        checkpoints.save_params(params)
+        checkpoints.save_params(params, state)
         checkpoints.close()
     return model
 
@@ -283,16 +335,17 @@ def main(arguments: list[str] | None = None) -> None:
     option("--tokenizer", type=pathlib.Path, help="tokenizer.json of more tokens (the run's)")
     option("--keys", choices=KEYS, default="zero", help="new ones; random: as the published code")
     option("--seed", type=int, default=0, help="of new values (0)")
+    option("--moments", action="store_true", help="keep those of the optimizer")
     options = vars(parser.parse_args(arguments))
-    given = {name: options.pop(name) for name in ("run", "output", "tokenizer", "seed")}
+    run, output, words, seed, moments = (
+        options.pop(name) for name in ("run", "output", "tokenizer", "seed", "moments")
+    )
     with exit_on_error():
-        found = grow(
-            given["run"], given["output"], Growth(**options), words=given["tokenizer"],
-            seed=given["seed"],
-        )  # fmt: skip
+        found = grow(run, output, Growth(**options), words=words, seed=seed, moments=moments)
         size = flops.count(found, seq_len=1)
-        print(f"{given['output']}: {size.backbone:,} parameters and {size.tables:,} of tables")
-        print(f"train it: --config=configs/pretrained.py:{given['output']}")
+        print(f"{output}: {size.backbone:,} parameters and {size.tables:,} of tables")
+        with_moments = " --config.init_moments=true" * moments
+        print(f"train it: --config=configs/pretrained.py:{output}{with_moments}")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", drawn(["all", "ffn"], 1))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slots_over_devices_train_as_on_one(kind, layout):
-    """Slots lie over the tensor axis."""
+    """Slots lie over the tensor axis; each has a count of its own, as after a growth."""
     fields = {"model.pattention.kind": kind, "model.pattention.slots": 12}
     fields |= {"model.pattention.ffn_slots": 20, "model.block_norm": "weightless_layer"}
+    fields |= {"init_from": "another run", "init_moments": True}
     check_trains_as_alone(changed(run_config("jtok", LAYOUTS[layout]), fields))
 
 

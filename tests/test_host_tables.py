@@ -162,7 +162,7 @@ def test_more_ids_than_there_is_room_for_end_the_run(config, tmp_path):
 
 
 def test_what_cannot_lie_in_host_memory_is_refused(config):
-    with pytest.raises(ConfigError, match="kind of jtok is adamw, which changes every row"):
+    with pytest.raises(ConfigError, match="kind of jtok is adamw, whose rows have no clocks"):
         changed(config, HOST | {"optimizer.tables.kind": "adamw"})
     with pytest.raises(ConfigError, match=r"mesh\.table_rows is 'fsdp', and tables are in host"):
         changed(config, HOST | {"mesh.table_rows": "fsdp"})

@@ -23,10 +23,7 @@ import jtok_jax
 from jtok_jax.config import Config
 from jtok_jax.config_dict import to_dict
 from jtok_jax.errors import CheckpointError, NonFiniteError
-from jtok_jax.model.params import (
-    to_logical,
-    to_stored,
-)
+from jtok_jax.model.params import to_stored
 from jtok_jax.store.pieces import STATE, Pieces
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.damage import METRICS, open_checkpointer, silence_leftovers
@@ -45,7 +42,7 @@ from jtok_jax.training.resume import (
     require_same_config,
     require_same_data,
 )
-from jtok_jax.training.state import TrainState, non_finite
+from jtok_jax.training.state import TrainState, as_saved, named_leaves, non_finite
 
 # Of several processes JAX agrees on the step at which all stop, once, by the steps they ask about.
 # The training loop asks; Orbax asks about older steps from a thread, which would undo the count.
@@ -133,7 +130,7 @@ class Checkpoints:
             NonFiniteError: a parameter is not finite, as when an update overflows.
         """
         self.wait()
-        state = _logical(state)
+        state = as_saved(state)
         broken = non_finite(state.params) + (tables.non_finite() if tables else [])
         if broken:
             raise NonFiniteError(
@@ -153,15 +150,22 @@ class Checkpoints:
             if tables:  # a copy of them may not fit
                 self.wait()
 
-    def save_params(self, params: dict[str, jax.Array | np.ndarray]) -> None:
-        """Write logical parameters without a state, as step 0: a run can start from them.
+    def save_params(
+        self, params: dict[str, jax.Array | np.ndarray], state: TrainState | None = None
+    ) -> None:
+        """Write logical parameters as step 0: a run can start from them.
+
+        state: of an optimizer, at step 0, whose moments it can start with too.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
+        leaves = {PARAMS + name: value for name, value in params.items()}
+        leaves |= named_leaves(state._replace(params={})) if state else {}
+        piece = lambda x: Pieces.of(x) if isinstance(x, np.ndarray) else x
         leaves = {
-            PARAMS + name: Pieces.of(value) if isinstance(value, np.ndarray) else value
-            for name, value in params.items()
+            name: piece(value) if np.ndim(value) else jax.numpy.asarray(value)
+            for name, value in leaves.items()
         }
         with self._failure(0), _files():
             metadata = self._metadata(leaves, 0)
@@ -263,7 +267,7 @@ class Checkpoints:
         entry = {"after_step": step, "changes": changes}
         self.history = saved.get("history", []) + [entry] * bool(changes)
         self.offset = sequences_seen(found) - step * self._config.train.batch_size
-        logical = _logical(abstract)
+        logical = as_saved(abstract)
         wanted = named_leaves(logical)
         leaves = load_leaves(self._checkpointer, found, wanted, tables)
         state = jax.tree.unflatten(jax.tree.structure(logical), [leaves[name] for name in wanted])
@@ -302,14 +306,3 @@ class _FailureLog(logging.Filter):
     def close(self) -> None:
         """Let the log be as it was."""
         logging.getLogger("absl").removeFilter(self)
-
-
-def named_leaves(state: TrainState) -> dict[str, jax.Array]:
-    """Return every leaf of a state by its path, such as "params/embed"."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def _logical(state: TrainState) -> TrainState:
-    """Return the state as stored: tables in their logical shape, whatever is held here."""
-    return state._replace(params=to_logical(state.params))

@@ -4,12 +4,13 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import jtok_kernels
 import optax
 from jtok_kernels import RowOptimizer
 
 from jtok_jax.config import Config, TableOptimizerConfig
-from jtok_jax.model.params import Params, declared, declared_tables
+from jtok_jax.model.params import Declared, Params, declared, declared_tables
 from jtok_jax.model.variables import Vector
 from jtok_jax.model_config import ModelConfig
 
@@ -33,6 +34,9 @@ def schedule(config: Config) -> optax.Schedule:
         "constant": lambda: stay,
     }
     return optax.join_schedules([rise, rest[options.kind]()], [warmup])
+
+
+GROWING = "LVSM"  # axes along which jtok_jax.grow adds: layers, vocabulary, slots, tables
 
 
 class Optimizer(NamedTuple):
@@ -70,10 +74,15 @@ def groups(model: ModelConfig, *, frozen: str = "none") -> dict[str, str]:
 def make_optimizer(config: Config) -> Optimizer:
     """Return AdamW of the backbone, and what `optimizer.tables` says of every table."""
     options = config.optimizer
-    adamw = {"b1": options.b1, "b2": options.b2, "eps": options.eps}
-    adamw["learning_rate"] = schedule(config)
+    adam = optax.scale_by_adam(options.b1, options.b2, options.eps)
+    if config.init_moments:
+        adam = _with_clocks(adam, config.model)
+    rate = optax.scale_by_learning_rate(schedule(config))
     decays = {"matrices": options.weight_decay, "vectors": 0.0}
-    by_group = {name: optax.adamw(**adamw, weight_decay=decay) for name, decay in decays.items()}
+    by_group = {
+        name: optax.chain(adam, optax.add_decayed_weights(decay), rate)
+        for name, decay in decays.items()
+    }
     labels = groups(config.model, frozen=options.frozen)
     backbone = optax.partition(by_group, labels)
     rows = {
@@ -81,6 +90,36 @@ def make_optimizer(config: Config) -> Optimizer:
         for name, table in declared_tables(config.model).items()
     }
     return Optimizer(backbone, frozenset(labels), rows)
+
+
+def count_shape(one: Declared) -> tuple[int, ...]:
+    """Return the shape of a parameter that is 1 along all axes but those of `GROWING`."""
+    axes = zip(one.axes, one.shape, strict=True)
+    return tuple(size if axis in GROWING else 1 for axis, size in axes)
+
+
+def _with_clocks(adam: optax.GradientTransformation, model: ModelConfig):
+    """Return Adam with a count of steps for every slice that a growth may have added.
+
+    Its state is that of Adam for each parameter, with a count of `count_shape`.
+    """
+    shapes = {name: count_shape(one) for name, one in declared(model).items()}
+
+    def init(params):
+        trained = {
+            name: value for name, value in params.items() if not isinstance(value, optax.MaskedNode)
+        }
+        return {
+            name: adam.init(value)._replace(count=jnp.zeros(shapes[name], jnp.int32))
+            for name, value in trained.items()
+        }
+
+    def update(grads, state, params=None):
+        new = {name: adam.update(grads[name], one) for name, one in state.items()}
+        updates = {name: update for name, (update, _) in new.items()}
+        return grads | updates, {name: one for name, (_, one) in new.items()}
+
+    return optax.GradientTransformation(init, update)
 
 
 def _row_optimizer(options: TableOptimizerConfig, eps: float) -> RowOptimizer:

@@ -153,11 +153,11 @@ class Run:
     def _initial_state(self) -> TrainState:
         state = init_state(self.config, self._optimizer, self._mesh)
         self.steps.initialise_tables()
-        params, known = state.params, (self.config, self._mesh)
+        known = self.config, self._mesh
         if self.config.init_from:
             with self._stall.waiting_for(f"parameters of {self.config.init_from}"):
-                params = begin_with(*known, params, self.steps.tables, self.hosts.say)
-        return state._replace(params=with_frequent(*known, params, self._ngrams))
+                state = begin_with(*known, state, self.steps.tables, self.hosts.say)
+        return state._replace(params=with_frequent(*known, state.params, self._ngrams))
 
     def _resumed_state(self) -> TrainState:
         state = self._restore()

@@ -29,7 +29,9 @@ from jtok_jax.training.leaves import (
     read_metadata,
     sequences_seen,
 )
+from jtok_jax.training.optimizer import Optimizer, make_optimizer
 from jtok_jax.training.resume import checkpoints_of
+from jtok_jax.training.state import TrainState, abstract_state, named_leaves
 
 
 class Saved(NamedTuple):
@@ -43,6 +45,7 @@ class Saved(NamedTuple):
     workdir: pathlib.Path
     end_id: int | None  # of the tokenizer, between documents; None: not known
     sequences: int  # trained on
+    state: TrainState | None  # without parameters; None: not asked for
 
 
 def load_params(
@@ -50,8 +53,9 @@ def load_params(
     choose: Callable[[Config], MeshConfig] | None = None,
     *,
     step: str | int = "newest",
+    moments: bool = False,
 ) -> Saved:
-    """Return the parameters of a checkpoint under `workdir`, without the optimizer.
+    """Return the parameters of a checkpoint under `workdir`.
 
     The run may go on meanwhile: if it removes its newest checkpoint, the next one is read.
 
@@ -60,16 +64,17 @@ def load_params(
             becomes the `config.mesh` of what is returned, and says where tables lie. None: all of
             them on one device.
         step: "newest", "best" (of those still there, the lowest validation loss) or a number.
+        moments: the optimizer's state too.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or other code wrote it.
+        CheckpointError: there is none, it is damaged, without moments, or other code wrote it.
         ConfigError: the mesh chosen does not fit the devices or the model.
     """
     folder = checkpoints_of(workdir)
     while True:
         before = max(steps_of(folder), default=0)
         try:
-            return _load_params(workdir, folder, choose, str(step))
+            return _load_params(workdir, folder, choose, str(step), moments)
         except CheckpointError:
             if step != "newest" or max(steps_of(folder), default=0) <= before:
                 raise
@@ -80,6 +85,7 @@ def _load_params(
     folder: pathlib.Path,
     choose: Callable[[Config], MeshConfig] | None,
     step: str,
+    moments: bool,
 ) -> Saved:
     with contextlib.closing(open_checkpointer(folder)) as checkpointer:
         number = _choose_step(checkpointer, step, folder)
@@ -89,30 +95,48 @@ def _load_params(
         config = dataclasses.replace(config, mesh=mesh_config)
         place, mesh = _placing(config, alone=choose is None)
         config = anywhere(config, mesh)
-        tables = _tables_of(config, mesh, found, workdir)
+        optimizer = make_optimizer(config) if moments else None
+        tables = _tables_of(config, mesh, found, workdir, optimizer)
         wanted = {
             PARAMS + name: place(name, leaf) for name, leaf in abstract_params(config.model).items()
         }
+        if moments:
+            state = abstract_state(config, optimizer, mesh)._replace(params={})
+            device = next(iter(wanted.values())).sharding if choose is None else None
+            state = jax.tree.map(lambda x: x.update(sharding=device or x.sharding), state)
+            wanted |= named_leaves(state)
         if tables:
             wanted = {name: one for name, one in wanted.items() if name not in tables.saved_shapes}
+        if moments and "step" not in found.metadata:
+            raise CheckpointError(
+                f"{workdir} holds parameters alone, and init_moments asks for those of its "
+                "optimizer. Grow it with --moments, or set init_moments=false."
+            )
         try:
-            leaves = load_leaves(checkpointer, found, wanted, tables, below=PARAMS)
+            leaves = load_leaves(
+                checkpointer, found, wanted, tables, below="" if moments else PARAMS
+            )
         except BaseException:
             if tables:
                 tables.close()
             raise
     if tables and config.mesh.table_folder and not tables.is_published:
         tables.publish()
+    if moments:
+        values = [leaves.pop(name) for name in named_leaves(state)]
+        state = jax.tree.unflatten(jax.tree.structure(state), values)
     params = {name.removeprefix(PARAMS): value for name, value in leaves.items()}
-    params = to_stored(config.model, params)
-    metadata = found.custom_metadata
-    end_id, seen = metadata.get("end_id"), sequences_seen(found)
-    return Saved(number, config, metadata["data"], params, tables, workdir, end_id, seen)
+    return Saved(
+        number, config, found.custom_metadata["data"], to_stored(config.model, params), tables,
+        workdir, found.custom_metadata.get("end_id"), sequences_seen(found),
+        state if moments else None,
+    )  # fmt: skip
 
 
 def _tables_of(
-    config: Config, mesh: Mesh | AbstractMesh, found, workdir: pathlib.Path
-) -> HostTables | None:
+    config: Config, mesh: Mesh | AbstractMesh, found, workdir: pathlib.Path,
+    optimizer: Optimizer | None,
+) -> HostTables | None:  # fmt: skip
     """Return room for the tables of a checkpoint in host memory; None: they are on devices."""
     if config.mesh.table_memory != "host":
         return None
@@ -122,7 +146,7 @@ def _tables_of(
         f"step {found.step} of {workdir}{' in ' * bool(dtype)}{dtype}",
         {"step": found.step, "dtype": dtype, "digests": written},
     )
-    return HostTables(config, mesh, {}, contents=contents)
+    return HostTables(config, mesh, optimizer.rows if optimizer else {}, contents=contents)
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:

@@ -16,10 +16,13 @@ from jtok_jax.model.params import (
     declared_tables,
     init_params,
     initial_options,
+    to_logical,
     to_stored,
 )
 from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.training.optimizer import Optimizer
+
+COUNT = jax.tree_util.GetAttrKey("count")  # of Adam's steps
 
 
 class TrainState(NamedTuple):
@@ -50,6 +53,17 @@ def abstract_state(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSta
     )
 
 
+def as_saved(state: TrainState) -> TrainState:
+    """Return a state with tables in their logical shape, whatever is held here."""
+    return state._replace(params=to_logical(state.params))
+
+
+def named_leaves(state: TrainState) -> dict[str, jax.Array]:
+    """Return every leaf of a state by its path, such as "params/embed"."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
 def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainState:
     """Return the NamedSharding of every leaf; a moment is split as the parameter it belongs to.
 
@@ -60,7 +74,7 @@ def state_shardings(config: Config, optimizer: Optimizer, mesh: Mesh) -> TrainSt
     def leaf_sharding(path, leaf):
         keys = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
         name = next((key for key in reversed(keys) if key in names), None)  # groups have names too
-        if name is None or leaf.ndim == 0:
+        if name is None or leaf.ndim == 0 or path[-1] == COUNT:
             return replicated(mesh)
         return place(name, leaf.shape)
 

@@ -13,46 +13,53 @@ from jtok_jax.data import tokenizer
 from jtok_jax.data.manifest import file_sha256, parse_mixture, read_manifest
 from jtok_jax.errors import ConfigError, DataError
 from jtok_jax.huggingface.folder import is_folder, open_folder
-from jtok_jax.model.params import Params, abstract_params, to_logical, to_stored
+from jtok_jax.model.params import abstract_params, to_logical, to_stored
 from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.store.pieces import Pieces
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.leaves import PARAMS
-from jtok_jax.training.saved import load_params
+from jtok_jax.training.moments import fill_moments, moments_of, placed, with_moments
+from jtok_jax.training.saved import Saved, load_params
+from jtok_jax.training.state import TrainState
 
 
 def begin_with(
     config: Config,
     mesh: Mesh,
-    params: Params,
+    state: TrainState,
     tables: HostTables | None,
     say: Callable[[str], None],
-) -> Params:
-    """Return initial parameters with those of `config.init_from` in their place, by name.
+) -> TrainState:
+    """Return an initial state with the parameters of `config.init_from` in their place, by name.
 
-    What the other model has not, such as tables, stays as configured.
+    And with the moments of its optimizer, if `config.init_moments`. What the other model has not,
+    such as tables, stays as configured.
 
     Args:
-        params: initial values, as a run holds them.
         tables: those in host memory, which take what they have of the other model.
 
     Raises:
-        ConfigError: the other model has a parameter that this one has not, or of another shape.
+        ConfigError: the other model has a parameter that this one has not, or of another shape;
+            or the optimizer of its tables is another.
         CheckpointError, DataError: it cannot be read.
     """
     path, _, step = config.init_from.partition("@")
     folder, place = pathlib.Path(path), parameter_sharding(config, mesh)
-    wanted = abstract_params(config.model)
+    wanted, saved, moments = abstract_params(config.model), None, config.init_moments
     if is_folder(folder):
+        if moments:
+            raise ConfigError(f"init_moments: {folder} is of Hugging Face, and has none.")
         opened = open_folder(folder, dtype=config.model.param_dtype)
         shapes, read, what = opened.shapes(), opened.parameter, f"{folder}"
     else:
         places = config.mesh.tables_in(config.mesh.table_memory)
-        saved = load_params(folder, lambda _: places, step=step or "newest")
+        saved = load_params(folder, lambda _: places, step=step or "newest", moments=moments)
         found = to_logical(saved.params)
         if saved.tables:
             rows = saved.tables.by_name().items()
-            found |= {name.removeprefix(PARAMS): value for name, value in rows}
+            found |= {
+                name.removeprefix(PARAMS): value for name, value in rows if name.startswith(PARAMS)
+            }
         shapes = {name: value.shape for name, value in found.items()}
         read, what = found.__getitem__, f"{folder} at step {saved.step}"
     _compare(shapes, {name: leaf.shape for name, leaf in wanted.items()}, what)
@@ -69,7 +76,15 @@ def begin_with(
             taken[name] = jax.device_put(value.astype(dtype, copy=False), place(name, value.shape))
     own = sorted(wanted.keys() - shapes.keys())
     say(f"begins with {what}: {len(shapes)} parameters; new ones: {', '.join(own) or 'none'}")
-    return params | to_stored(config.model, taken)
+    state = state._replace(params=state.params | to_stored(config.model, taken))
+    return _begin_with_moments(state, tables, saved) if moments else state
+
+
+def _begin_with_moments(state: TrainState, tables: HostTables | None, saved: Saved) -> TrainState:
+    opt_state = with_moments(state.opt_state, moments_of(saved.state), placed)
+    if tables:
+        fill_moments(tables, saved.tables, int(saved.state.step - saved.state.bad_steps))
+    return state._replace(opt_state=opt_state)
 
 
 def require_same_words(config: Config) -> None:
