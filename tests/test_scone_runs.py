@@ -3,7 +3,9 @@
 """Runs of SCONE: their file of n-grams, resuming, and the exported table in place of A_f."""
 
 import dataclasses
+import importlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -140,6 +142,21 @@ def test_the_table_gives_the_logits_of_training_wherever_it_lies(
     in_int8 = load(exported, table_folder=tmp_path / "int8", table_dtype="int8")
     assert 0 < np.abs(in_int8.logits(text) - expected).max() < 0.05
     assert len(ids) > 5
+
+
+@pytest.mark.filterwarnings("ignore")  # of the harness's imports
+def test_the_harness_scores_from_the_table_as_from_the_run(finished, exported, text):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    harness = importlib.import_module("jtok_jax.harness")
+    requests = [types.SimpleNamespace(args=(text[:40], text[40:end])) for end in (45, 60)]
+
+    def scores(folder, **place):
+        return harness.JtokLM(folder, batch_size=2, **place).loglikelihood(requests)
+
+    expected = scores(finished)
+    for place in ({}, {"table_memory": "host"}):
+        np.testing.assert_allclose(scores(exported, **place), expected, rtol=1e-4)
+    assert expected[1][0] < expected[0][0] < -1
 
 
 def test_a_table_in_bfloat16_is_that_rounded(finished, exported, text, tmp_path):

@@ -152,9 +152,10 @@ def embed_ngrams(
     most = min(stream.vocab_rows, size) + (stream.order - 1) * size
     some = min(math.ceil(room * tokens), most)
 
-    def run(room: int):
-        plan = functools.partial(plan_nodes, length=length, room=room)
-        nodes = jax.vmap(plan)(*of_group)
+    def planned(room: int) -> Nodes:
+        return jax.vmap(functools.partial(plan_nodes, length=length, room=room))(*of_group)
+
+    def run(nodes: Nodes):
         out_GUD = model(embed(nodes.tokens_U), nodes, split)
         place_GR = nodes.place_BT.reshape(groups, -1)
         found = jnp.take_along_axis(out_GUD, jnp.maximum(place_GR, 0)[..., None], axis=1)
@@ -164,11 +165,11 @@ def embed_ngrams(
         return jnp.where(has_one[..., None], found.reshape(h_BTD.shape), h_BTD), shares
 
     if training or most <= ALWAYS:
-        h_BTD, shares = run(some if training else most)
+        h_BTD, shares = run(planned(some if training else most))
     else:  # seldom more than some: so all are computed only where there are so many
-        nodes = jax.vmap(functools.partial(plan_nodes, length=length, room=some))(*of_group)
+        nodes = planned(some)
         fits = nodes.total.max() <= some
-        h_BTD, shares = jax.lax.cond(fits, lambda: run(some), lambda: run(most))
+        h_BTD, shares = jax.lax.cond(fits, lambda: run(nodes), lambda: run(planned(most)))
     names = "ngram_nodes", "ngram_matched", "ngram_shortened"
     return h_BTD, dict(zip(names, shares, strict=True))
 
