@@ -16,26 +16,70 @@ from small import random_ids, random_params
 from test_config import changed
 
 from jtok_jax.config import MeshConfig
+from jtok_jax.grow import Growth, grow
 from jtok_jax.mesh import put_batch
 from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.training import step
+from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.optimizer import make_optimizer
-from jtok_jax.training.state import init_state
+from jtok_jax.training.state import abstract_state, init_state
+from jtok_jax.training.warm_start import begin_with
 
 LAYOUTS = {
     "tensor": MeshConfig(fsdp=2, tensor=2),
     "fsdp": MeshConfig(fsdp=4, table_columns="fsdp"),
 }
+SLOTS = {"model.pattention.kind": "all", "model.pattention.slots": 12}
+SLOTS |= {"model.pattention.ffn_slots": 20, "model.block_norm": "weightless_layer"}
 
 
 @pytest.mark.parametrize("kind", drawn(["all", "ffn"], 1))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_slots_over_devices_train_as_on_one(kind, layout):
     """Slots lie over the tensor axis; each has a count of its own, as after a growth."""
-    fields = {"model.pattention.kind": kind, "model.pattention.slots": 12}
-    fields |= {"model.pattention.ffn_slots": 20, "model.block_norm": "weightless_layer"}
-    fields |= {"init_from": "another run", "init_moments": True}
+    fields = SLOTS | {"model.pattention.kind": kind, "init_from": "a run", "init_moments": True}
     check_trains_as_alone(changed(run_config("jtok", LAYOUTS[layout]), fields))
+
+
+@pytest.mark.parametrize("layout", drawn(list(LAYOUTS), 1))
+def test_a_grown_run_begins_alike_on_any_mesh(layout, tmp_path):
+    """With the moments of one trained on one device; to the bit, before and after a resume."""
+    small = changed(run_config("jtok", MeshConfig()), SLOTS)
+    run, state, batch = begun(small)
+    for _ in range(2):
+        state, _ = run(state, batch, batch)
+    save(tmp_path / "run", small, state)
+    model = grow(str(tmp_path / "run"), tmp_path / "grown", Growth(slots=20), moments=True)
+    config = replace(small, model=model, init_from=f"{tmp_path}/grown", init_moments=True)
+    expected = begin_with(config, first_devices(config.mesh, 1), begun(config)[1], None, print)
+    config = replace(config, mesh=LAYOUTS[layout])
+    mesh = first_devices(config.mesh, 8)
+    found = begin_with(config, mesh, begun(config)[1], None, print)
+    same = lambda left, right: jax.tree.map(
+        np.testing.assert_array_equal, *jax.device_get((left, right))
+    )
+    same(found, expected)
+    save(tmp_path / "again", config, found)
+    checkpoints = Checkpoints(tmp_path / "again", config, data={})
+    same(checkpoints.restore(abstract_state(config, make_optimizer(config), mesh)), expected)
+    checkpoints.close()
+
+
+def begun(config):
+    """(step, first state, batch) of a run, on all devices of its mesh."""
+    mesh, optimizer = (
+        first_devices(config.mesh, 8 if config.mesh != MeshConfig() else 1),
+        make_optimizer(config),
+    )
+    batch = put_batch(mesh, np.asarray(random_ids(config.model, 8, 16)))
+    run = step.jit_train_step(config, optimizer, mesh)
+    return run, init_state(config, optimizer, mesh), batch
+
+
+def save(folder, config, state) -> None:
+    checkpoints = Checkpoints(folder, config, data={})
+    checkpoints.save(state, int(state.step))
+    checkpoints.close()
 
 
 @pytest.mark.parametrize("kind", ["model", "table"])

@@ -48,4 +48,4 @@ def test_all_else(which):
 
 @newest
 def test_maps():
-    on_eight_devices("slots", optimize=False, name="eight_devices_maps")
+    on_eight_devices("", optimize=False, name="eight_devices_maps")
