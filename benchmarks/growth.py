@@ -76,13 +76,14 @@ def family(options, name: str) -> dict[str, tuple[np.ndarray, np.ndarray, float]
     steps = {"train.steps": options.steps}
     start = run(options, f"{name}-small", config, fields | small | steps)
     found["small"] = curve(start)
-    grown = options.runs / f"{name}-grown-start"
+    grown = options.runs / f"{name}-grown-moments"
     if not grown.exists():
         grow(str(start), grown, growth, moments=True)
     own = {key: value for key, value in fields.items() if not key.startswith("model.")}
     own |= steps | {"schedule.kind": "cosine"}
     for moments, label in ((False, "grown"), (True, "grown, with moments")):
-        after = run(options, f"{name}-{label.replace(', ', '-')}", f"configs/pretrained.py:{grown}",
+        workdir = f"{name}-grown{'-on' * moments}"
+        after = run(options, workdir, f"configs/pretrained.py:{grown}",
                     own | {"init_moments": moments})  # fmt: skip
         found[label] = curve(after, before=found["small"][0][-1])
     total = found["grown"][0][-1]

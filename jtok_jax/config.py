@@ -353,14 +353,6 @@ class Config:
                 "optimizer.frozen is backbone, and there is nothing else to train. Set "
                 "model.jtok.kind or model.arms.names."
             )
-        hosted = "tables in host memory" * (self.mesh.table_memory == "host")
-        needing = hosted or "moments of another run" * self.init_moments
-        for owner in self.model.table_owners if needing else ():
-            if self.optimizer.tables.of(owner).kind == "adamw":
-                raise ConfigError(
-                    f"optimizer.tables.kind of {owner} is adamw, whose rows have no clocks of "
-                    f"their own; {needing} need lazy_adam, rowwise_adam or rowwise_adagrad."
-                )
         if self.init_moments and not self.init_from:
             raise ConfigError("init_moments is on, and init_from names no run to take them of.")
         if self.mesh.table_streaming and self.model.remat == "none":

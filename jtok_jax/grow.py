@@ -21,7 +21,7 @@ import numpy as np
 
 from jtok_jax import flops
 from jtok_jax.config import Config
-from jtok_jax.config_dict import to_dict
+from jtok_jax.config_dict import flatten, to_dict
 from jtok_jax.data import tokenizer
 from jtok_jax.data.manifest import file_sha256
 from jtok_jax.errors import ConfigError, exit_on_error
@@ -36,6 +36,7 @@ from jtok_jax.model.params import (
     to_logical,
 )
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.store.rows import require_trainable
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.moments import Moments, moments_of, with_moments
 from jtok_jax.training.optimizer import Optimizer, count_shape, make_optimizer
@@ -184,12 +185,15 @@ def grown_moments(
         optimizer: of the grown model, of `init_moments`.
     """
 
-    def place(name: str, leaf: str, like: np.ndarray, value: jax.Array) -> np.ndarray:
-        new, value = np.zeros_like(like), np.asarray(value)
-        if not value.ndim and leaf != "count":
-            return value
+    def grown(name: str, leaf: str, like: jax.ShapeDtypeStruct, value: jax.Array | None):
+        new = np.zeros(like.shape, like.dtype)
+        if value is None:
+            return new
+        value = np.asarray(value)
         if leaf == "count":
             value = np.broadcast_to(value, count_shape(declared(before)[name]))
+        if not value.ndim:
+            return value
         if leaf == "decayed":  # new rows have nothing to catch up with
             new[...] = moments[name]["log_decay"]
         _carry(name, value, new, before, model)
@@ -199,12 +203,8 @@ def grown_moments(
         name: jax.ShapeDtypeStruct(leaf.shape, np.float32)
         for name, leaf in abstract_params(model).items()
     }
-    zeros = jax.tree.map(
-        lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(optimizer.init, masters)
-    )
-    return TrainState(
-        np.int32(0), {}, with_moments(zeros, moments, place), np.int32(0), np.int32(0)
-    )
+    opt_state = with_moments(jax.eval_shape(optimizer.init, masters), moments, grown)
+    return TrainState(np.int32(0), {}, opt_state, np.int32(0), np.int32(0))
 
 
 def _carry(
@@ -261,8 +261,8 @@ def _begin_jtok(
 def grow(
     run: str, output: pathlib.Path, growth: Growth, *, words: pathlib.Path | None = None,
     seed: int = 0, moments: bool = False,
-) -> ModelConfig:  # fmt: skip
-    """Write a grown model as a run of no steps; return what it is.
+) -> Config:  # fmt: skip
+    """Write a grown model as a run of no steps; return its configuration.
 
     The optimizer begins anew, as the authors of TokenFormer had it, unless its moments are kept.
 
@@ -273,7 +273,8 @@ def grow(
         moments: keep those of the optimizer, for a run of `init_moments`.
 
     Raises:
-        ConfigError: see `grown_model`; or `words` has other tokens than the run's in their place.
+        ConfigError: see `grown_model`; or `words` has other tokens than the run's in their place;
+            or the run trained tables by adamw, whose moments are not kept.
         DataError: `words` is no tokenizer.
         CheckpointError: there is no such checkpoint.
         WorkdirError: `output` holds something, or cannot be written.
@@ -284,13 +285,14 @@ def grow(
     model = grown_model(before, growth)
     if words:
         _require_old_tokens(words, saved.workdir / tokenizer.FILE_NAME, model.vocab_size)
-    params = grown_params(model, before, to_logical(saved.params), keys=growth.keys, seed=seed)
     config, state = Config(model=model, train=saved.config.train), None
-    if moments:
+    if moments:  # init_moments: it is read as the state of a run that began with some
         config = dataclasses.replace(
             config, optimizer=saved.config.optimizer, init_from=run, init_moments=True
         )
+        require_trainable(config)
         state = grown_moments(model, before, moments_of(saved.state), make_optimizer(config))
+    params = grown_params(model, before, to_logical(saved.params), keys=growth.keys, seed=seed)
     with new_folder(output) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=1) + "\n")
         data = {name: one for name, one in saved.data.items() if name == "tokenizer"}
@@ -301,7 +303,15 @@ def grow(
         checkpoints = Checkpoints(folder, config, data=data, end_id=saved.end_id)
         checkpoints.save_params(params, state)
         checkpoints.close()
-    return model
+    return config
+
+
+def _options(config: Config) -> str:
+    """Return the options of train.py that moments were gathered with, but for defaults."""
+    values, usual = (flatten(to_dict(one)) for one in (config, Config()))
+    names = [name for name in values if name.startswith("optimizer.") and "learning" not in name]
+    own = [f" --config.{name}={values[name]}" for name in names if values[name] != usual[name]]
+    return " --config.init_moments=true" + "".join(own)
 
 
 def _require_old_tokens(new: pathlib.Path, old: pathlib.Path, vocab_size: int) -> None:
@@ -341,11 +351,11 @@ def main(arguments: list[str] | None = None) -> None:
         options.pop(name) for name in ("run", "output", "tokenizer", "seed", "moments")
     )
     with exit_on_error():
-        found = grow(run, output, Growth(**options), words=words, seed=seed, moments=moments)
-        size = flops.count(found, seq_len=1)
+        config = grow(run, output, Growth(**options), words=words, seed=seed, moments=moments)
+        size = flops.count(config.model, seq_len=1)
         print(f"{output}: {size.backbone:,} parameters and {size.tables:,} of tables")
-        with_moments = " --config.init_moments=true" * moments
-        print(f"train it: --config=configs/pretrained.py:{output}{with_moments}")
+        own = _options(config) if moments else ""
+        print(f"train it: --config=configs/pretrained.py:{output}{own}")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,9 @@ def test_a_grown_run_begins_alike_on_any_mesh(layout, tmp_path):
     for _ in range(2):
         state, _ = run(state, batch, batch)
     save(tmp_path / "run", small, state)
-    model = grow(str(tmp_path / "run"), tmp_path / "grown", Growth(slots=20), moments=True)
-    config = replace(small, model=model, init_from=f"{tmp_path}/grown", init_moments=True)
+    growth = Growth(slots=20)
+    larger = grow(str(tmp_path / "run"), tmp_path / "grown", growth, moments=True).model
+    config = replace(small, model=larger, init_from=f"{tmp_path}/grown", init_moments=True)
     expected = begin_with(config, first_devices(config.mesh, 1), begun(config)[1], None, print)
     config = replace(config, mesh=LAYOUTS[layout])
     mesh = first_devices(config.mesh, 8)

@@ -28,9 +28,11 @@ from test_train_loop import records
 from jtok_jax.config import Config
 from jtok_jax.errors import CheckpointError, ConfigError
 from jtok_jax.grow import Growth, grow
+from jtok_jax.store.tables import HostTables
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.moments import moments_of
 from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import init_state
 from jtok_jax.training.warm_start import begin_with
 from train import train
 
@@ -149,7 +151,7 @@ def test_a_grown_run_goes_on_with_the_old_moments_and_none_for_the_new(name, tmp
     config, state, step = trained(model, 4, **{"optimizer.weight_decay": 0.0})
     saved(tmp_path / "run", config, state)
     (tmp_path / "run" / "tokenizer.json").write_text("{}")
-    larger = grow(str(tmp_path / "run"), tmp_path / "grown", growth, moments=True)
+    larger = grow(str(tmp_path / "run"), tmp_path / "grown", growth, moments=True).model
     start, grown_step = begun(tmp_path / "grown", dataclasses.replace(config, model=larger))
     before, after = moments_of(state), moments_of(start)
     for key, leaves in before.items():
@@ -206,6 +208,52 @@ def test_tables_in_host_memory_take_them_too(corpus, tmp_path):
         np.testing.assert_allclose(losses(*places), expected, rtol=1e-6)
 
 
+def test_every_leaf_of_a_grown_run_wherever_it_lies(tmp_path):
+    """Random states, with bad steps; more tokens, beyond those padded, and more tables."""
+    jtok = dataclasses.replace(JTOK_M, num_tables=4)
+    model = dataclasses.replace(DENSE, jtok=jtok, vocab_multiple=8)
+    config = changed(small_config(model), STEADY)
+    state, _, _ = training(config)
+    rng = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(rng.integers(1, 6, x.shape) * 0.75, x.dtype)
+    state = state._replace(
+        step=jnp.int32(7), bad_steps=jnp.int32(2), opt_state=jax.tree.map(draw, state.opt_state)
+    )
+    saved(tmp_path / "run", config, state)
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    growth = Growth(vocab_size=41, jtok_tables=6)
+    larger = grow(str(tmp_path / "run"), tmp_path / "grown", growth, moments=True).model
+    start, _ = begun(tmp_path / "grown", dataclasses.replace(config, model=larger))
+    found, before = jax.device_get((start.opt_state, state.opt_state))
+    rows, old = found["tables"], before["tables"]
+    there, is_new = np.s_[:, :4, :29], np.ones((3, 6, larger.padded_vocab), bool)
+    is_new[there] = False
+    for leaf in ("m", "v", "m_weight", "v_weight"):
+        np.testing.assert_array_equal(rows[leaf][there], old[leaf][:, :, :29], err_msg=leaf)
+        assert not rows[leaf][is_new].any()
+    np.testing.assert_array_equal(rows["touched"][there], old["touched"][:, :, :29] - 5)
+    np.testing.assert_array_equal(rows["decayed"][there], old["decayed"][:, :, :29])
+    assert (rows["decayed"][is_new] == old["log_decay"]).all()  # so they decay from now on
+    assert rows["log_decay"] == old["log_decay"]
+    adam = found["backbone"].inner_states["matrices"].inner_state[0]["embed"]
+    expected = before["backbone"].inner_states["matrices"].inner_state[0]
+    np.testing.assert_array_equal(adam.mu[:29], expected.mu["embed"][:29])
+    assert not adam.mu[29:].any()
+    assert adam.count.ravel().tolist() == [int(expected.count)] * 29 + [0] * (len(adam.mu) - 29)
+    config = dataclasses.replace(
+        changed(config, {"mesh.table_memory": "host"}),
+        model=larger, init_from=str(tmp_path / "grown"), init_moments=True,
+    )  # fmt: skip
+    optimizer, mesh = make_optimizer(config), one_device()
+    tables = HostTables(config, mesh, optimizer.rows)
+    tables.initialise()
+    begin_with(config, mesh, init_state(config, optimizer, mesh), tables, print)
+    hosted = tables.by_name()
+    for leaf in ("m", "v", "m_weight", "v_weight", "touched", "decayed"):
+        (region,) = hosted[f"opt_state/tables/{leaf}"].regions.values()
+        np.testing.assert_array_equal(region, rows[leaf], err_msg=leaf)
+
+
 def test_what_has_no_moments_or_others_is_refused(corpus, tmp_path):
     start = run_config(corpus, steps=1)
     start = dataclasses.replace(start, model=dataclasses.replace(start.model, jtok=JTOK_M))
@@ -216,13 +264,19 @@ def test_what_has_no_moments_or_others_is_refused(corpus, tmp_path):
         for place in ("device", "host"):
             with pytest.raises(ConfigError, match="the optimizer of tables was another"):
                 train(changed(more, fields | {"mesh.table_memory": place}), tmp_path / "after")
+    train(changed(start, {"optimizer.tables.weight_decay": 0.1}), tmp_path / "decays")
+    without = dataclasses.replace(more, init_from=str(tmp_path / "decays"))
+    with pytest.raises(ConfigError, match="the optimizer of tables was another"):
+        train(without, tmp_path / "after")
+    with pytest.raises(ConfigError, match=r"b2 is 0\.999 and was 0\.95 in the other run"):
+        train(changed(more, {"optimizer.b2": 0.999}), tmp_path / "after")
     grow(str(tmp_path / "run"), tmp_path / "grown", Growth(vocab_size=310))
     model = dataclasses.replace(start.model, vocab_size=310)
-    with pytest.raises(CheckpointError, match=r"holds parameters alone.*--moments"):
+    with pytest.raises(CheckpointError, match="holds no moments: it was grown without"):
         train(dataclasses.replace(more, model=model, init_from=str(tmp_path / "grown")),
               tmp_path / "after")  # fmt: skip
     with pytest.raises(ConfigError, match="is adamw, whose rows have no clocks"):
-        changed(more, {"optimizer.tables.kind": "adamw"})
+        train(changed(more, {"optimizer.tables.kind": "adamw"}), tmp_path / "after")
     with pytest.raises(ConfigError, match="init_from names no run"):
         dataclasses.replace(more, init_from="")
     values = hf_config("qwen2") | {"vocab_size": 300}

@@ -180,7 +180,7 @@ def test_a_folder_of_hugging_face_is_begun_with_as_its_run_is(corpus, tmp_path):
         train(settings, tmp_path / f"run-{start.name}")
         losses.append([one["loss"] for one in records(tmp_path / f"run-{start.name}")[1:]])
     assert losses[0] == losses[1]
-    with pytest.raises(CheckpointError, match="holds parameters alone"):
+    with pytest.raises(CheckpointError, match="holds a model, no run to go on with"):
         train(settings, tmp_path / "converted")
 
 

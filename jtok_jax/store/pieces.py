@@ -86,7 +86,6 @@ class Pieces:
         array = await tensorstore.open({
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{folder}/"},
-            "store_data_equal_to_fill_value": True,  # Orbax takes a chunk left out for damage
             "metadata": {
                 "shape": self.shape,
                 "data_type": self.dtype.name,

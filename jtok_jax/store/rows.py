@@ -54,8 +54,16 @@ def whole_leaves(model: ModelConfig, optimizers: Optimizers, *, int8: bool = Fal
 
 
 def require_trainable(config: Config) -> None:
-    """Raise ConfigError where tables cannot be trained in host memory as configured."""
+    """Raise ConfigError where tables cannot be trained as configured, though tools read them."""
     mesh = config.mesh
+    hosted = "tables in host memory" * (mesh.table_memory == "host")
+    needing = hosted or "moments of another run" * config.init_moments
+    for owner in config.model.table_owners if needing else ():
+        if config.optimizer.tables.of(owner).kind == "adamw":
+            raise ConfigError(
+                f"optimizer.tables.kind of {owner} is adamw, whose rows have no clocks of their "
+                f"own; {needing} need lazy_adam, rowwise_adam or rowwise_adagrad."
+            )
     if mesh.table_dtype:
         raise ConfigError(
             f"mesh.table_dtype is {mesh.table_dtype}; tables are trained in "

@@ -6,18 +6,26 @@ Of the backbone they are Adam's mu and nu, and the count of their steps. Of a ta
 leaves of its optimizer, whose clocks are set back: the run that begins is at step 0.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.state import TrainState
 
 Moments = dict[str, dict[str, jax.Array]]
+OPT_STATE = "opt_state/"  # leaves of a checkpoint
 TOUCHED = "touched"  # of rows: the step that last touched them
+
+
+def accepted_steps(state: TrainState) -> jax.Array:
+    """Return how many steps changed something: those that clocks of rows count."""
+    return state.step - state.bad_steps
 
 
 def moments_of(state: TrainState) -> Moments:
@@ -25,7 +33,7 @@ def moments_of(state: TrainState) -> Moments:
     found = {}
     for group in state.opt_state["backbone"].inner_states.values():
         found |= _by_parameter(group.inner_state[0])
-    steps = state.step - state.bad_steps
+    steps = accepted_steps(state)
     for table, leaves in state.opt_state.items():
         if table != "backbone":
             found[table] = {
@@ -44,56 +52,72 @@ def _by_parameter(adam: optax.ScaleByAdamState | dict[str, optax.ScaleByAdamStat
 
 
 def with_moments(
-    state: dict[str, object], moments: Mapping[str, Mapping], place: Callable
+    opt_state: dict[str, object], moments: Moments, convert: Callable
 ) -> dict[str, object]:
-    """Return a state of an optimizer, of `init_moments`, with moments in it.
-
-    A parameter without any keeps what it has.
+    """Return the first state of an optimizer, of `init_moments`, with moments in it.
 
     Args:
-        place: (name of the parameter, name of the leaf, the leaf before, the moment) -> the leaf.
+        opt_state: shapes, dtypes and shardings.
+        convert: (name of the parameter, of the leaf; what it will be; its value in `moments`, None
+            if there is none) -> the leaf. One without a value is zero, as all are in a new state.
 
     Raises ConfigError: a table's optimizer is another.
     """
+    for table in opt_state.keys() & moments.keys():
+        _require_same_kind(table, opt_state[table].keys() == moments[table].keys())
 
-    def leaf(path, before):
+    def converted(path, like):
         name, leaf = (getattr(key, "key", getattr(key, "name", "")) for key in path[-2:])
-        if name not in moments:
-            return before
-        _require_same_kind(name, leaf in moments[name])
-        return place(name, leaf, before, moments[name][leaf])
+        return convert(name, leaf, like, moments.get(name, {}).get(leaf))
 
-    return jax.tree_util.tree_map_with_path(leaf, state)
+    return jax.tree_util.tree_map_with_path(converted, opt_state)
 
 
-def placed(name: str, leaf: str, before: jax.Array, value: jax.Array) -> jax.Array:
-    """Return a moment where the leaf before it is; a count is that of every slice."""
+def on_devices(
+    name: str, leaf: str, like: jax.ShapeDtypeStruct, value: jax.Array | None
+) -> jax.Array:
+    """Return a moment in its sharding; a count is that of every slice. See `with_moments`."""
+    if value is None:
+        return jnp.zeros(like.shape, like.dtype, device=like.sharding)
     if leaf == "count":
-        value = jax.numpy.broadcast_to(value, before.shape)
-    _require_same_kind(name, value.shape == before.shape)
-    return jax.device_put(value, before.sharding)
+        value = jnp.broadcast_to(value, like.shape)
+    _require_same_kind(name, value.shape == like.shape)
+    return jax.device_put(value, like.sharding)
 
 
-def fill_moments(tables: HostTables, others: HostTables, steps: int) -> None:
+def fill_moments(tables: HostTables, others: HostTables, state: TrainState) -> None:
     """Write the optimizer's leaves of another run's tables into those in host memory.
 
-    steps: that the other run had taken.
+    state: of the other run.
 
     Raises ConfigError: a table's optimizer is another.
     """
-    for name, value in others.by_name().items():
-        if not name.startswith("opt_state/"):
-            continue
-        table, _, leaf = name.removeprefix("opt_state/").rpartition("/")
-        fits = name in tables.saved_shapes and tables.saved_shapes[name].shape == value.shape
-        _require_same_kind(table, fits)
+    steps = np.int32(accepted_steps(state))
+    leaves = {name: one for name, one in others.by_name().items() if name.startswith(OPT_STATE)}
+    for name, value in leaves.items():
+        table, _, leaf = name.removeprefix(OPT_STATE).rpartition("/")
+        wanted = tables.saved_shapes.get(name)
+        _require_same_kind(table, wanted is not None and wanted.shape == value.shape)
         for start, piece in value.local_pieces():
-            tables.fill(name, start, piece - np.int32(steps) if leaf == TOUCHED else piece)
+            tables.fill(name, start, piece - steps if leaf == TOUCHED else piece)
 
 
-def _require_same_kind(name: str, is_same: bool) -> None:
+def require_same_betas(config: Config, other: Config) -> None:
+    """Raise ConfigError if moments of the backbone have been gathered with other weights."""
+    now, then = config.optimizer, other.optimizer
+    for name in ("b1", "b2"):
+        value = getattr(then, name)
+        if getattr(now, name) != value:
+            raise ConfigError(
+                f"init_moments: optimizer.{name} is {getattr(now, name)} and was {value} in the "
+                f"other run. Pass --config.optimizer.{name}={value}, or init_moments=false."
+            )
+
+
+def _require_same_kind(table: str, is_same: bool) -> None:
     if not is_same:
         raise ConfigError(
-            f"init_moments: the optimizer of {name} was another, or had other weight decay. Set "
-            "optimizer.tables as the other run had it, or init_moments=false."
+            f"init_moments: the optimizer of {table} was another, or one without weight decay "
+            "where now is some, or the reverse. Set optimizer.tables as the other run had it, or "
+            "init_moments=false."
         )

@@ -40,7 +40,7 @@ def claim_workdir(workdir: pathlib.Path, config: Config) -> None:
     path = workdir / CONFIG_FILE
     if (workdir / CHECKPOINTS / "0").exists():  # of `Checkpoints.save_params`
         raise CheckpointError(
-            f"{workdir} holds parameters alone, nothing to go on from. Start a run from them: "
+            f"{workdir} holds a model, no run to go on with. Start a run from it: "
             f"another --workdir, with --config=configs/pretrained.py:{workdir}"
         )
     changes = []

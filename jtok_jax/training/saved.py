@@ -90,6 +90,11 @@ def _load_params(
     with contextlib.closing(open_checkpointer(folder)) as checkpointer:
         number = _choose_step(checkpointer, step, folder)
         found = read_metadata(checkpointer, number)
+        if moments and "step" not in found.metadata:
+            raise CheckpointError(
+                f"{workdir} holds no moments: it was grown without --moments, or converted. Leave "
+                "init_moments and --moments out, or take the run that it was made of."
+            )
         config = config_of(found)
         mesh_config = choose(config) if choose else config.mesh.tables_in("device")
         config = dataclasses.replace(config, mesh=mesh_config)
@@ -107,11 +112,6 @@ def _load_params(
             wanted |= named_leaves(state)
         if tables:
             wanted = {name: one for name, one in wanted.items() if name not in tables.saved_shapes}
-        if moments and "step" not in found.metadata:
-            raise CheckpointError(
-                f"{workdir} holds parameters alone, and init_moments asks for those of its "
-                "optimizer. Grow it with --moments, or set init_moments=false."
-            )
         try:
             leaves = load_leaves(
                 checkpointer, found, wanted, tables, below="" if moments else PARAMS

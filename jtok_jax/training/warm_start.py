@@ -18,7 +18,13 @@ from jtok_jax.model.placement import parameter_sharding
 from jtok_jax.store.pieces import Pieces
 from jtok_jax.store.tables import HostTables
 from jtok_jax.training.leaves import PARAMS
-from jtok_jax.training.moments import fill_moments, moments_of, placed, with_moments
+from jtok_jax.training.moments import (
+    fill_moments,
+    moments_of,
+    on_devices,
+    require_same_betas,
+    with_moments,
+)
 from jtok_jax.training.saved import Saved, load_params
 from jtok_jax.training.state import TrainState
 
@@ -43,25 +49,11 @@ def begin_with(
             or the optimizer of its tables is another.
         CheckpointError, DataError: it cannot be read.
     """
-    path, _, step = config.init_from.partition("@")
-    folder, place = pathlib.Path(path), parameter_sharding(config, mesh)
-    wanted, saved, moments = abstract_params(config.model), None, config.init_moments
-    if is_folder(folder):
-        if moments:
-            raise ConfigError(f"init_moments: {folder} is of Hugging Face, and has none.")
-        opened = open_folder(folder, dtype=config.model.param_dtype)
-        shapes, read, what = opened.shapes(), opened.parameter, f"{folder}"
-    else:
-        places = config.mesh.tables_in(config.mesh.table_memory)
-        saved = load_params(folder, lambda _: places, step=step or "newest", moments=moments)
-        found = to_logical(saved.params)
-        if saved.tables:
-            rows = saved.tables.by_name().items()
-            found |= {
-                name.removeprefix(PARAMS): value for name, value in rows if name.startswith(PARAMS)
-            }
-        shapes = {name: value.shape for name, value in found.items()}
-        read, what = found.__getitem__, f"{folder} at step {saved.step}"
+    place, wanted = parameter_sharding(config, mesh), abstract_params(config.model)
+    moments = config.init_moments
+    if moments:  # all of them will be overwritten, so do not hold them meanwhile
+        state = state._replace(opt_state=_freed(state.opt_state))
+    shapes, read, what, saved = _open(config)
     _compare(shapes, {name: leaf.shape for name, leaf in wanted.items()}, what)
     taken = {}
     if tables:
@@ -77,14 +69,47 @@ def begin_with(
     own = sorted(wanted.keys() - shapes.keys())
     say(f"begins with {what}: {len(shapes)} parameters; new ones: {', '.join(own) or 'none'}")
     state = state._replace(params=state.params | to_stored(config.model, taken))
-    return _begin_with_moments(state, tables, saved) if moments else state
+    if moments:
+        require_same_betas(config, saved.config)
+        opt_state = with_moments(state.opt_state, moments_of(saved.state), on_devices)
+        state = state._replace(opt_state=opt_state)
+    if moments and tables:
+        fill_moments(tables, saved.tables, saved.state)
+    return state
 
 
-def _begin_with_moments(state: TrainState, tables: HostTables | None, saved: Saved) -> TrainState:
-    opt_state = with_moments(state.opt_state, moments_of(saved.state), placed)
-    if tables:
-        fill_moments(tables, saved.tables, int(saved.state.step - saved.state.bad_steps))
-    return state._replace(opt_state=opt_state)
+def _open(config: Config) -> tuple[dict[str, tuple], Callable, str, Saved | None]:
+    """Return of `config.init_from` shapes by name, what reads one, its name, and a run's rest."""
+    path, _, step = config.init_from.partition("@")
+    folder = pathlib.Path(path)
+    if is_folder(folder):
+        if config.init_moments:
+            raise ConfigError(f"init_moments: {folder} is of Hugging Face, and has none.")
+        opened = open_folder(folder, dtype=config.model.param_dtype)
+        return opened.shapes(), opened.parameter, f"{folder}", None
+    places = config.mesh.tables_in(config.mesh.table_memory)
+    saved = load_params(
+        folder, lambda _: places, step=step or "newest", moments=config.init_moments
+    )
+    found = to_logical(saved.params)
+    if saved.tables:
+        rows = saved.tables.by_name().items()
+        found |= {
+            name.removeprefix(PARAMS): value for name, value in rows if name.startswith(PARAMS)
+        }
+    shapes = {name: value.shape for name, value in found.items()}
+    return shapes, found.__getitem__, f"{folder} at step {saved.step}", saved
+
+
+def _freed(opt_state: dict[str, object]) -> dict[str, object]:
+    """Return shapes, dtypes and shardings of arrays, which are deleted."""
+
+    def freed(x: jax.Array) -> jax.ShapeDtypeStruct:
+        found = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        x.delete()
+        return found
+
+    return jax.tree.map(freed, opt_state)
 
 
 def require_same_words(config: Config) -> None:
