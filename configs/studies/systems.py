@@ -10,8 +10,8 @@ All in one decoder, on the same batches, on two CPU cores. All arms but wider_de
 FLOPs of dense, JTok's and JTok-M's gates apart. SCONE trains with more: wider_dense has as many in
 training. Tables have about as many parameters as JTok-M's, JTok's a fifth.
 
-Every arm chooses its rate among the same two by short runs on a seed of its own; TokenFormer then
-its initial values, and tables that nothing normalises their own rate. `seeds`: the five that matter
+Every arm chooses its rate among the same two by short runs on a seed of its own; TokenFormer and
+SCONE then their initial values, and tables that nothing normalises their own rate. `seeds`: the five that matter
 under three seeds, the first of which is that of all.
 """
 
@@ -47,7 +47,7 @@ def get_study(part="all"):
     )
     varied = (
         {RATE: (3e-3, 6e-3)},
-        {"tokenformer,tokenformer_ffn:" + STD: (0.02, DIM**-0.5)},
+        {"tokenformer,tokenformer_ffn,scone:" + STD: (0.02, DIM**-0.5)},
         {"ngram_table,bigram:" + MULTIPLIER: (1.0, 10.0)},
     )
     if part != "all":  # without the arms that are not there
