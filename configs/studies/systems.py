@@ -11,8 +11,8 @@ FLOPs of dense, JTok's and JTok-M's gates apart. SCONE trains with more: wider_d
 training. Tables have about as many parameters as JTok-M's, JTok's a fifth.
 
 Every arm chooses its rate among the same two by short runs on a seed of its own; TokenFormer and
-SCONE then their initial values, and tables that nothing normalises their own rate. `seeds`: the five
-that matter under three seeds, the first of which is that of all.
+SCONE then their initial values, and tables that nothing normalises their own rate. `seeds`: the
+five that matter under three seeds, the first of which is that of all.
 """
 
 from jtok_jax.study import Arm, Stage, Study
