@@ -101,6 +101,7 @@ class SconeConfig:
     # Room for the prefixes of n-grams that a step has, each once, for each token of a device.
     room: float = 2.0
     output_init: float = 0.0  # open: root mean square of what A_f makes; 0: that of the embedding
+    zero_init: bool = False  # open: what blocks of A_f add is zero at first, so it begins as a norm
 
     def __post_init__(self):
         where = "model.arms.scone"

@@ -175,7 +175,7 @@ ON_TOP = {
 ARM_VALUES = {
     "width": 3, "rank": 3, "norm": "l2", "eps": 1e-3, "scale_init": 0.5, "init_std": 0.5,
     "kind": "table", "num_layers": 3, "model_dim": 8, "num_heads": 2, "ffn_dim": 9, "room": 0.5,
-    "output_init": 0.5,
+    "output_init": 0.5, "zero_init": True,
 }  # fmt: skip
 ON_TOP |= {
     f"model.arms.{arm}.{name}": (
@@ -234,6 +234,7 @@ ELSEWHERE = {
     "test_host_tables": "mesh.table_memory mesh.table_prefetch mesh.table_streaming "
     "mesh.table_folder",
     "test_host_inference": "mesh.table_dtype",
+    "test_moments": "init_moments",
     "test_scone": "model.arms.scone.stream",
     "test_scone_runs": "data.ngrams",
 }

@@ -19,7 +19,7 @@ from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.inference.cache import decode, logits, prefill
 from jtok_jax.model.ngram_index import build_index, frequent_ids
-from jtok_jax.model.params import Params, bind
+from jtok_jax.model.params import Params, bind, init_params
 from jtok_jax.model.tables import stream_ids
 from jtok_jax.model_config import ModelConfig
 
@@ -153,6 +153,23 @@ def test_every_token_has_what_running_its_ngram_alone_would_give(fields):
         assert float((grads[name] * direction[name]).sum()) == pytest.approx(
             expected, rel=2e-3, abs=2e-3
         ), name
+
+
+def test_blocks_that_add_nothing_leave_a_norm_of_the_last_token():
+    model = scone(arms__scone__zero_init=True)
+    start = init_params(model, jax.random.key(0))
+    params = start | {k: v for k, v in random_params(model).items() if k.startswith("ngrams/")}
+    ids, known = random_ids(model, 4, 16), known_ngrams(model)
+
+    def expected(sequence, end):
+        size, own = len(longest(known, sequence, end)), params["embed"][sequence[end]]
+        added = own + params["scone/position"][size - 1]
+        return oracle.rms_norm(added, params["scone/norm"], model.norm_eps) if size > 1 else own
+
+    found, _ = input_of(model, params, ids)
+    for row, sequence in enumerate(ids.tolist()):
+        for end in range(16):
+            np.testing.assert_allclose(found[row, end], expected(sequence, end), atol=1e-5)
 
 
 def test_nodes_are_the_prefixes_of_the_ngrams_each_once():

@@ -48,6 +48,7 @@ def get_study(part="all"):
     varied = (
         {RATE: (3e-3, 6e-3)},
         {"tokenformer,tokenformer_ffn,scone:" + STD: (0.02, DIM**-0.5)},
+        {"scone:model.arms.scone.zero_init": (False, True)},
         {"ngram_table,bigram:" + MULTIPLIER: (1.0, 10.0)},
     )
     if part != "all":  # without the arms that are not there

@@ -206,6 +206,9 @@ class NgramModel(nnx.Module):
             kind=Embedding, share=(0, 1),
         )  # fmt: skip
         self.blocks = stacked_blocks(own, rngs)
+        if config.arms.scone.zero_init:
+            for weight in (self.blocks.attention.out, self.blocks.ffn.down):
+                weight[...] = jnp.zeros_like(weight[...])
         if own.model_dim != dim:
             std = config.init_std
             self.enter = normal(rngs, dim, own.model_dim, axes="Dn", std=std, dtype=dtype)
