@@ -10,9 +10,9 @@ All in one decoder, on the same batches, on two CPU cores. All arms but wider_de
 FLOPs of dense, JTok's and JTok-M's gates apart. SCONE trains with more: wider_dense has as many in
 training. Tables have about as many parameters as JTok-M's, JTok's a fifth.
 
-Every arm chooses its rate among the same two by short runs on a seed of its own; TokenFormer and
-SCONE then their initial values, and tables that nothing normalises their own rate. `seeds`: the
-five that matter under three seeds, the first of which is that of all.
+Every arm chooses its rate among the same two by short runs on a seed of its own; TokenFormer then
+its initial values, and tables that nothing normalises their own rate. SCONE's initial values were
+chosen from five before. `seeds`: the five that matter under three seeds, the first that of all.
 """
 
 from jtok_jax.study import Arm, Stage, Study
@@ -30,7 +30,13 @@ DENSE = {STD: DIM**-0.5}
 FIELDS = {
     "dense": DENSE,
     "wider_dense": DENSE | {"model.ffn_dim": 672},
-    "scone": DENSE | {"model.arms.scone.num_layers": 2, "model.arms.scone.room": 1.25},
+    "scone": DENSE
+    | {
+        "model.arms.scone.num_layers": 2,
+        "model.arms.scone.room": 1.25,
+        "model.arms.scone.output_init": 1.0,
+        "model.arms.scone.zero_init": True,
+    },
     "ngram_table": DENSE | TABLES,
     "bigram": DENSE | TABLES | {"model.streams": "bigram=2:65536"},
     "jtok": NORMED | {"model.jtok.gate_scale_init": DIM**0.5},
@@ -43,12 +49,17 @@ FIELDS = {
 def get_study(part="all"):
     chosen = FIELDS if part == "all" else FIVE
     arms = tuple(
-        Arm(name, f"configs/arms/{name.removeprefix('wider_')}.py", FIELDS[name]) for name in chosen
+        Arm(
+            name,
+            f"configs/arms/{name.removeprefix('wider_')}.py",
+            FIELDS[name],
+            tried=5 if name == "scone" else 0,
+        )
+        for name in chosen
     )
     varied = (
         {RATE: (3e-3, 6e-3)},
-        {"tokenformer,tokenformer_ffn,scone:" + STD: (0.02, DIM**-0.5)},
-        {"scone:model.arms.scone.zero_init": (False, True)},
+        {"tokenformer,tokenformer_ffn:" + STD: (0.02, DIM**-0.5)},
         {"ngram_table,bigram:" + MULTIPLIER: (1.0, 10.0)},
     )
     if part != "all":  # without the arms that are not there
