@@ -27,6 +27,8 @@ def get_config(shape="small"):
     model = config.model
     model.arms.names = "scone"
     model.streams = "frequent=5:65536:frequent"
+    model.arms.scone.output_init = 1.0
+    model.arms.scone.zero_init = True
     if shape == "small":  # the decoder of quickstart.py
         model.compute_dtype = "float32"
         config.train.steps = 300

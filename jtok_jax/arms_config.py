@@ -100,8 +100,8 @@ class SconeConfig:
     ffn_dim: int = 0
     # Room for the prefixes of n-grams that a step has, each once, for each token of a device.
     room: float = 2.0
-    output_init: float = 1.0  # open: root mean square of what A_f makes; 0: that of the embedding
-    zero_init: bool = True  # open: what blocks of A_f add is zero at first, so it begins as a norm
+    output_init: float = 0.0  # open: root mean square of what A_f makes; 0: that of the embedding
+    zero_init: bool = False  # open: what blocks of A_f add is zero at first, so it begins as a norm
 
     def __post_init__(self):
         where = "model.arms.scone"

@@ -156,7 +156,7 @@ def test_every_token_has_what_running_its_ngram_alone_would_give(fields):
 
 
 def test_blocks_that_add_nothing_leave_a_norm_of_the_last_token():
-    model = scone()
+    model = scone(arms__scone__zero_init=True)
     start = init_params(model, jax.random.key(0))
     params = start | {k: v for k, v in random_params(model).items() if k.startswith("ngrams/")}
     ids, known = random_ids(model, 4, 16), known_ngrams(model)
