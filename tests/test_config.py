@@ -174,7 +174,7 @@ ON_TOP = {
 }
 ARM_VALUES = {
     "width": 3, "rank": 3, "norm": "l2", "eps": 1e-3, "scale_init": 0.5, "init_std": 0.5,
-    "kind": "table", "num_layers": 3, "model_dim": 8, "num_heads": 2, "ffn_dim": 9, "room": 0.5,
+    "kind": "table", "num_layers": 2, "model_dim": 8, "num_heads": 2, "ffn_dim": 9, "room": 0.5,
     "output_init": 0.5, "zero_init": True,
 }  # fmt: skip
 ON_TOP |= {
