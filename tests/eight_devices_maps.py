@@ -43,7 +43,7 @@ def test_slots_over_devices_train_as_on_one(kind, layout):
 
 @pytest.mark.parametrize("layout", drawn(list(LAYOUTS), 1))
 def test_a_grown_run_begins_alike_on_any_mesh(layout, tmp_path):
-    """With the moments of one trained on one device; to the bit, before and after a resume."""
+    """It has the moments of one trained on one device, to the bit, and after a resume too."""
     small = changed(run_config("jtok", MeshConfig()), SLOTS)
     run, state, batch = begun(small)
     for _ in range(2):
