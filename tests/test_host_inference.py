@@ -34,7 +34,6 @@ def config(corpus):
     model = with_every_table(dataclasses.replace(KINDS["dense-jtok_m"], jtok=jtok, vocab_size=300))
     start = dataclasses.replace(run_config(corpus, steps=3), model=model)
     fields = {"optimizer.learning_rate": 0.1, "checkpoint.every": 1}
-    fields |= {"optimizer.tables.overrides": "deep_embed.kind=adamw"}  # not trained on a host
     return changed(start, fields | {"data.ngrams": f"{corpus}/{FREQUENT}"})
 
 
@@ -65,6 +64,12 @@ def check_logits(device, host):
     assert device.params.keys() - host.params.keys() == tables
     with pytest.raises(ConfigError, match="so no module holds them"):
         _ = host.model
+
+
+def test_tables_that_only_a_device_can_train_are_read_all_the_same(config, tmp_path):
+    train(changed(config, {"optimizer.tables.kind": "adamw", "train.steps": 1}), tmp_path)
+    device, host = (load(tmp_path, table_memory=place) for place in ("device", "host"))
+    assert np.array_equal(device.logits(TEXT), host.logits(TEXT))
 
 
 def test_texts_of_prompts_of_several_lengths_are_equal(runs):
