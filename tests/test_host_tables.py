@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from test_train_loop import check_same_run, records
 
 from jtok_jax.config import Config, TrainConfig
 from jtok_jax.errors import ConfigError, DataError, NonFiniteError, WorkdirError
+from jtok_jax.mesh import make_mesh
 from jtok_jax.model import host_memory
 from jtok_jax.model_config import JtokConfig, ModelConfig
 from jtok_jax.planning.compiled import compile_for_topology, compile_step, lacks, stand_in
@@ -28,6 +30,9 @@ from jtok_jax.planning.topology import parse_topology
 from jtok_jax.store.pieces import read_pieces
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.digest import digests, piece_digest
+from jtok_jax.training.optimizer import make_optimizer
+from jtok_jax.training.state import abstract_state
+from jtok_jax.training.step import jit_train_step, step_arguments
 from train import train
 
 HOST = {"mesh.table_memory": "host"}
@@ -233,6 +238,33 @@ def test_rows_that_layers_move_in_turn_are_never_all_on_a_device():
         on_host = ["S(5)" in stack for stack in stacks]
         assert all(on_host) if streaming else not any(on_host)
         assert len(stacks) > 10
+
+
+def moved_in(jaxpr, within=()):
+    """Yield what a program moves to the device, and the kinds of loops and branches around it."""
+    for one in jaxpr.eqns:
+        if one.primitive.name == "device_put":
+            for array in one.outvars:
+                if array.aval.memory_space == host_memory.DEVICE:
+                    yield array.aval, within
+        for inner in jax.tree.leaves(one.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from moved_in(inner, (*within, one.primitive.name))
+
+
+def test_layers_without_tables_move_no_rows():
+    """In the forward and the backward pass the move is in the branch of layers that have tables."""
+    jtok = JtokConfig(kind="jtok_m", layers="odd", table_dtype="bfloat16")
+    model = dataclasses.replace(KINDS["dense-jtok_m"], jtok=jtok, num_layers=4, remat="dots")
+    config = changed(Config(model=model), STREAMED | {"train.max_unique_ids": 50})
+    mesh, optimizer = make_mesh(config.mesh), make_optimizer(config)
+    arguments = step_arguments(config, optimizer, mesh, abstract_state(config, optimizer, mesh))
+    step = jit_train_step(config, optimizer, mesh).trace(*arguments)
+    rows = [within for array, within in moved_in(step.jaxpr.jaxpr) if array.dtype == jnp.bfloat16]
+    *passes, update = sorted(rows, key=len, reverse=True)
+    assert len(passes) == 2
+    assert all("cond" in within for within in passes)
+    assert "cond" not in update  # it is of the stack, which those layers are not in
 
 
 def test_a_run_begins_with_tables_of_another(config, tmp_path):
