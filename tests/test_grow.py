@@ -93,7 +93,9 @@ def test_a_run_is_grown_and_goes_on(corpus, tmp_path, capsys):
     model = dataclasses.replace(small(), vocab_size=300)
     train(dataclasses.replace(start, model=model), tmp_path / "small")
     grow.main([f"--from={tmp_path}/small", f"--output={tmp_path}/grown", "--slots=24"])
-    assert "parameters and 0 of tables" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "parameters and 0 of tables" in printed
+    assert f"--config.train.seed={start.train.seed + 1}\n" in printed
     assert (tmp_path / "grown" / "tokenizer.json").exists()
     found = model_of(str(tmp_path / "grown"))["pattention"]
     assert (found["slots"], found["grown_from"], found["ffn_slots"]) == (24, "10", 22)
