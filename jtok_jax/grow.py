@@ -355,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
         size = flops.count(config.model, seq_len=1)
         print(f"{output}: {size.backbone:,} parameters and {size.tables:,} of tables")
         own = _options(config) if moments else ""
-        other = f" --config.train.seed={config.train.seed + 1}"  # the run's gives its batches again
+        other = f" --config.train.seed={config.train.seed + 1}"  # the run's: the same batches
         print(f"train it: --config=configs/pretrained.py:{output}{other}{own}")
 
 
