@@ -10,16 +10,16 @@ All in one decoder, on the same batches, on two CPU cores. All arms but wider_de
 FLOPs of dense, JTok's and JTok-M's gates apart. SCONE trains with more: wider_dense has as many in
 training. Tables have about as many parameters as JTok-M's, JTok's a fifth.
 
-Every arm chooses its rate among the same two by short runs on a seed of its own; TokenFormer then
-its initial values, and tables that nothing normalises their own rate. SCONE's initial values were
-chosen from five before. `seeds`: the five that matter under three seeds, the first that of all.
+Every arm chooses by short runs on a seed of its own among three rates; TokenFormer among two initial
+values at each of them; tables that nothing normalises their own rate afterwards. SCONE's initial
+values were chosen from five before. `seeds`: six of the arms under three seeds, the first that of all.
 """
 
 from jtok_jax.study import Arm, Stage, Study
 
 RATE, STD = "optimizer.learning_rate", "model.init_std"
 MULTIPLIER = "optimizer.tables.learning_rate_multiplier"
-FIVE = ("dense", "scone", "ngram_table", "jtok_m", "tokenformer")
+SIX = ("dense", "scone", "ngram_table", "bigram", "jtok_m", "tokenformer")
 DIM = 128
 TABLES = {
     "optimizer.tables.kind": "lazy_adam", "optimizer.tables.b1": 0.9, "optimizer.tables.b2": 0.95,
@@ -47,7 +47,7 @@ FIELDS = {
 
 
 def get_study(part="all"):
-    chosen = FIELDS if part == "all" else FIVE
+    chosen = FIELDS if part == "all" else SIX
     arms = tuple(
         Arm(
             name,
@@ -57,14 +57,15 @@ def get_study(part="all"):
         )
         for name in chosen
     )
+    among = lambda *arms: ",".join(name for name in arms if name in chosen) + ":"
     varied = (
-        {RATE: (3e-3, 6e-3)},
-        {"tokenformer,tokenformer_ffn:" + STD: (0.02, DIM**-0.5)},
-        {"ngram_table,bigram:" + MULTIPLIER: (1.0, 10.0)},
+        {
+            RATE: (3e-3, 6e-3, 1.2e-2),
+            among("scone", "jtok_m") + RATE: (1.5e-3, 3e-3, 6e-3),
+            among("tokenformer", "tokenformer_ffn") + STD: (0.02, DIM**-0.5),
+        },
+        {among("ngram_table", "bigram") + MULTIPLIER: (1.0, 10.0)},
     )
-    if part != "all":  # without the arms that are not there
-        varied = tuple({key.replace(",tokenformer_ffn", "").replace(",bigram", ""): values}
-                       for one in varied for key, values in one.items())  # fmt: skip
     return Study(
         question=__doc__.splitlines()[0],
         common={
