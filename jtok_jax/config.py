@@ -281,15 +281,18 @@ class MeshConfig:
             )
 
     def tables_in(
-        self, memory: str | None, folder: str = "", dtype: str = "", *, otherwise: str = "device"
+        self, memory: str | None, folder: str = "", dtype: str = "", run: "MeshConfig | None" = None
     ) -> "MeshConfig":
         """Return this mesh with tables elsewhere; rows in host memory are not split.
 
         Args:
-            memory: "device" or "host"; None: "host" with a folder or a dtype, or `otherwise`.
-            folder, dtype: those of `table_folder` and `table_dtype`.
+            memory: "device" or "host"; None: "host" with a folder or a dtype, or as in the run.
+            folder, dtype: those of `table_folder` and `table_dtype`; "": none, or the run's dtype.
+            run: where its tables lay; None: on devices.
         """
-        memory = memory or ("host" if folder or dtype else otherwise)
+        run = run or MeshConfig()
+        memory = memory or ("host" if folder or dtype else run.table_memory)
+        dtype = dtype or run.table_dtype
         rows = "" if memory == "host" else self.table_rows
         return dataclasses.replace(
             self, table_memory=memory, table_rows=rows, table_folder=folder, table_dtype=dtype,

@@ -69,8 +69,7 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
 
     def choose(config: Config) -> MeshConfig:
         places = options.table_memory, options.table_folder, options.table_dtype
-        own = config.mesh.table_memory
-        return (asked or fitting(config)).tables_in(*places, otherwise=own)
+        return (asked or fitting(config)).tables_in(*places, run=config.mesh)
 
     saved = load_params(options.workdir, choose, step=options.step)
     config = _whole(saved.config, options)

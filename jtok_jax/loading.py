@@ -147,7 +147,7 @@ def load(
 
     def choose(config: Config) -> MeshConfig:
         asked = table_memory, str(table_folder), table_dtype
-        return over_all(config.model).tables_in(*asked, otherwise=config.mesh.table_memory)
+        return over_all(config.model).tables_in(*asked, run=config.mesh)
 
     saved = load_params(pathlib.Path(workdir), choose, step=step)
     encoder, end_id = _tokenizer(saved, pathlib.Path(workdir), data)

@@ -21,7 +21,7 @@ from jtok_jax.data.ngram_counts import Counted, Counter, most_frequent, new_file
 from jtok_jax.data.ngrams import Description, FrequentNgrams
 from jtok_jax.data.windows import Windows, allow_open_files
 from jtok_jax.errors import ConfigError, DataError, exit_on_error
-from jtok_jax.scone_export import export
+from jtok_jax.scone_export import INT8, export
 from jtok_jax.streams import MOST_FREQUENT
 
 SHOWN = 4  # n-grams of each length that are shown
@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
     option = export_parser.add_argument
     option("--from", dest="run", required=True, help="folder of a run, or FOLDER@STEP")
     option("--output", required=True, type=pathlib.Path, help="folder to write")
-    option("--dtype", default="", choices=("float32", "bfloat16"), help="of rows (as of tables)")
+    dtypes = "float32", "bfloat16", INT8
+    option("--dtype", default="", choices=dtypes, help="of rows (as of tables)")
     option("--batch_size", type=int, default=4096, help="n-grams at a time (4096)")
     options = vars(parser.parse_args(arguments))
     command = options.pop("command")
@@ -151,7 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
         if command == "export":
             model = export(**options)
             rows = model.id_streams[model.arms.scone.stream].rows
-            print(f"{options['output']}: {rows:,} rows in {model.arms.table_dtype}")
+            dtype = options["dtype"] or model.arms.table_dtype
+            print(f"{options['output']}: {rows:,} rows in {dtype}")
             return
         ngrams = build(**options)
         print(f"{options['output']}:\n{_report(ngrams, options['data'], options['rows'])}")

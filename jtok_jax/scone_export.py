@@ -13,20 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from jtok_jax.config import Config
+from jtok_jax.config import Config, MeshConfig
 from jtok_jax.config_dict import to_dict
 from jtok_jax.data import tokenizer
 from jtok_jax.errors import ConfigError, WorkdirError
 from jtok_jax.model.arms import table_name
 from jtok_jax.model.ngram_index import NgramTokens, indices_of
-from jtok_jax.model.params import Params, bind, to_logical
+from jtok_jax.model.params import Params, bind, declared_tables, to_logical
 from jtok_jax.model.scone import embed_ngrams
+from jtok_jax.model.tables import ROWS
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.store.rows import SCALE, in_int8, saved_name
 from jtok_jax.training.checkpoint import Checkpoints
 from jtok_jax.training.digest import digests
+from jtok_jax.training.leaves import PARAMS
 from jtok_jax.training.resume import CONFIG_FILE, keep_tokenizer, new_folder
 from jtok_jax.training.saved import Saved, load_params
 
+INT8 = "int8"
 ROOM = 0.5  # nodes a token of a batch, of which the n-grams in order share most prefixes
 
 
@@ -34,12 +38,12 @@ def served_model(model: ModelConfig, dtype: str = "") -> ModelConfig:
     """Return the model whose table takes the place of A_f.
 
     Args:
-        dtype: of the table, "float32" or "bfloat16"; "": that of tables of arms.
+        dtype: of the table, "float32" or "bfloat16"; "" and "int8": that of tables of arms.
 
     Raises:
         ConfigError: the model has no A_f; or other arms have tables of another dtype.
     """
-    arms = model.arms
+    arms, dtype = model.arms, dtype.replace(INT8, "")
     if not arms.makes_ngrams:
         raise ConfigError("This run has no A_f: model.arms.scone.kind is model where there is one.")
     if arms.table_streams and dtype not in ("", arms.table_dtype):
@@ -57,10 +61,11 @@ def export(
 ) -> ModelConfig:
     """Write a run of no steps whose table has what A_f makes of every n-gram; return its model.
 
-    Rows come into a file beside `output` first. Killed, the same command goes on from there.
+    Rows come into files beside `output` first. Killed, the same command goes on from there.
 
     Args:
         run: a folder, or FOLDER@STEP.
+        dtype: see `served_model`; "int8": all tables are stored so, for tools that read them.
         batch_size: n-grams at a time.
 
     Raises:
@@ -77,11 +82,18 @@ def export(
     model = served_model(saved.config.model, dtype)
     params = to_logical(saved.params)
     try:
-        rows = RowFile(output, saved, model.arms.table_dtype)
+        rows = RowFile(output, saved, dtype or model.arms.table_dtype)
         for first, made in _made(saved.config.model, params, rows.done, batch_size):
             rows.write(first, made)
-        table = {table_name("scone", model.arms.scone.stream): rows.array}
-        _write(output, model, saved, params | table)
+        made_here = table_name("scone", model.arms.scone.stream)
+        params |= _named(made_here, rows.arrays)
+        config = Config(model=model, train=saved.config.train)
+        if dtype == INT8:
+            mesh = MeshConfig(table_memory="host", table_dtype=INT8)
+            config = dataclasses.replace(config, mesh=mesh)
+            for name in declared_tables(model).keys() - {made_here}:
+                params |= _named(name, in_int8(params[name]))
+        _write(output, config, saved, params)
         rows.remove()
     except OSError as error:
         raise WorkdirError(f"{error}. Nothing was written to {output}.") from error
@@ -114,10 +126,14 @@ def _outputs(model: ModelConfig, params: Params, tokens_Rn: jax.Array, lengths_R
     return jnp.take_along_axis(made_RnD, lengths_R[:, None, None] - 1, axis=1)[:, 0]
 
 
-def _write(output: pathlib.Path, model: ModelConfig, saved: Saved, params: Params) -> None:
+def _named(table: str, leaves: dict[str, np.ndarray]) -> Params:
+    """Return the leaves of a table by the names that parameters have in a checkpoint."""
+    return {saved_name(table, leaf).removeprefix(PARAMS): one for leaf, one in leaves.items()}
+
+
+def _write(output: pathlib.Path, config: Config, saved: Saved, params: Params) -> None:
     kept = {name: value for name, value in params.items() if not name.startswith("scone/")}
     with new_folder(output) as folder:
-        config = Config(model=model, train=saved.config.train)
         (folder / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=1) + "\n")
         keep_tokenizer(folder, saved.workdir / tokenizer.FILE_NAME)
         words = {name: one for name, one in saved.data.items() if name == "tokenizer"}
@@ -127,42 +143,51 @@ def _write(output: pathlib.Path, model: ModelConfig, saved: Saved, params: Param
 
 
 class RowFile:
-    """The rows made so far, in a file beside the output, and a note of how many they are.
+    """The rows made so far, in files beside the output, and a note of how many they are.
 
-    array: [1, rows, D], mapped. done: rows that are there, the first of them zeros.
+    arrays: by leaf, mapped; [1, rows, D], and of int8 also float32 scales [1, rows].
+    done: rows that are there, the first of them zeros.
     """
 
     def __init__(self, output: pathlib.Path, saved: Saved, dtype: str):
-        """Open the file if it is of this checkpoint and dtype, else begin it. Raises OSError."""
-        self._file = output.with_name(f"{output.name}.rows")
+        """Open the files if they are of this checkpoint and dtype, else begin. Raises OSError."""
         self._note = output.with_name(f"{output.name}.rows.json")
         model = saved.config.model
         rows = model.id_streams[model.arms.scone.stream].num_rows
-        shape = 1, rows, model.model_dim
+        shapes = {ROWS: ((1, rows, model.model_dim), dtype)}
+        if dtype == INT8:
+            shapes[SCALE] = (1, rows), np.float32
+        files = {leaf: output.with_name(f"{output.name}.{leaf}") for leaf in (ROWS, SCALE)}
+        self._files = [*files.values()]
         self._of = {"digests": digests(saved.params), "dtype": dtype}
         try:
             note = json.loads(self._note.read_text())
             self.done = note["done"] if note["of"] == self._of else 0
         except (FileNotFoundError, ValueError, KeyError):
             self.done = 0
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        mode = "r+" if self.done and self._file.exists() else "w+"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        mode = "r+" if self.done and all(files[leaf].exists() for leaf in shapes) else "w+"
         if mode == "w+":  # a note of other rows must not count for these
             self._note.unlink(missing_ok=True)
             self.done = 0
-        self.array = np.memmap(self._file, jnp.dtype(dtype), mode, shape=shape)
+        self.arrays = {
+            leaf: np.memmap(files[leaf], jnp.dtype(of), mode, shape=shape)
+            for leaf, (shape, of) in shapes.items()
+        }
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """Write rows from `first` on; the note says so once they are on the disk."""
-        self.array[0, first : first + len(rows)] = rows
-        self.array.flush()
+        stored = in_int8(rows) if SCALE in self.arrays else {ROWS: rows}
+        for leaf, value in stored.items():
+            self.arrays[leaf][0, first : first + len(rows)] = value
+            self.arrays[leaf].flush()
         self.done = first + len(rows)
         partial = self._note.with_suffix(".partial")
         partial.write_text(json.dumps({"of": self._of, "done": self.done}))
         partial.replace(self._note)
 
     def remove(self) -> None:
-        """Delete both files."""
-        del self.array
-        for path in (self._file, self._note):
+        """Delete the files."""
+        del self.arrays
+        for path in (*self._files, self._note):
             path.unlink(missing_ok=True)

@@ -169,7 +169,29 @@ def test_a_table_in_bfloat16_is_that_rounded(finished, exported, text, tmp_path)
     np.testing.assert_allclose(found, expected, atol=0.05)
 
 
-def test_a_killed_export_goes_on(finished, exported, tmp_path, monkeypatch):
+def test_rows_exported_in_int8_are_those_that_a_tool_would_make(
+    corpus, finished, exported, text, tmp_path
+):
+    scone_export.export(str(finished), tmp_path / "run", dtype="int8", batch_size=50)
+    expected = load(exported, table_dtype="int8").logits(text)
+    for place in ({}, {"table_folder": tmp_path / "files"}):
+        np.testing.assert_array_equal(load(tmp_path / "run", **place).logits(text), expected)
+    rows, scales = (next((tmp_path / "files").glob(f"*.{leaf}.npy")) for leaf in ("rows", "scale"))
+    assert (np.load(rows).dtype, np.load(scales).dtype) == (np.int8, np.float32)
+    start = changed(scone_config(corpus), {"model.arms.scone.kind": "table"})
+    for read in (
+        lambda: train(dataclasses.replace(start, init_from=f"{tmp_path}/run"), tmp_path / "more"),
+        lambda: load_params(tmp_path / "run"),
+    ):
+        with pytest.raises(ConfigError, match="was exported with rows in int8"):
+            read()
+    with pytest.raises(ConfigError, match="table_dtype is 'int8', and tables are on devices"):
+        load(tmp_path / "run", table_memory="device")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["files", "more", "run"]
+
+
+@pytest.mark.parametrize("dtype", ["", "int8"])
+def test_a_killed_export_goes_on(finished, exported, text, tmp_path, monkeypatch, dtype):
     write, written = scone_export.RowFile.write, []
 
     def write_twice(self, first, rows):
@@ -180,16 +202,16 @@ def test_a_killed_export_goes_on(finished, exported, tmp_path, monkeypatch):
 
     monkeypatch.setattr(scone_export.RowFile, "write", write_twice)
     with pytest.raises(KeyboardInterrupt):
-        scone_export.export(str(finished), tmp_path / "run", batch_size=50)
+        scone_export.export(str(finished), tmp_path / "run", dtype=dtype, batch_size=50)
     assert written == [1, 51]
     monkeypatch.setattr(
         scone_export.RowFile, "write",
         lambda self, first, rows: (written.append(first), write(self, first, rows)),
     )  # fmt: skip
-    scone_export.export(str(finished), tmp_path / "run", batch_size=50)
+    scone_export.export(str(finished), tmp_path / "run", dtype=dtype, batch_size=50)
     assert written == [1, 51, 101]
-    name = "arms/scone/frequent"
-    found, expected = (load_params(one).params[name] for one in (tmp_path / "run", exported))
+    places = tmp_path / "run", exported
+    found, expected = (load(one, table_dtype=dtype).logits(text) for one in places)
     np.testing.assert_array_equal(found, expected)
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
 

@@ -10,9 +10,9 @@ All in one decoder, on the same batches, on two CPU cores. All arms but wider_de
 FLOPs of dense, JTok's and JTok-M's gates apart. SCONE trains with more: wider_dense has as many in
 training. Tables have about as many parameters as JTok-M's, JTok's a fifth.
 
-Every arm chooses by short runs on a seed of its own among three rates; TokenFormer among two initial
-values at each of them; tables that nothing normalises their own rate afterwards. SCONE's initial
-values were chosen from five before. `seeds`: six of the arms under three seeds, the first that of all.
+Every arm chooses among three rates by short runs on a seed of its own; TokenFormer among two
+initial values at each; tables that nothing normalises their own rate afterwards. SCONE's initial
+values were chosen from five before. `seeds`: six arms under three seeds, the first that of all.
 """
 
 from jtok_jax.study import Arm, Stage, Study

@@ -53,6 +53,20 @@ def whole_leaves(model: ModelConfig, optimizers: Optimizers, *, int8: bool = Fal
     return found
 
 
+def in_int8(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the leaves of rows [..., D] in int8: the nearest of 255 steps, and their scale."""
+    rows = np.asarray(rows, np.float32)
+    scale = np.abs(rows).max(axis=-1) / 127
+    steps = rows / np.where(scale > 0, scale, 1)[..., None]
+    return {ROWS: np.rint(steps).astype(np.int8), SCALE: scale}
+
+
+def saved_name(table: str, leaf: str) -> str:
+    """Return what a leaf of a table is called in a checkpoint."""
+    names = {ROWS: f"params/{table}", SCALE: f"params/{table}.{SCALE}"}
+    return names.get(leaf, f"opt_state/{table}/{leaf}")
+
+
 def require_trainable(config: Config) -> None:
     """Raise ConfigError where tables cannot be trained as configured, though tools read them."""
     mesh = config.mesh

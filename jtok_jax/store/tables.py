@@ -25,8 +25,9 @@ from jtok_jax.store.mapped import Contents, MappedFolder
 from jtok_jax.store.part import Part, Region, of_all_processes
 from jtok_jax.store.pieces import Pieces
 from jtok_jax.store.rows import (
-    SCALE,
     Optimizers,
+    in_int8,
+    saved_name,
     shape_by_rows,
     step_shardings,
     whole_leaves,
@@ -52,6 +53,7 @@ class HostTables:
         optimizers: Optimizers,
         *,
         contents: Contents | None = None,
+        saved_in_int8: bool = False,
     ):
         """Allocate, without a value: in memory, or sparse files in mesh.table_folder.
 
@@ -59,18 +61,20 @@ class HostTables:
             mesh: whose devices of this process say what it holds.
             optimizers: by table, {} where nothing is trained.
             contents: of mesh.table_folder, whose files are used if they hold them.
+            saved_in_int8: the checkpoint has rows in int8 already.
 
         Raises:
             ConfigError: this machine has less memory left; see also `Part`.
             CheckpointError, WorkdirError: see `MappedFolder`.
         """
-        self._int8, self._broken = config.mesh.table_dtype == "int8", set()
+        int8 = config.mesh.table_dtype == "int8"
+        self._int8, self._narrows, self._broken = int8, int8 and not saved_in_int8, set()
         self._is_trained = bool(optimizers)
         self.whole = whole_leaves(config.model, optimizers, int8=self._int8)
         self._model, self._tables = config.model, declared_tables(config.model)
-        saved = whole_leaves(config.model, optimizers)
-        self._leaf_of = {  # by name in a checkpoint
-            f"params/{table}" if leaf == ROWS else f"opt_state/{table}/{leaf}": (table, leaf)
+        saved = whole_leaves(config.model, optimizers, int8=saved_in_int8)
+        self._leaf_of = {
+            saved_name(table, leaf): (table, leaf)
             for table, leaves in saved.items()
             for leaf in leaves
         }
@@ -156,7 +160,7 @@ class HostTables:
     def regions(self, name: str) -> dict[Region, bool]:
         """Return the regions of a leaf of `saved_shapes`, and whether this process reads each."""
         table, leaf = self._leaf_of[name]
-        if self._int8:  # the scale of a row is that of all its columns
+        if self._narrows:  # the scale of a row is that of all its columns
             return {tuple((0, size) for size in self.saved_shapes[name].shape): True}
         part = self._parts[table][leaf]
         local = part.local_regions
@@ -174,7 +178,7 @@ class HostTables:
 
         Args:
             start: where the piece begins in the leaf.
-            piece: stacked; for int8 with all columns of its rows.
+            piece: stacked; with all columns of rows that become int8.
 
         Raises WorkdirError: the disk of the files is full.
         """
@@ -182,7 +186,8 @@ class HostTables:
         axis = self._axis(table)
         rows, begin, first = np.moveaxis(piece, axis, 0), [*start], start[axis]
         del begin[axis]
-        for one, value in (self._stored(rows) if leaf == ROWS else {leaf: rows}).items():
+        narrows = self._narrows and leaf == ROWS
+        for one, value in (in_int8(rows) if narrows else {leaf: rows}).items():
             at = begin[: value.ndim - 1]
             for here, there in self._parts[table][one].overlaps(at, value.shape[1:]):
                 into = self._arrays[table][one][first : first + len(value), *here]
@@ -298,13 +303,8 @@ class HostTables:
         return found
 
     def _stored(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the leaves that hold rows [n, G, (M,) D], in int8 to the nearest."""
-        if not self._int8:
-            return {ROWS: rows}
-        rows = np.asarray(rows, np.float32)
-        scale = np.abs(rows).max(axis=-1) / 127
-        steps = rows / np.where(scale > 0, scale, 1)[..., None]
-        return {ROWS: np.rint(steps).astype(np.int8), SCALE: scale}
+        """Return the leaves that hold rows [n, G, (M,) D]."""
+        return in_int8(rows) if self._int8 else {ROWS: rows}
 
     def _hold(self, arrays: Mapping[str, np.ndarray]) -> None:
         self._arrays: Arrays = {

@@ -97,7 +97,7 @@ def piece_digest(piece: np.ndarray, start: Sequence[int], shape: tuple[int, ...]
 @functools.partial(jax.jit, static_argnames=("fold", "shape"))
 def _digest(array: jax.Array, start: jax.Array, *, fold: bool, shape: tuple[int, ...]) -> jax.Array:
     """Return the digest of a part of an array of `shape`, in which it begins at `start`."""
-    word = {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
+    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(array, word)
     places = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(shape):

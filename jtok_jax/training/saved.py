@@ -96,12 +96,14 @@ def _load_params(
                 "init_moments and --moments out, or take the run that it was made of."
             )
         config = config_of(found)
+        stored = config.mesh.table_dtype
         mesh_config = choose(config) if choose else config.mesh.tables_in("device")
+        _require_reader_of(workdir, stored, mesh_config)
         config = dataclasses.replace(config, mesh=mesh_config)
         place, mesh = _placing(config, alone=choose is None)
         config = anywhere(config, mesh)
         optimizer = make_optimizer(config) if moments else None
-        tables = _tables_of(config, mesh, found, workdir, optimizer)
+        tables = _tables_of(config, mesh, found, workdir, optimizer, stored)
         wanted = {
             PARAMS + name: place(name, leaf) for name, leaf in abstract_params(config.model).items()
         }
@@ -135,7 +137,7 @@ def _load_params(
 
 def _tables_of(
     config: Config, mesh: Mesh | AbstractMesh, found, workdir: pathlib.Path,
-    optimizer: Optimizer | None,
+    optimizer: Optimizer | None, stored: str,
 ) -> HostTables | None:  # fmt: skip
     """Return room for the tables of a checkpoint in host memory; None: they are on devices."""
     if config.mesh.table_memory != "host":
@@ -146,7 +148,19 @@ def _tables_of(
         f"step {found.step} of {workdir}{' in ' * bool(dtype)}{dtype}",
         {"step": found.step, "dtype": dtype, "digests": written},
     )
-    return HostTables(config, mesh, optimizer.rows if optimizer else {}, contents=contents)
+    return HostTables(
+        config, mesh, optimizer.rows if optimizer else {}, contents=contents,
+        saved_in_int8=stored == "int8",
+    )  # fmt: skip
+
+
+def _require_reader_of(workdir: pathlib.Path, stored: str, mesh: MeshConfig) -> None:
+    """Raise ConfigError if rows are stored in another dtype than tables there may have."""
+    if stored and mesh.table_dtype != stored:
+        raise ConfigError(
+            f"{workdir} was exported with rows in {stored}: generate, evaluate and lm_eval read "
+            "them, in host memory. For training and other tools export it in bfloat16 or float32."
+        )
 
 
 def _choose_step(checkpointer, asked: str, folder: pathlib.Path) -> int:
