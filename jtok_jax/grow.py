@@ -156,6 +156,9 @@ def grown_params(
         params: logical, of the model before.
         keys: of new slots, see `Growth`.
         seed: of new values, and of random keys, drawn as those of a new model.
+
+    Raises:
+        ConfigError: slots have keys and values of zero.
     """
     drawn, found = init_params(model, jax.random.key(seed)), {}
     for name, first in drawn.items():
@@ -171,7 +174,19 @@ def grown_params(
         index = indices_of(params)[name]
         moved = with_more_tokens(index, before.frequent_streams[name], stream)
         found |= zip(names_of(name), moved, strict=True)
+    _require_gradients(found)
     return found
+
+
+def _require_gradients(params: Params) -> None:
+    """Raise ConfigError if slots of Pattention would never learn."""
+    for name in (one for one in params if one.endswith("/key") and f"{one[:-3]}value" in params):
+        some = [np.any(params[one], axis=-1) for one in (name, f"{name[:-3]}value")]
+        if dead := int(np.sum(~np.logical_or(*some))):
+            raise ConfigError(
+                f"{dead} slots of {name.removesuffix('/key')} have keys and values of zero, so no "
+                "gradient would reach them. Draw one of both: --keys=random is for new slots."
+            )
 
 
 def grown_moments(

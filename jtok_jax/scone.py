@@ -84,7 +84,10 @@ def _count(
 
 
 def read_tokens(data: pathlib.Path, found: Manifest, folder: pathlib.Path) -> np.ndarray:
-    """Return the ids of all training documents, mapped from a file."""
+    """Return the ids of all training documents, mapped from a file.
+
+    Raises DataError: they lack the token that ends a document.
+    """
     allow_open_files(len(found.train.shards))
     windows = Windows(data, found, "train", seq_len=found.seq_len)
     tokens = new_file(folder / "tokens.bin", found.dtype, found.train.targets + 1)
@@ -93,6 +96,11 @@ def read_tokens(data: pathlib.Path, found: Manifest, folder: pathlib.Path) -> np
     for index in bar:  # a window begins with the last id of the one before
         first = index * found.seq_len + 1
         tokens[first : first + found.seq_len] = windows[index][1:]
+    if found.train.documents > 1 and not (tokens[1:] == found.end_id).any():
+        raise DataError(
+            f"{data} has {found.train.documents:,} documents, and the token {found.end_id} that "
+            "parts them is nowhere: n-grams would cross documents. Prepare it again."
+        )
     return tokens
 
 

@@ -75,6 +75,9 @@ def test_new_slots_learn_unless_their_values_are_zero_too():
     dead = params | {name: np.asarray(params[name]) * (np.arange(16) < 10)[:, None]}
     grads = jax.grad(score)(dead)
     assert not np.asarray(grads["blocks/attention/query/key"])[:, 10:].any()
+    larger = grown_model(model, Growth(17))
+    with pytest.raises(ConfigError, match=r"18 slots of blocks/attention/query have keys and val"):
+        grown_params(larger, model, dead, keys="zero", seed=5)
 
 
 def test_the_published_way_changes_the_model():

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -184,6 +185,16 @@ def test_what_cannot_be_built_is_refused(corpus, tmp_path, more, error, message,
     assert stopped.value.code == error.exit_code
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_without_the_token_that_parts_documents_is_refused(corpus, tmp_path):
+    other = shutil.copytree(corpus, tmp_path / "corpus")
+    found = manifest.read_manifest(corpus)
+    manifest.write_manifest(other, dataclasses.replace(found, end_id=found.vocab_size - 1))
+    options = {"max_n": 3, "rows": 100, "min_count": 2, "workers": 1}
+    with pytest.raises(DataError, match=r"documents, and the token 299 that parts them is no"):
+        scone.build(other, tmp_path / "file", **options)
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_file_is_not_overwritten(corpus, built, capsys):

@@ -88,14 +88,15 @@ def test_a_token_of_zeros_is_no_nan_in_the_safe_form():
     assert np.isnan(weights(jnp.zeros(4), factor=2.0, form="torch")[0]).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_map_of_heads(dtype):
+def test_a_map_of_heads(dtype, form):
     """From [3, 4] entries to [5]: keys and values are flat, the factor is of other slots."""
-    config = model_of(pattention__kind="all")
+    config = model_of(pattention__kind="all", pattention__form=form)
     one = Pattention(config, (3, 4), (5,), slots=8, grown_from=(6,), rngs=nnx.Rngs(0))
     x = np.random.default_rng(1).standard_normal((2, 7, 3, 4))
     scores = x.reshape(2, 7, 12) @ np.float64(one.key[...]).T
-    expected = slow_weights(scores, 6**0.5, "safe") @ np.float64(one.value[...])
+    expected = slow_weights(scores, 6**0.5, form) @ np.float64(one.value[...])
     found = one(jnp.asarray(x, dtype))
     assert found.shape == (2, 7, 5)
     assert found.dtype == dtype
@@ -158,10 +159,11 @@ def test_text_token_by_token_has_the_logits_of_the_whole(fields):
     np.testing.assert_allclose(step.logits_BV, whole[:, -1], rtol=2e-4, atol=2e-4)
 
 
-def test_the_block_is_the_formula():
+@pytest.mark.parametrize("form", FORMS)
+def test_the_block_is_the_formula(form):
     """One layer of one head in float64, from the parameters by name."""
     config = model_of(
-        num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8,
+        num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, pattention__form=form,
         **{name.replace(".", "__"): value for name, value in TOKENFORMER.items()} | {
             "rope_fraction": 0.5
         },
@@ -175,7 +177,7 @@ def test_the_block_is_the_formula():
 
     def mapped(name, x):
         key, value = p[f"blocks/{name}/key"][0], p[f"blocks/{name}/value"][0]
-        return slow_weights(x @ key.T, len(key) ** 0.5, "safe") @ value
+        return slow_weights(x @ key.T, len(key) ** 0.5, form) @ value
 
     h = p["embed"][np.asarray(ids[0])]
     x = norm(h)
