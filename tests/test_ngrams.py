@@ -190,9 +190,12 @@ def test_what_cannot_be_built_is_refused(corpus, tmp_path, more, error, message,
 def test_a_corpus_without_the_token_that_parts_documents_is_refused(corpus, tmp_path):
     other = shutil.copytree(corpus, tmp_path / "corpus")
     found = manifest.read_manifest(corpus)
-    manifest.write_manifest(other, dataclasses.replace(found, end_id=found.vocab_size - 1))
+    windows = Windows(corpus, found, "train", seq_len=found.seq_len)
+    used = {token for index in range(len(windows)) for token in windows[index].tolist()}
+    unused = min({*range(found.vocab_size)} - used)
+    manifest.write_manifest(other, dataclasses.replace(found, end_id=unused))
     options = {"max_n": 3, "rows": 100, "min_count": 2, "workers": 1}
-    with pytest.raises(DataError, match=r"documents, and the token 299 that parts them is no"):
+    with pytest.raises(DataError, match=f"documents, and the token {unused} that parts them is"):
         scone.build(other, tmp_path / "file", **options)
     assert not (tmp_path / "file").exists()
 
