@@ -109,6 +109,11 @@ def find(rows: int, options) -> None:
 def drop_pages(path: pathlib.Path, ngrams: FrequentNgrams) -> None:
     """Drop the pages of a file that this process and the system keep in memory."""
     ngrams.keys[0]._mmap.madvise(mmap.MADV_DONTNEED)
+    drop_from_cache(path)
+
+
+def drop_from_cache(path: pathlib.Path) -> None:
+    """Drop the pages of a file that the system keeps in memory, and no process has mapped."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -2,13 +2,15 @@
 # Copyright 2026 The jtok_jax authors
 """SCONE's training step and its decoding from a table: python benchmarks/scone.py --data=FOLDER
 
-Steps of a dense model and of the same with an A_f of half its layers, on a prepared corpus, paired:
-the ratio beside what FLOPs alone predict. Then decoding with a table of n-grams in host memory
-beside the dense model. Every round takes each arm once, in an order that rotates. A ratio is the
-median over rounds of the ratio within a round (10th to 90th percentile).
+What A_f has to compute in batches of some sizes. Steps of a dense model and of the same with an A_f
+of half its layers, on a prepared corpus, paired: the ratio beside what FLOPs alone predict.
+Decoding with a table of n-grams in host memory beside the dense model. Finding n-grams and reading
+their rows in mapped tables. Every round takes each arm once, in an order that rotates. A ratio is
+the median over rounds of the ratio within a round (10th to 90th percentile).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import shlex
@@ -19,6 +21,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ngrams import VOCAB, drop_from_cache, synthetic
 from timing import percentiles, record, say
 from train_step import BATCHES, our_arm, run_rounds
 
@@ -26,13 +29,14 @@ from jtok_jax import flops, scone
 from jtok_jax.arms_config import ArmsConfig, SconeConfig
 from jtok_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from jtok_jax.data.loader import make_batch, open_source
-from jtok_jax.data.ngrams import FrequentNgrams
+from jtok_jax.data.ngrams import FrequentNgrams, open_ngrams
 from jtok_jax.inference.generator import for_inference, generate
 from jtok_jax.inference.sampling import Sampling
 from jtok_jax.mesh import make_mesh, put_batch, put_whole
 from jtok_jax.model.ngram_index import build_index, names_of
 from jtok_jax.model.params import init_params
 from jtok_jax.model_config import ModelConfig
+from jtok_jax.store.mapped import Contents
 from jtok_jax.store.reader import RowReader
 from jtok_jax.store.tables import HostTables
 
@@ -49,6 +53,29 @@ def index_of(model: ModelConfig, ngrams: FrequentNgrams) -> dict[str, jax.Array]
     stream = model.id_streams["frequent"]
     index = map(jnp.asarray, build_index(ngrams, stream))
     return dict(zip(names_of(stream.name), index, strict=True))
+
+
+def count_nodes(options, ngrams: FrequentNgrams, tokens: int) -> float:
+    """Print and return what A_f computes for each of so many tokens, the mean of some batches."""
+    config = Config(
+        model=ModelConfig(vocab_size=ngrams.description.vocab_size),
+        train=TrainConfig(batch_size=tokens // options.seq_len, seq_len=options.seq_len),
+        data=DataConfig(path=str(options.data)),
+    )
+    source, found = open_source(config), []
+    for step in range(1, BATCHES + 1):
+        rows, _ = ngrams.match(make_batch(source.sequences(step))[0])
+        distinct, lengths = ngrams.tokens(np.unique(rows[rows >= 0]))
+        longest = distinct.shape[1]
+        prefixes = (distinct[lengths >= size, :size] for size in range(1, longest + 1))
+        nodes = sum(len(np.unique(one, axis=0)) for one in prefixes)
+        found.append((np.sum(rows >= 0), longest * len(distinct), nodes))
+    matched, padded, nodes = np.mean(found, axis=0) / tokens
+    say(
+        f"for each of {tokens:,} tokens: {matched:.2f} matched, {longest * matched:.2f} if padded, "
+        f"{padded:.2f} if also distinct, {nodes:.2f} nodes"
+    )
+    return nodes
 
 
 def train(options, dense: ModelConfig, ngrams: FrequentNgrams) -> None:
@@ -75,6 +102,10 @@ def train(options, dense: ModelConfig, ngrams: FrequentNgrams) -> None:
     predicted = work["scone"] / work["dense"]
     say(f"a step of training: {percentiles(ratio)} of dense, {predicted:.3f} by FLOPs")
     say(f"  over what FLOPs predict: {percentiles(ratio / predicted)}")
+    nodes = count_nodes(options, ngrams, options.batch * options.seq_len)
+    used = with_ngrams(dense, ngrams, "model", nodes)
+    least = flops.count(used, seq_len=options.seq_len).train_flops / work["dense"]
+    say(f"  over the {least:.3f} of these nodes: {percentiles(ratio / least)}")
     record(benchmark="scone", what="train", ratio=float(np.median(ratio)), predicted=predicted)
 
 
@@ -111,6 +142,61 @@ def decode(options, dense: ModelConfig, ngrams: FrequentNgrams) -> None:
         record(benchmark="scone", what="decode", batch=batch, ratio=float(np.median(ratio)))
 
 
+def look_up(rows: int, options) -> None:
+    """Print how long it takes to find n-grams and to read their rows in a mapped bfloat16 table."""
+    rng = np.random.default_rng(3)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        synthetic(rows, path / "ngrams")
+        ngrams = open_ngrams(path / "ngrams")
+        model = ModelConfig(
+            vocab_size=VOCAB, model_dim=options.table_width, num_layers=1,
+            streams=f"frequent=3:{len(ngrams)}:frequent",
+            arms=ArmsConfig(
+                names="scone", scone=SconeConfig(kind="table"), table_dtype="bfloat16"
+            ),
+        )  # fmt: skip
+        mesh_config = MeshConfig(table_memory="host", table_folder=str(path / "table"))
+        config = Config(model=model, mesh=mesh_config)
+        mesh, contents = make_mesh(mesh_config), Contents("a benchmark", {})
+        index = map(jnp.asarray, build_index(ngrams, model.id_streams["frequent"]))
+        params = dict(zip(names_of("frequent"), index, strict=True))
+        with contextlib.closing(HostTables(config, mesh, {}, contents=contents)) as tables:
+            write_rows(tables, rng)
+        some = ngrams.tokens(rng.integers(0, len(ngrams), 64 * 512))[0][:, :2].astype(np.int32)
+
+        def look_up_twice(ids_BT: np.ndarray) -> list[float]:
+            """Return seconds: with pages on the disk, then in memory."""
+            for file in (path / "table").glob("*.rows.npy"):
+                drop_from_cache(file)
+            times = []
+            with contextlib.closing(HostTables(config, mesh, {}, contents=contents)) as tables:
+                reader = RowReader(config, mesh, tables, params=params)
+                for _ in range(2):
+                    began = time.perf_counter()
+                    reader.fetch(ids_BT)
+                    times.append(time.perf_counter() - began)
+            return times
+
+        for shape in ((1, 2), (64, 2), (64, 512)):
+            first = lambda number, shape=shape: np.resize(np.roll(some, 97 * number, axis=0), shape)
+            times = [look_up_twice(first(number)) for number in range(options.rounds)]
+            cold, warm = 1e6 * np.median(times, axis=0)
+            text = f"{rows:>12,} rows of {options.table_width}, looked up for {shape}"
+            say(f"{text}: {cold:.0f} us on the disk, {warm:.0f} us in memory")
+
+
+def write_rows(tables: HostTables, rng: np.random.Generator) -> None:
+    """Fill a table in files with numbers, and publish it."""
+    ((name, whole),) = tables.saved_shapes.items()
+    for first in range(0, whole.shape[1], 1 << 17):
+        shape = 1, min(1 << 17, whole.shape[1] - first), whole.shape[2]
+        piece = rng.integers(0, 1 << 14, shape, np.uint16).view(jnp.bfloat16)
+        tables.fill(name, (0, first, 0), piece)
+    tables.finish_restore(sparse=False)
+    tables.publish()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     option = parser.add_argument
@@ -122,9 +208,12 @@ def main() -> None:
     option("--batch", type=int, default=8)
     option("--seq_len", type=int, default=256)
     option("--rounds", type=int, default=12)
+    option("--nodes", default="2048,16384,65536", help="tokens of batches to count nodes of")
     option("--no_training", action="store_true")
     option("--tokens", type=int, default=48, help="of each text")
     option("--decode", default="1,16", help="texts at a time; empty: none")
+    option("--looked_up", default="1000000,10000000", help="rows of mapped tables to read")
+    option("--table_width", type=int, default=256, help="of these")
     options = parser.parse_args()
     say(f"$ python {shlex.join(sys.argv)}\n{jax.__version__}, {jax.devices()[0].device_kind}")
     dense = ModelConfig(
@@ -136,10 +225,14 @@ def main() -> None:
         file = pathlib.Path(folder) / "frequent.ngrams"
         of = {"max_n": 5, "rows": options.rows, "min_count": 5, "workers": 2}
         ngrams = scone.build(options.data, file, **of)
+        for tokens in map(int, filter(None, options.nodes.split(","))):
+            count_nodes(options, ngrams, tokens)
         if not options.no_training:
             train(options, dense, ngrams)
         if options.decode:
             decode(options, dense, ngrams)
+    for rows in filter(None, options.looked_up.split(",")):
+        look_up(int(rows), options)
 
 
 if __name__ == "__main__":

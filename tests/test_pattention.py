@@ -104,6 +104,18 @@ def test_a_map_of_heads(dtype, form):
     np.testing.assert_allclose(np.float32(found), expected, atol=close * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("remat", "kept"), [("none", 1), ("dots", 1), ("full", 0)])
+def test_of_slots_the_backward_pass_keeps_the_scores_alone(remat, kept):
+    """One array of n entries a token for each map, or none where the layer is made again."""
+    model = model_of(remat=remat, **{key.replace(".", "__"): value for key, value in ALL.items()})
+    ids = random_ids(model, 2, 7)
+    run = lambda params: jax.vjp(lambda p: bind(model, p)(ids).hidden_BTD, params)[1]
+    left = jax.tree.leaves(jax.eval_shape(run, abstract_params(model)))
+    for slots, maps in ((10, 4), (21, 1)):
+        shapes = [x.shape for x in left if x.shape[1:] == (2, 7, slots)]
+        assert len(shapes) == kept * maps, shapes
+
+
 @pytest.mark.parametrize(("shape", "layers", "dim"), [
     ("150m", 12, 768), ("450m", 24, 1024), ("900m", 32, 1280), ("1b5", 40, 1536),
 ])  # fmt: skip

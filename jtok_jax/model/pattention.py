@@ -81,10 +81,13 @@ class Pattention(nnx.Module):
         x = x.reshape(*leading, -1)
         in_parts = lambda slots: jnp.split(slots[...].astype(x.dtype), self.parts)
         scores = [jnp.einsum("...D,SD->...S", x, key) for key in in_parts(self.key)]
+
+        def mix(scores: list[jax.Array], values: list[jax.Array]) -> jax.Array:
+            mixed = weights(*scores, factor=self.factor, form=self.form)
+            return sum(a @ value for a, value in zip(mixed, values, strict=True))
+
         # Else the backward pass would keep several arrays as large as the scores.
-        of_slots = functools.partial(weights, factor=self.factor, form=self.form)
-        mixed = jax.checkpoint(of_slots, prevent_cse=False)(*scores)
-        y = sum(a @ value for a, value in zip(mixed, in_parts(self.value), strict=True))
+        y = jax.checkpoint(mix, prevent_cse=False)(scores, in_parts(self.value))
         return y.reshape(*leading, *self.outputs)
 
 
