@@ -43,7 +43,10 @@ def test_slots_over_devices_train_as_on_one(kind, layout):
 
 @pytest.mark.parametrize("layout", drawn(list(LAYOUTS), 1))
 def test_a_grown_run_begins_alike_on_any_mesh(layout, tmp_path):
-    """It has the moments of one trained on one device, to the bit, and after a resume too."""
+    """It has the moments of one trained on one device; what it saves is restored on any other mesh.
+
+    Both to the bit.
+    """
     small = changed(run_config("jtok", MeshConfig()), SLOTS)
     run, state, batch = begun(small)
     for _ in range(2):
@@ -55,15 +58,22 @@ def test_a_grown_run_begins_alike_on_any_mesh(layout, tmp_path):
     expected = begin_with(config, first_devices(config.mesh, 1), begun(config)[1], None, print)
     config = replace(config, mesh=LAYOUTS[layout])
     mesh = first_devices(config.mesh, 8)
-    found = begin_with(config, mesh, begun(config)[1], None, print)
+    run, first, batch = begun(config)
+    found = begin_with(config, mesh, first, None, print)
     same = lambda left, right: jax.tree.map(
         np.testing.assert_array_equal, *jax.device_get((left, right))
     )
     same(found, expected)
-    save(tmp_path / "again", config, found)
-    checkpoints = Checkpoints(tmp_path / "again", config, data={})
-    same(checkpoints.restore(abstract_state(config, make_optimizer(config), mesh)), expected)
-    checkpoints.close()
+    trained, _ = run(found, batch, batch)
+    assert int(trained.step) == 1
+    save(tmp_path / "again", config, trained)
+    for there in (MeshConfig(), *LAYOUTS.values()):
+        other = replace(config, mesh=there)
+        mesh = first_devices(there, 1 if there == MeshConfig() else 8)
+        checkpoints = Checkpoints(tmp_path / "again", other, data={})
+        restored = checkpoints.restore(abstract_state(other, make_optimizer(other), mesh))
+        same(restored, jax.device_get(trained))
+        checkpoints.close()
 
 
 def begun(config):
