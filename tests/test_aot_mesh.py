@@ -18,6 +18,7 @@ from conftest import ROOT
 from drawn import drawn
 from jax.sharding import Mesh
 
+from jtok_jax.arms_config import ArmsConfig, SconeConfig
 from jtok_jax.config import Config, MeshConfig, TrainConfig
 from jtok_jax.inference import generator
 from jtok_jax.inference.cache import Cache
@@ -26,7 +27,7 @@ from jtok_jax.inference.sampling import Sampling
 from jtok_jax.mesh import AUTO, AXES, abstract_mesh, replicated
 from jtok_jax.model.params import init_params
 from jtok_jax.model.placement import parameter_sharding
-from jtok_jax.model_config import JtokConfig, ModelConfig, MoeConfig
+from jtok_jax.model_config import JtokConfig, ModelConfig, MoeConfig, PattentionConfig
 from jtok_jax.planning.compiled import Compiled, absent_devices, compile_step, lacks, not_cached
 from jtok_jax.planning.memory import memory
 from jtok_jax.planning.topology import Topology, parse_topology
@@ -100,6 +101,30 @@ def test_a_step_across_eight_devices(target, kind):
     assert kernels == (3 if target == "h100:1x8" else 0)  # forward, pieces and merge, on columns
     if not target.startswith("v5e"):  # whose scheduler starts no all-to-all early
         check_hidden_behind_matmuls(text)
+
+
+OTHERS = {
+    "pattention": {"pattention": PattentionConfig(kind="all", slots=768, ffn_slots=3072)},
+    "scone": {
+        "streams": "frequent=5:1000000:frequent",
+        "arms": ArmsConfig(names="scone", scone=SconeConfig(num_layers=1, room=1.0)),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", drawn(list(OTHERS), 1))
+@pytest.mark.parametrize("remat", drawn(["none", "dots"], 1))
+def test_the_plan_of_models_with_other_maps(kind, remat):
+    topology = topology_of("v5p:1x1x1")
+    model = ModelConfig(
+        vocab_size=32768, model_dim=1024, num_layers=2, num_heads=8, num_kv_heads=8, ffn_dim=2816,
+        remat=remat, loss_chunk=2048, attention="xla", **OTHERS[kind],
+    )  # fmt: skip
+    train = TrainConfig(batch_size=8, seq_len=1024)
+    result = compile_step(Config(model=model, train=train), topology)
+    predicted = memory(result.config, abstract_mesh(result.config.mesh, 1))
+    assert predicted.state == pytest.approx(result.state, rel=0.001)
+    assert predicted.total == pytest.approx(result.total, rel=0.1)
 
 
 def check_one_vector_a_token_each_way(text: str) -> None:

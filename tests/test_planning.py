@@ -5,6 +5,7 @@
 test_aot_mesh.py has its figures beside the compiler's.
 """
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -14,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from pythons import oldest
-from small import KINDS, one_device, small_config
+from small import DENSE, KINDS, one_device, small_config
 from test_configs import load
 
+from jtok_jax.arms_config import ArmsConfig, SconeConfig
 from jtok_jax.config import MeshConfig
 from jtok_jax.errors import ConfigError
 from jtok_jax.mesh import abstract_mesh
+from jtok_jax.model_config import PattentionConfig
 from jtok_jax.planning import advice, compiled, traffic
 from jtok_jax.planning.advice import changed
 from jtok_jax.planning.memory import memory
@@ -32,9 +35,17 @@ pytestmark = oldest
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("kind", KINDS)
+PATTENTION = PattentionConfig(kind="all", slots=10, ffn_slots=22)
+SCONE = ArmsConfig(names="scone", scone=SconeConfig(num_layers=2, room=1.0))
+OTHERS = {
+    "pattention": dataclasses.replace(DENSE, pattention=PATTENTION),
+    "scone": dataclasses.replace(DENSE, arms=SCONE, streams="frequent=3:119:frequent"),
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
 def test_bytes_of_the_state_are_exact(kind):
-    config = small_config(KINDS[kind])
+    config = small_config((KINDS | OTHERS)[kind])
     state = init_state(config, make_optimizer(config), one_device())
     found = memory(config, abstract_mesh(config.mesh, 1))
     assert found.state == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
