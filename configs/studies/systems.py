@@ -10,9 +10,10 @@ All in one decoder, on the same batches, on two CPU cores. All arms but wider_de
 FLOPs of dense, JTok's and JTok-M's gates apart. SCONE trains with more: wider_dense has as many in
 training. Tables have about as many parameters as JTok-M's, JTok's a fifth.
 
-Every arm chooses among three rates by short runs on a seed of its own; TokenFormer among two
-initial values at each; tables that nothing normalises their own rate afterwards. SCONE's initial
-values were chosen from five before. `seeds`: six arms under three seeds, the first that of all.
+Every arm chooses among two rates by short runs on a seed of its own, dense and TokenFormer among
+three; TokenFormer among two initial values at each; tables that nothing normalises their own rate
+afterwards. SCONE's initial values were chosen from five before. `seeds`: six arms under three
+seeds, the first that of all.
 """
 
 from jtok_jax.study import Arm, Stage, Study
@@ -60,8 +61,8 @@ def get_study(part="all"):
     among = lambda *arms: ",".join(name for name in arms if name in chosen) + ":"
     varied = (
         {
-            RATE: (3e-3, 6e-3, 1.2e-2),
-            among("scone", "jtok_m") + RATE: (1.5e-3, 3e-3, 6e-3),
+            RATE: (3e-3, 6e-3),
+            among("dense", "tokenformer") + RATE: (3e-3, 6e-3, 1.2e-2),
             among("tokenformer", "tokenformer_ffn") + STD: (0.02, DIM**-0.5),
         },
         {among("ngram_table", "bigram") + MULTIPLIER: (1.0, 10.0)},

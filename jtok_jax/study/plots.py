@@ -45,36 +45,49 @@ def draw_curves(
 
 
 def draw_cost(
-    best: dict[str, Ranked], seconds: dict[str, float], baseline: Ranked, path: pathlib.Path
-) -> None:
-    """Draw validation loss against parameters and against the time of a step."""
-    figure, colors, bars = new_figure(11, 4.5), _colors(best), False
-    axes = figure.subplots(1, 2, sharey=True)
+    best: dict[str, Ranked], seconds: dict[str, float], decoding: dict[str, int], baseline: Ranked,
+    path: pathlib.Path,
+) -> None:  # fmt: skip
+    """Draw validation loss against parameters, FLOPs of training and of decoding, and step time.
+
+    decoding: FLOPs of a token by candidate.
+    """
+    figure, colors, bars = new_figure(11, 8), _colors(best), False
+    axes = figure.subplots(2, 2, sharey=True).ravel()
     finite = sorted(one.loss for one in best.values() if math.isfinite(one.loss))
     crowded = (finite[-1] - finite[0]) / 20 if finite else 0
     for arm, one in best.items():
         if not math.isfinite(one.loss):
             continue
-        first, half = one.results[0], np.nan_to_num(one.estimate.half)
-        step = seconds[one.candidate.name] / seconds[baseline.candidate.name]
+        first, half, name = one.results[0], np.nan_to_num(one.estimate.half), one.candidate.name
+        size, other = (first.backbone + first.tables) / 1e6, baseline.candidate.name
         bars |= bool(half)
         above = any(0 < loss - one.loss < crowded for loss in finite)  # its label goes there
-        for axis, place in zip(axes, ((first.backbone + first.tables) / 1e6, step), strict=True):
+        trained = first.train_flops / baseline.results[0].train_flops
+        places = size, seconds[name] / seconds[other], trained, decoding[name] / decoding[other]
+        for axis, place in zip(axes, places, strict=True):
             axis.errorbar(place, one.loss, yerr=half, fmt="o", capsize=3, color=colors[arm])
             axis.annotate(
                 arm, (place, one.loss), xytext=(5, -11 if above else 4),
                 textcoords="offset points", fontsize=8,
             )  # fmt: skip
     axes[0].set_xscale("log", subs=())
-    axes[0].set_xlabel("parameters, tables included, millions")
     axes[0].xaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes[0].xaxis.set_major_formatter("{x:g}")
     unpaired = "\n95% of each arm alone, not of differences" * bars
-    axes[0].set_ylabel("validation loss, nats/token" + unpaired)
-    axes[1].set_xlabel("seconds a step over the baseline's")
-    for axis in axes:
+    labels = (
+        "parameters, tables included, millions", "seconds a step over the baseline's",
+        "training FLOPs over the baseline's", "FLOPs to decode a token over the baseline's",
+    )  # fmt: skip
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         axis.margins(x=0.35)
+    for axis in axes[1:]:  # ratios, of which some per cent must look like some per cent
+        low, high = axis.get_xlim()
+        axis.set_xlim(min(low, 0.8), max(high, 1.3))
+    for axis in (axes[0], axes[2]):
+        axis.set_ylabel("validation loss, nats/token" + unpaired)
     save(figure, path)
 
 

@@ -35,7 +35,7 @@ def write_report(study: Study, paths: Paths, file: str) -> str:
     decoding = {one.candidate.name: _decode_flops(study, one, paths) for one in found}
     curves = Table(paths.results).curves()
     draw_curves(best, curves, seconds, paths.results / f"{name}-curves.svg")
-    draw_cost(best, seconds, best[study.baseline], paths.results / f"{name}-cost.svg")
+    draw_cost(best, seconds, decoding, best[study.baseline], paths.results / f"{name}-cost.svg")
     parts = [
         f"# {study.question}",
         f"`python -m jtok_jax.study run --study={file} --data=FOLDER`, then `report`. "
@@ -47,7 +47,7 @@ def write_report(study: Study, paths: Paths, file: str) -> str:
         f"be the best there is. Step: seconds over the baseline's, {how}."
         + _lacking(progress.missing),
         f"![loss against steps, FLOPs and seconds]({name}-curves.svg)",
-        f"![loss against parameters and seconds]({name}-cost.svg)",
+        f"![loss against parameters, seconds and FLOPs]({name}-cost.svg)",
         "## What each arm trains with",
         fields_table(best),
     ]
