@@ -80,6 +80,36 @@ def test_numbers_of_the_formula():
     np.testing.assert_allclose(found, [0.680458, -0.145890], rtol=1e-5)  # erf 0.603856, 0.742101
 
 
+# a map of 4 entries to 3 by 6 slots, in float64 by vector_norm, gelu and autograd of torch 2.14.1
+BY_TORCH = {
+    "torch": (
+        (0.6087680350, -0.7834626494, 0.9424762536),
+        (-1.4058943376, 1.4074659113, -1.3808670451),
+    ),
+    "tpu": (
+        (0.6086085462, -0.7833141350, 0.9423416861),
+        (-1.4058437285, 1.4073849099, -1.3807572728),
+    ),
+}
+GRADIENT_BY_TORCH = (
+    (1.1706931600, 0.6727356965, -0.4437318638, -1.1522343949),
+    (-0.0291972094, 0.0301271255, 0.0617527201, 0.0366031487),
+)
+
+
+@pytest.mark.parametrize("form", BY_TORCH)
+def test_a_map_has_the_numbers_of_torch(form):
+    config = model_of(pattention__kind="all", pattention__form=form)
+    one = Pattention(config, (4,), (3,), slots=6, grown_from=(), rngs=nnx.Rngs(0))
+    one.key[...] = jnp.cos(jnp.arange(24.0)).reshape(6, 4)
+    one.value[...] = jnp.sin(3 * jnp.arange(18.0)).reshape(6, 3)
+    x = jnp.sin(jnp.arange(8.0)).reshape(2, 4)
+    np.testing.assert_allclose(one(x), BY_TORCH[form], rtol=1e-5)
+    if form == "torch":
+        grad = jax.grad(lambda x: one(x).sum())(x)
+        np.testing.assert_allclose(grad, GRADIENT_BY_TORCH, rtol=1e-4, atol=1e-6)
+
+
 def test_a_token_of_zeros_is_no_nan_in_the_safe_form():
     run = lambda s: weights(s, factor=2.0, form="safe")[0].sum()
     value, grad = jax.value_and_grad(run)(jnp.zeros((2, 4)))
