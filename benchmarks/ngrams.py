@@ -35,7 +35,7 @@ def count(size: int, options) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.perf_counter()
         counter = Counter(
-            tokens, vocab_size=vocab_size, boundary_id=end_id, min_count=5,
+            tokens, vocab_size=vocab_size, boundary_id=end_id, min_count=options.min_count,
             folder=pathlib.Path(folder), workers=options.workers,
         )  # fmt: skip
         levels = counter.count(options.max_n)
@@ -126,6 +126,7 @@ def main() -> None:
     option("--sizes", default="1000000,4000000,10000000,40000000", help="tokens to count")
     option("--found", default="1000000,10000000", help="rows of files to find n-grams in")
     option("--rows", type=int, default=1_000_000)
+    option("--min_count", type=int, default=5)
     option("--max_n", type=int, default=5)
     option("--workers", type=int, default=os.cpu_count())
     option("--rounds", type=int, default=15)

@@ -2,11 +2,12 @@
 # Copyright 2026 The jtok_jax authors
 """SCONE's training step and its decoding from a table: python benchmarks/scone.py --data=FOLDER
 
-What A_f has to compute in batches of some sizes. Steps of a dense model and of the same with an A_f
-of half its layers, on a prepared corpus, paired: the ratio beside what FLOPs alone predict.
-Decoding with a table of n-grams in host memory beside the dense model. Finding n-grams and reading
-their rows in mapped tables. Every round takes each arm once, in an order that rotates. A ratio is
-the median over rounds of the ratio within a round (10th to 90th percentile).
+What A_f has to compute in batches of some sizes, and how long finding their n-grams takes. Steps of
+a dense model and of the same with an A_f of half its layers, on a prepared corpus, paired: the
+ratio beside what FLOPs alone predict. Decoding with a table of n-grams in host memory beside the
+dense model. Finding n-grams and reading their rows in mapped tables. Every round takes each arm
+once, in an order that rotates. A ratio is the median over rounds of the ratio within a round (10th
+to 90th percentile).
 """
 
 import argparse
@@ -35,6 +36,7 @@ from jtok_jax.inference.sampling import Sampling
 from jtok_jax.mesh import make_mesh, put_batch, put_whole
 from jtok_jax.model.ngram_index import build_index, names_of
 from jtok_jax.model.params import init_params
+from jtok_jax.model.tables import stream_ids
 from jtok_jax.model_config import ModelConfig
 from jtok_jax.store.mapped import Contents
 from jtok_jax.store.reader import RowReader
@@ -55,14 +57,16 @@ def index_of(model: ModelConfig, ngrams: FrequentNgrams) -> dict[str, jax.Array]
     return dict(zip(names_of(stream.name), index, strict=True))
 
 
+def batches_of(options, model: ModelConfig, tokens: int) -> Config:
+    """Return a configuration with batches of so many tokens of the corpus."""
+    train = TrainConfig(batch_size=tokens // options.seq_len, seq_len=options.seq_len)
+    return Config(model=model, train=train, data=DataConfig(path=str(options.data)))
+
+
 def count_nodes(options, ngrams: FrequentNgrams, tokens: int) -> float:
     """Print and return what A_f computes for each of so many tokens, the mean of some batches."""
-    config = Config(
-        model=ModelConfig(vocab_size=ngrams.description.vocab_size),
-        train=TrainConfig(batch_size=tokens // options.seq_len, seq_len=options.seq_len),
-        data=DataConfig(path=str(options.data)),
-    )
-    source, found = open_source(config), []
+    dense = ModelConfig(vocab_size=ngrams.description.vocab_size)
+    source, found = open_source(batches_of(options, dense, tokens)), []
     for step in range(1, BATCHES + 1):
         rows, _ = ngrams.match(make_batch(source.sequences(step))[0])
         distinct, lengths = ngrams.tokens(np.unique(rows[rows >= 0]))
@@ -78,16 +82,35 @@ def count_nodes(options, ngrams: FrequentNgrams, tokens: int) -> float:
     return nodes
 
 
+def match(options, dense: ModelConfig, ngrams: FrequentNgrams, tokens: int) -> None:
+    """Print how long it takes to find the n-grams of so many tokens, and where."""
+    model = with_ngrams(dense, ngrams, "table", options.room)
+    stream, index = model.id_streams["frequent"], build_index(ngrams, model.id_streams["frequent"])
+    source = open_source(batches_of(options, dense, tokens))
+    ids, *_ = make_batch(source.sequences(1))
+    on_device = jax.jit(lambda index, ids: stream_ids(stream, ids, index=index))
+    index_there, ids_there = jax.device_put((index, ids))
+    ways = {
+        "on the device": lambda: on_device(index_there, ids_there).block_until_ready(),
+        "on the host": lambda: stream_ids(stream, ids, index=index, xp=np),
+        "in the file": lambda: ngrams.match(ids),
+    }
+    times = {name: [] for name in ways}
+    for number in range(options.rounds + 1):  # the first is not counted
+        for name in list(ways)[:: 1 if number % 2 else -1]:
+            began = time.perf_counter()
+            ways[name]()
+            times[name].append(1e3 * (time.perf_counter() - began))
+    text = ", ".join(f"{name} {np.median(some[1:]):.2f} ms" for name, some in times.items())
+    say(f"n-grams of {tokens:,} tokens found: {text}")
+
+
 def train(options, dense: ModelConfig, ngrams: FrequentNgrams) -> None:
     """Print what a step of training takes over that of dense, and over what FLOPs predict."""
     arms, work = {}, {}
     models = {"dense": dense, "scone": with_ngrams(dense, ngrams, "model", options.room)}
     for name, model in models.items():
-        config = Config(
-            model=model,
-            train=TrainConfig(batch_size=options.batch, seq_len=options.seq_len),
-            data=DataConfig(path=str(options.data)),
-        )
+        config = batches_of(options, model, options.batch * options.seq_len)
         mesh, source = make_mesh(config.mesh), open_source(config)
         batches = [
             tuple(put_batch(mesh, x) for x in make_batch(source.sequences(step)))
@@ -227,6 +250,7 @@ def main() -> None:
         ngrams = scone.build(options.data, file, **of)
         for tokens in map(int, filter(None, options.nodes.split(","))):
             count_nodes(options, ngrams, tokens)
+            match(options, dense, ngrams, tokens)
         if not options.no_training:
             train(options, dense, ngrams)
         if options.decode:
