@@ -18,7 +18,7 @@ from jtok_jax.config_dict import to_dict
 from jtok_jax.data import tokenizer
 from jtok_jax.errors import ConfigError, WorkdirError
 from jtok_jax.model.arms import table_name
-from jtok_jax.model.ngram_index import NgramTokens, indices_of
+from jtok_jax.model.ngram_index import NONE, indices_of, ngrams_of
 from jtok_jax.model.params import Params, bind, declared_tables, to_logical
 from jtok_jax.model.scone import embed_ngrams
 from jtok_jax.model.tables import ROWS
@@ -106,14 +106,15 @@ def _made(
     """Yield (row of the table, float [n, D] from there on), from row `done` on; 0 is of none."""
     stream = model.id_streams[model.arms.scone.stream]
     index = indices_of(params)[stream.name]
-    tokens_of = NgramTokens(jax.tree.map(np.asarray, index), stream)
+    ngrams = ngrams_of(jax.tree.map(np.asarray, index), stream)
     run = jax.jit(functools.partial(_outputs, model))
     bar = tqdm.tqdm(total=stream.rows, initial=max(0, done - 1), unit="n-gram", unit_scale=True)
     with bar:
         for first in range(max(done, 1), stream.num_rows, batch_size):
             rows = np.arange(first, min(first + batch_size, stream.num_rows)) - 1
-            tokens, lengths = tokens_of[np.resize(rows, batch_size)]  # all batches are of one shape
-            yield first, np.asarray(run(params, tokens, lengths))[: len(rows)]
+            tokens, lengths = ngrams.tokens(np.resize(rows, batch_size))  # batches of one shape
+            tokens = np.where(np.arange(stream.order) < lengths[:, None], tokens, NONE)
+            yield first, np.asarray(run(params, tokens, lengths.astype(np.int32)))[: len(rows)]
             bar.update(len(rows))
 
 

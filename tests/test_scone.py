@@ -18,7 +18,7 @@ from jtok_jax import flops
 from jtok_jax.config import Config
 from jtok_jax.errors import ConfigError
 from jtok_jax.inference.cache import decode, logits, prefill
-from jtok_jax.model.ngram_index import build_index, frequent_ids
+from jtok_jax.model.ngram_index import build_index, frequent_ids, indices_of, ngrams_of
 from jtok_jax.model.params import Params, bind, init_params
 from jtok_jax.model.tables import stream_ids
 from jtok_jax.model_config import ModelConfig
@@ -54,19 +54,39 @@ def longest(known, sequence: list[int], end: int) -> tuple:
     return (sequence[end],)
 
 
-@pytest.mark.parametrize("xp", [np, jnp])
-def test_ids_are_those_of_the_longest_ngram_and_go_on_after_a_cut(xp):
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_ids_are_those_of_the_longest_ngram_and_go_on_after_a_cut(place):
     model = scone()
     stream, known = model.id_streams["frequent"], known_ngrams(model)
-    index = jax.tree.map(xp.asarray, build_index(random_ngrams(stream), stream))
+    index = build_index(random_ngrams(stream), stream)
+    ngrams = ngrams_of(index, stream)
+    found = {
+        "device": lambda ids, before=None: stream_ids(stream, ids, before, index=index),
+        "host": lambda ids, before=None: ngrams.match(ids, before).rows + 1,
+    }[place]
     ids = np.asarray(random_ids(model, 5, 31))
-    whole = stream_ids(stream, xp.asarray(ids), index=index, xp=xp)
+    whole = np.asarray(found(ids))
     expected = [[known.get(longest(known, one, t), 0) for t in range(31)] for one in ids.tolist()]
     np.testing.assert_array_equal(whole, expected)
     assert 0.2 < (whole > 0).mean() < 1
     before = np.pad(ids[:, :2] + 1, ((0, 0), (1, 0)))
-    rest = stream_ids(stream, xp.asarray(ids[:, 2:]), xp.asarray(before), index=index, xp=xp)
+    rest = found(ids[:, 2:], before)
+    assert rest.dtype == np.int32
     np.testing.assert_array_equal(rest, whole[:, 2:])
+
+
+def test_an_index_gives_back_its_ngrams():
+    model = scone()
+    stream = model.id_streams["frequent"]
+    ngrams = random_ngrams(stream)
+    found = ngrams_of(build_index(ngrams, stream), stream)
+    for mine, other in zip(found.tokens(np.arange(len(ngrams))), ngrams.tokens(
+        np.arange(len(ngrams))), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(mine, other)
+    unfilled = jax.tree.map(np.asarray, indices_of(init_params(model, jax.random.key(0))))
+    empty = ngrams_of(unfilled["frequent"], stream)
+    assert len(empty) == 0
+    assert (empty.match(np.asarray(random_ids(model, 2, 9))).rows == -1).all()
 
 
 def test_ngrams_in_one_bucket_are_told_apart():
@@ -75,7 +95,7 @@ def test_ngrams_in_one_bucket_are_told_apart():
     stream = model.id_streams["frequent"]
     index = build_index(random_ngrams(stream), stream)
     known, every = known_ngrams(model), np.indices((VOCAB, VOCAB)).reshape(2, -1).T
-    found = frequent_ids(index, every.astype(np.int32), None, stream, xp=np)[:, 1]
+    found = frequent_ids(index, every.astype(np.int32), None, stream)[:, 1]
     assert found.tolist() == [known.get(tuple(pair), 0) for pair in every.tolist()]
 
 

@@ -168,12 +168,12 @@ def stream_ids(
         before_BC: int32, as many ids before the first as the longest n-gram reads, each plus 1,
             and 0 where there is none. None: nothing comes before.
         index: of frequent n-grams.
-        xp: the module that computes, `jax.numpy`, or `numpy` where ids are wanted on the host.
+        xp: the module that computes hashes, `jax.numpy` or, on the host, `numpy`.
     """
     if stream.order == 1:
         return ids_BT
     if stream.frequent:
-        return frequent_ids(index, ids_BT, before_BC, stream, xp=xp)
+        return frequent_ids(index, ids_BT, before_BC, stream)
     length, reach = ids_BT.shape[1], stream.order - 1
     ids = ids_BT.astype(np.uint32) + 1
     if before_BC is None:

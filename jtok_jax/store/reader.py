@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jtok_jax.config import Config
 from jtok_jax.mesh import put_batch, put_whole
-from jtok_jax.model.ngram_index import indices_of, names_of
+from jtok_jax.model.ngram_index import indices_of, names_of, ngrams_of
 from jtok_jax.model.params import Params, declared_tables
 from jtok_jax.model.tables import SomeRows, stream_ids
 from jtok_jax.store.tables import HostTables
@@ -46,12 +46,15 @@ class RowReader:
 
     def find_ngrams_with(self, params: Params) -> None:
         """Take from a model's parameters what frequent n-grams are found with."""
-        mine = {name: one for name, one in indices_of(params).items() if name in self.streams}
-        self._indices = jax.tree.map(np.asarray, mine)
+        self._ngrams = {
+            name: ngrams_of(jax.tree.map(np.asarray, one), self.streams[name])
+            for name, one in indices_of(params).items()
+            if name in self.streams
+        }
 
     def without_indices(self, params: Params) -> Params:
         """Return parameters with empty indices, if they are here and no device needs them."""
-        mine = () if self._makes_ngrams else self._indices
+        mine = () if self._makes_ngrams else self._ngrams
         return params | {one: np.empty(0, np.int32) for name in mine for one in names_of(name)}
 
     def fetch(self, ids_BT: np.ndarray, before_BC: np.ndarray | None = None) -> SomeRows:
@@ -76,7 +79,10 @@ class RowReader:
         """Return for each stream the place of every id among the unique ones, and these."""
         places, unique = {}, {}
         for name, stream in self.streams.items():
-            ids = stream_ids(stream, ids_BT, before_BC, index=self._indices.get(name), xp=np)
+            if stream.frequent:
+                ids = self._ngrams[name].match(ids_BT, before_BC).rows + 1
+            else:
+                ids = stream_ids(stream, ids_BT, before_BC, xp=np)
             unique[name], places[name] = _unique(ids, stream.num_rows)
             if stream.frequent and unique[name][0]:  # the row of none is there, read or not
                 unique[name] = np.append(np.int32(0), unique[name])
