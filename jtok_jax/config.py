@@ -287,12 +287,13 @@ class MeshConfig:
 
         Args:
             memory: "device" or "host"; None: "host" with a folder or a dtype, or as in the run.
-            folder, dtype: those of `table_folder` and `table_dtype`; "": none, or the run's dtype.
+            folder, dtype: those of `table_folder` and `table_dtype`; "": none, or in host memory
+                the run's dtype.
             run: where its tables lay; None: on devices.
         """
         run = run or MeshConfig()
         memory = memory or ("host" if folder or dtype else run.table_memory)
-        dtype = dtype or run.table_dtype
+        dtype = dtype or (run.table_dtype if memory == "host" else "")
         rows = "" if memory == "host" else self.table_rows
         return dataclasses.replace(
             self, table_memory=memory, table_rows=rows, table_folder=folder, table_dtype=dtype,

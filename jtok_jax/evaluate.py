@@ -85,12 +85,13 @@ def run(options: argparse.Namespace, hosts: Hosts) -> None:
     eval_step = jax.jit(make_eval_step(config, mesh), out_shardings=replicated(mesh))
     file = options.workdir / "stall-evaluate.txt"
     stall = StallWatch(file, config.train.stall_seconds, hosts.announce)
-    params, rows_of = saved.params, None
+    rows_of = None
     if saved.tables:
-        reader = RowReader(config, mesh, saved.tables, params=params)
-        params, rows_of = reader.without_indices(params), reader.fetch
+        reader = RowReader(config, mesh, saved.tables, params=saved.params)
+        saved = saved._replace(params=reader.without_indices(saved.params))  # frees the device's
+        rows_of = reader.fetch
     result = evaluate(
-        eval_step, params, source, mesh, batch_size=size, waiting_for=stall.waiting_for,
+        eval_step, saved.params, source, mesh, batch_size=size, waiting_for=stall.waiting_for,
         rows_of=rows_of,
     )  # fmt: skip
     hosts.say(f"step {saved.step}: {result:.6f}")

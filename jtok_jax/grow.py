@@ -158,35 +158,37 @@ def grown_params(
         seed: of new values, and of random keys, drawn as those of a new model.
 
     Raises:
-        ConfigError: slots have keys and values of zero.
+        ConfigError: where slots grow, old ones have keys and values of zero.
     """
-    drawn, found = init_params(model, jax.random.key(seed)), {}
+    drawn, told, found = init_params(model, jax.random.key(seed)), declared(model), {}
     for name, first in drawn.items():
         found[name] = np.array(first)
         if name in params:
             _carry(name, np.asarray(params[name]), found[name], before, model)
         if name == TABLES or name.startswith("blocks/jtok/"):
             _begin_jtok(name, found[name], before, model, is_new=name not in params)
-        elif name.endswith("/key") and name in params and keys == "zero":
-            slots = params[name].shape[1]
-            found[name][:, slots:] = 0
+        elif name.endswith("/key") and "S" in told[name].axes:
+            if (slots := params[name].shape[1]) < first.shape[1]:
+                _require_gradients(name, params)
+            if keys == "zero":
+                found[name][:, slots:] = 0
     for name, stream in model.frequent_streams.items():
         index = indices_of(params)[name]
         moved = with_more_tokens(index, before.frequent_streams[name], stream)
         found |= zip(names_of(name), moved, strict=True)
-    _require_gradients(found)
     return found
 
 
-def _require_gradients(params: Params) -> None:
-    """Raise ConfigError if slots of Pattention would never learn."""
-    for name in (one for one in params if one.endswith("/key") and f"{one[:-3]}value" in params):
-        some = [np.any(params[one], axis=-1) for one in (name, f"{name[:-3]}value")]
-        if dead := int(np.sum(~np.logical_or(*some))):
-            raise ConfigError(
-                f"{dead} slots of {name.removesuffix('/key')} have keys and values of zero, so no "
-                "gradient would reach them. Draw one of both: --keys=random is for new slots."
-            )
+def _require_gradients(name: str, params: Params) -> None:
+    """Raise ConfigError if old slots would never learn, of the map whose keys are `name`."""
+    of_map = name.removesuffix("/key")
+    some = [np.any(params[one], axis=-1) for one in (name, f"{of_map}/value")]
+    if dead := int(np.sum(~np.logical_or(*some))):
+        raise ConfigError(
+            f"{dead} slots of {of_map} have keys and values of zero, so no gradient reaches them. "
+            "Grow from a step where they had some, as --from=RUN@STEP, or write random numbers "
+            "into their values: that changes no logit."
+        )
 
 
 def grown_moments(

@@ -61,7 +61,7 @@ def export(
 ) -> ModelConfig:
     """Write a run of no steps whose table has what A_f makes of every n-gram; return its model.
 
-    Rows come into files beside `output` first. Killed, the same command goes on from there.
+    Rows come into hidden files beside `output` first. Killed, the same command goes on from there.
 
     Args:
         run: a folder, or FOLDER@STEP.
@@ -144,7 +144,7 @@ def _write(output: pathlib.Path, config: Config, saved: Saved, params: Params) -
 
 
 class RowFile:
-    """The rows made so far, in files beside the output, and a note of how many they are.
+    """The rows made so far, in hidden files beside the output, and a note of how many they are.
 
     arrays: by leaf, mapped; [1, rows, D], and of int8 also float32 scales [1, rows].
     done: rows that are there, the first of them zeros.
@@ -152,14 +152,15 @@ class RowFile:
 
     def __init__(self, output: pathlib.Path, saved: Saved, dtype: str):
         """Open the files if they are of this checkpoint and dtype, else begin. Raises OSError."""
-        self._note = output.with_name(f"{output.name}.rows.json")
+        beside = lambda what: output.with_name(f".{output.name}.export-{what}")
+        self._note = beside("done.json")
         model = saved.config.model
         rows = model.id_streams[model.arms.scone.stream].num_rows
         shapes = {ROWS: ((1, rows, model.model_dim), dtype)}
         if dtype == INT8:
             shapes[SCALE] = (1, rows), np.float32
-        files = {leaf: output.with_name(f"{output.name}.{leaf}") for leaf in (ROWS, SCALE)}
-        self._files = [*files.values()]
+        files = {leaf: beside(leaf) for leaf in (ROWS, SCALE)}
+        self._files = [*files.values()]  # with those of an export to another dtype
         self._of = {"digests": digests(saved.params), "dtype": dtype}
         try:
             note = json.loads(self._note.read_text())

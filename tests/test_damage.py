@@ -21,6 +21,7 @@ from test_data import run_config
 from test_train_loop import records
 
 from benchmarks.faults import faults
+from jtok_jax import store
 from jtok_jax.errors import CheckpointError, DamagedError
 from jtok_jax.loading import load
 from jtok_jax.store.pieces import Pieces
@@ -161,6 +162,17 @@ def test_every_bit_and_every_place_counts(dtype, rows):
     found = [digests({"x": as_array(other)})["x"] for other in others]
     assert first not in found
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (2, 40, 3), (1, 2, 40, 3), (40,)])
+def test_a_large_array_is_written_in_pieces_of_its_longest_axis(monkeypatch, shape):
+    monkeypatch.setattr(store.pieces, "PIECE", 64)
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    found, most = np.full(shape, np.nan, np.float32), max(64, array.nbytes // 40)
+    for begin, piece in Pieces.of(array).local_pieces():
+        assert piece.nbytes <= most
+        found[tuple(slice(a, a + n) for a, n in zip(begin, piece.shape, strict=True))] = piece
+    np.testing.assert_array_equal(found, array)
 
 
 # Orbax leaves coroutines behind that read what was damaged.

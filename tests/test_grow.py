@@ -78,6 +78,18 @@ def test_new_slots_learn_unless_their_values_are_zero_too():
     larger = grown_model(model, Growth(17))
     with pytest.raises(ConfigError, match=r"18 slots of blocks/attention/query have keys and val"):
         grown_params(larger, model, dead, keys="zero", seed=5)
+    grown_params(grown_model(model, Growth(0, 30)), model, dead, seed=5)  # other maps grow
+
+
+def test_dense_heads_of_zeros_are_no_slots():
+    """A key and a value of a head, set to zero by who prunes it, hinder no growth."""
+    before = small(**{"model.pattention.kind": "ffn"})
+    params = random_params(before)
+    pruned = params | {
+        f"blocks/attention/{name}": np.zeros_like(params[f"blocks/attention/{name}"])
+        for name in ("key", "value")
+    }
+    grown_params(grown_model(before, Growth(0, 30)), before, pruned, seed=5)
 
 
 def test_the_published_way_changes_the_model():

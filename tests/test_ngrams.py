@@ -193,11 +193,16 @@ def test_a_corpus_without_the_token_that_parts_documents_is_refused(corpus, tmp_
     windows = Windows(corpus, found, "train", seq_len=found.seq_len)
     used = {token for index in range(len(windows)) for token in windows[index].tolist()}
     unused = min({*range(found.vocab_size)} - used)
-    manifest.write_manifest(other, dataclasses.replace(found, end_id=unused))
+    assert found.train.documents > (dropped := 20) + 1
+    train = dataclasses.replace(found.train, dropped_ids=dropped)
+    manifest.write_manifest(other, dataclasses.replace(found, end_id=unused, train=train))
     options = {"max_n": 3, "rows": 100, "min_count": 2, "workers": 1}
     with pytest.raises(DataError, match=f"documents, and the token {unused} that parts them is"):
         scone.build(other, tmp_path / "file", **options)
     assert not (tmp_path / "file").exists()
+    train = dataclasses.replace(train, documents=dropped + 1)  # they may end in what is dropped
+    manifest.write_manifest(other, dataclasses.replace(found, end_id=unused, train=train))
+    assert len(scone.build(other, tmp_path / "file", **options)) == 100
 
 
 def test_a_file_is_not_overwritten(corpus, built, capsys):

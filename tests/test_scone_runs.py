@@ -169,6 +169,22 @@ def test_a_table_in_bfloat16_is_that_rounded(finished, exported, text, tmp_path)
     np.testing.assert_allclose(found, expected, atol=0.05)
 
 
+def check_same_tables(run, other, folder, *, dtype: str, tables: int = 1) -> None:
+    """Compare what two runs, read in `dtype`, have in the files of their host tables."""
+    files = []
+    for number, one in enumerate((run, other)):
+        load(one, table_folder=folder / f"files-{number}", table_dtype=dtype)
+        paths = sorted((folder / f"files-{number}").glob("*.[rs]*.npy"))  # rows, scales
+        files.append({path.name: np.load(path) for path in paths})
+    found, expected = files
+    assert found.keys() == expected.keys()
+    assert len(found) == tables * (2 if dtype else 1)
+    for name, one in found.items():
+        kind = np.float32 if "scale" in name or not dtype else np.int8
+        assert one.dtype == expected[name].dtype == kind
+        np.testing.assert_array_equal(one, expected[name])
+
+
 def test_rows_exported_in_int8_are_those_that_a_tool_would_make(
     corpus, finished, exported, text, tmp_path
 ):
@@ -176,17 +192,14 @@ def test_rows_exported_in_int8_are_those_that_a_tool_would_make(
     expected = load(exported, table_dtype="int8").logits(text)
     for place in ({}, {"table_folder": tmp_path / "files"}):
         np.testing.assert_array_equal(load(tmp_path / "run", **place).logits(text), expected)
-    rows, scales = (next((tmp_path / "files").glob(f"*.{leaf}.npy")) for leaf in ("rows", "scale"))
-    assert (np.load(rows).dtype, np.load(scales).dtype) == (np.int8, np.float32)
     start = changed(scone_config(corpus), {"model.arms.scone.kind": "table"})
     for read in (
         lambda: train(dataclasses.replace(start, init_from=f"{tmp_path}/run"), tmp_path / "more"),
         lambda: load_params(tmp_path / "run"),
+        lambda: load(tmp_path / "run", table_memory="device"),
     ):
         with pytest.raises(ConfigError, match="was exported with rows in int8"):
             read()
-    with pytest.raises(ConfigError, match="table_dtype is 'int8', and tables are on devices"):
-        load(tmp_path / "run", table_memory="device")
     assert sorted(one.name for one in tmp_path.iterdir()) == ["files", "more", "run"]
 
 
@@ -210,10 +223,19 @@ def test_a_killed_export_goes_on(finished, exported, text, tmp_path, monkeypatch
     )  # fmt: skip
     scone_export.export(str(finished), tmp_path / "run", dtype=dtype, batch_size=50)
     assert written == [1, 51, 101]
-    places = tmp_path / "run", exported
-    found, expected = (load(one, table_dtype=dtype).logits(text) for one in places)
-    np.testing.assert_array_equal(found, expected)
     assert [one.name for one in tmp_path.iterdir()] == ["run"]
+    check_same_tables(tmp_path / "run", exported, tmp_path, dtype=dtype)
+
+
+def test_all_tables_of_a_run_are_exported_in_int8(corpus, text, tmp_path):
+    fields = {"model__jtok__kind": "jtok", "train__steps": 1, "schedule__steps": 12}
+    train(scone_config(corpus, **fields), tmp_path / "run")
+    for dtype in ("", "int8"):
+        scone_export.export(f"{tmp_path}/run", tmp_path / f"table{dtype}", dtype=dtype)
+    places = tmp_path / "tableint8", tmp_path / "table"
+    check_same_tables(*places, tmp_path, dtype="int8", tables=2)
+    found, expected = (load(one, table_dtype="int8").logits(text) for one in places)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_of_another_checkpoint_are_not_gone_on_with(finished, tmp_path, monkeypatch):
@@ -232,12 +254,13 @@ def test_rows_of_another_checkpoint_are_not_gone_on_with(finished, tmp_path, mon
 
 
 def test_rows_of_a_file_begun_anew_are_not_taken_as_made(finished, exported, tmp_path, monkeypatch):
-    """Killed after a batch; then another dtype, killed before its first; then the first again."""
+    """Killed after a batch; then other dtypes, killed before the first; then the first again."""
 
     def fail(*_):
         raise KeyboardInterrupt
 
-    for dtype, what in (("", "_write"), ("bfloat16", "_made"), ("", "")):
+    (tmp_path / "run.scale").write_text("of someone else")
+    for dtype, what in (("", "_write"), ("int8", "_made"), ("bfloat16", "_made"), ("", "")):
         with monkeypatch.context() as patched:
             if not what:
                 scone_export.export(str(finished), tmp_path / "run")
@@ -248,6 +271,7 @@ def test_rows_of_a_file_begun_anew_are_not_taken_as_made(finished, exported, tmp
     name = "arms/scone/frequent"
     found, expected = (load_params(one).params[name] for one in (tmp_path / "run", exported))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["run", "run.scale"]
 
 
 def test_rows_are_not_joined_to_other_ngrams(corpus, exported, tmp_path):

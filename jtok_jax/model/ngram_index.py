@@ -117,7 +117,8 @@ def with_more_tokens(index: NgramIndex, before: IdStream, after: IdStream) -> Ng
 def ngrams_of(index: NgramIndex, stream: IdStream) -> FrequentNgrams:
     """Return the n-grams of an index, arrays of NumPy, without their counts: for the host.
 
-    There a search in sorted keys takes a quarter of the time of these buckets, or less.
+    There a search in sorted keys takes a half of the time of these buckets for one token, and a
+    seventh for 65,536.
     """
     prefix, token = _by_row(index, stream)
     if not len(token) or token[0] < 0:  # it was never filled

@@ -53,7 +53,7 @@ class Pieces:
     def of(cls, array: np.ndarray) -> "Pieces":
         """Return the pieces of an array that this process holds as a whole."""
         region = tuple((0, size) for size in array.shape)
-        rows = int(np.argmax(array.shape[:-1])) if array.ndim > 1 else 0
+        rows = int(np.argmax(array.shape)) if array.ndim else 0  # its longest axis
         return cls(array.shape, array.dtype, {region: array}, replicas={region: (0, 1)}, rows=rows)
 
     def local_pieces(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
