@@ -59,7 +59,7 @@ def index_of(model: ModelConfig, ngrams: FrequentNgrams) -> dict[str, jax.Array]
 
 def batches_of(options, model: ModelConfig, tokens: int) -> Config:
     """Return a configuration with batches of so many tokens of the corpus."""
-    train = TrainConfig(batch_size=tokens // options.seq_len, seq_len=options.seq_len)
+    train = TrainConfig(batch_size=max(1, tokens // options.seq_len), seq_len=options.seq_len)
     return Config(model=model, train=train, data=DataConfig(path=str(options.data)))
 
 
@@ -87,7 +87,7 @@ def match(options, dense: ModelConfig, ngrams: FrequentNgrams, tokens: int) -> N
     model = with_ngrams(dense, ngrams, "table", options.room)
     stream, index = model.id_streams["frequent"], build_index(ngrams, model.id_streams["frequent"])
     source = open_source(batches_of(options, dense, tokens))
-    ids, *_ = make_batch(source.sequences(1))
+    ids = make_batch(source.sequences(1))[0][:, :tokens]
     on_device = jax.jit(lambda index, ids: stream_ids(stream, ids, index=index))
     index_there, ids_there = jax.device_put((index, ids))
     by_host = ngrams_of(index, stream)
@@ -189,7 +189,7 @@ def look_up(rows: int, options) -> None:
         some = ngrams.tokens(rng.integers(0, len(ngrams), 64 * 512))[0][:, :2].astype(np.int32)
 
         def look_up_twice(ids_BT: np.ndarray) -> list[float]:
-            """Return seconds: with pages on the disk, then in memory."""
+            """Return seconds, with pages on the disk, then in memory, and how many rows are read."""
             for file in (path / "table").glob("*.rows.npy"):
                 drop_from_cache(file)
             times = []
@@ -199,14 +199,15 @@ def look_up(rows: int, options) -> None:
                     began = time.perf_counter()
                     reader.fetch(ids_BT)
                     times.append(time.perf_counter() - began)
-            return times
+                return [*times, len(reader.unique(ids_BT)[1]["frequent"])]
 
         for shape in ((1, 2), (64, 2), (64, 512)):
             first = lambda number, shape=shape: np.resize(np.roll(some, 97 * number, axis=0), shape)
-            times = [look_up_twice(first(number)) for number in range(options.rounds)]
-            cold, warm = 1e6 * np.median(times, axis=0)
-            text = f"{rows:>12,} rows of {options.table_width}, looked up for {shape}"
-            say(f"{text}: {cold:.0f} us on the disk, {warm:.0f} us in memory")
+            found = [look_up_twice(first(number)) for number in range(options.rounds)]
+            cold, warm, read = np.median(found, axis=0)
+            text = f"{rows:>12,} rows of {options.table_width}, {read:.0f} for {shape} tokens"
+            each = f"{1e6 * cold / read:.0f} and {1e6 * warm / read:.1f} us a row"
+            say(f"{text}: {1e3 * cold:.2f} ms on the disk, {1e3 * warm:.2f} in memory, {each}")
 
 
 def write_rows(tables: HostTables, rng: np.random.Generator) -> None:
@@ -232,6 +233,7 @@ def main() -> None:
     option("--seq_len", type=int, default=256)
     option("--rounds", type=int, default=12)
     option("--nodes", default="2048,16384,65536", help="tokens of batches to count nodes of")
+    option("--matched", default="8,2048,16384,65536", help="tokens to find n-grams of")
     option("--no_training", action="store_true")
     option("--tokens", type=int, default=48, help="of each text")
     option("--decode", default="1,16", help="texts at a time; empty: none")
@@ -250,6 +252,7 @@ def main() -> None:
         ngrams = scone.build(options.data, file, **of)
         for tokens in map(int, filter(None, options.nodes.split(","))):
             count_nodes(options, ngrams, tokens)
+        for tokens in map(int, filter(None, options.matched.split(","))):
             match(options, dense, ngrams, tokens)
         if not options.no_training:
             train(options, dense, ngrams)

@@ -193,7 +193,8 @@ def test_a_corpus_without_the_token_that_parts_documents_is_refused(corpus, tmp_
     windows = Windows(corpus, found, "train", seq_len=found.seq_len)
     used = {token for index in range(len(windows)) for token in windows[index].tolist()}
     unused = min({*range(found.vocab_size)} - used)
-    assert found.train.documents > (dropped := 20) + 1
+    dropped = 20
+    assert found.train.documents > dropped + 1
     train = dataclasses.replace(found.train, dropped_ids=dropped)
     manifest.write_manifest(other, dataclasses.replace(found, end_id=unused, train=train))
     options = {"max_n": 3, "rows": 100, "min_count": 2, "workers": 1}
