@@ -189,7 +189,7 @@ def look_up(rows: int, options) -> None:
         some = ngrams.tokens(rng.integers(0, len(ngrams), 64 * 512))[0][:, :2].astype(np.int32)
 
         def look_up_twice(ids_BT: np.ndarray) -> list[float]:
-            """Return seconds, with pages on the disk, then in memory, and how many rows are read."""
+            """Return seconds with pages on the disk, then in memory, and the number of rows."""
             for file in (path / "table").glob("*.rows.npy"):
                 drop_from_cache(file)
             times = []
