@@ -14,12 +14,12 @@ SEED = int(os.environ.setdefault("LAYOUT_SEED", str(random.SystemRandom().randra
 # Files whose tests have many long cases: of each test one case in so many runs.
 ONE_IN = {
     "test_anatomy": 2, "test_aot": 2, "test_arguments": 3, "test_arms": 5, "test_config": 12,
-    "test_document_mask": 2,
-    "test_generate": 3, "test_grouped_matmul": 3, "test_host_tables": 3, "test_huggingface": 2,
-    "test_jtok": 3,
-    "test_mesh": 2, "test_modulate": 12, "test_oracle": 3, "test_plan": 2, "test_planning": 3,
-    "test_row_optimizers": 3, "test_signal": 2, "test_stall": 2, "test_step": 5, "test_study": 2,
-    "test_study_report": 2, "test_tools_across": 4, "test_train_loop": 3, "test_warm_start": 3,
+    "test_document_mask": 2, "test_generate": 3, "test_grouped_matmul": 3, "test_grow": 2,
+    "test_host_tables": 3, "test_huggingface": 2, "test_jtok": 3, "test_mesh": 2,
+    "test_modulate": 12, "test_moments": 2, "test_oracle": 3, "test_pattention": 2, "test_plan": 2,
+    "test_planning": 3, "test_row_optimizers": 3, "test_scone": 2, "test_signal": 2,
+    "test_stall": 2, "test_step": 5, "test_study": 2, "test_study_report": 2,
+    "test_tools_across": 4, "test_train_loop": 3, "test_warm_start": 3,
 }  # fmt: skip
 
 # Files of tests of a minute or more: first, so that no worker is left with one at the end.

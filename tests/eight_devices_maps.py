@@ -33,8 +33,9 @@ SLOTS = {"model.pattention.kind": "all", "model.pattention.slots": 12}
 SLOTS |= {"model.pattention.ffn_slots": 20, "model.block_norm": "weightless_layer"}
 
 
-@pytest.mark.parametrize("kind", drawn(["all", "ffn"], 1))
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kind", "layout"), drawn([
+    ("all", "tensor"), ("all", "fsdp"), ("ffn", "tensor"), ("ffn", "fsdp"),
+], 1))  # fmt: skip
 def test_slots_over_devices_train_as_on_one(kind, layout):
     """Slots lie over the tensor axis; each has a count of its own, as after a growth."""
     fields = SLOTS | {"model.pattention.kind": kind, "init_from": "a run", "init_moments": True}
@@ -93,8 +94,9 @@ def save(folder, config, state) -> None:
     checkpoints.close()
 
 
-@pytest.mark.parametrize("kind", ["model", "table"])
-@pytest.mark.parametrize("layout", drawn(list(LAYOUTS), 1))
+@pytest.mark.parametrize(("kind", "layout"), drawn([
+    ("model", "tensor"), ("model", "fsdp"), ("table", "tensor"), ("table", "fsdp"),
+], 1))  # fmt: skip
 def test_ngrams_over_devices_train_as_on_one(kind, layout, capfd):
     """A device makes the n-grams of its own sequences; the rows of a table are read as any.
 

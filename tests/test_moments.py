@@ -3,12 +3,14 @@
 """Runs that begin with the moments of another one, as it is or grown."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import drawn
 from hf_oracle import config as hf_config
 from hf_oracle import random_tensors, write_folder
 from pythons import oldest
@@ -204,7 +206,8 @@ def test_tables_in_host_memory_take_them_too(corpus, tmp_path):
         return [one["loss"] for one in records(folder)[1:]]
 
     expected = losses("device", "device")
-    for places in (("device", "host"), ("host", "device"), ("host", "host")):
+    others = ("device", "host"), ("host", "device"), ("host", "host")
+    for places in drawn([*others], 2):
         np.testing.assert_allclose(losses(*places), expected, rtol=1e-6)
 
 
@@ -259,11 +262,11 @@ def test_what_has_no_moments_or_others_is_refused(corpus, tmp_path):
     start = dataclasses.replace(start, model=dataclasses.replace(start.model, jtok=JTOK_M))
     train(start, tmp_path / "run")
     more = dataclasses.replace(start, init_from=str(tmp_path / "run"), init_moments=True)
-    for kind, decay in (("rowwise_adam", 0.0), ("rowwise_adagrad", 0.0), ("lazy_adam", 0.1)):
+    kinds = ("rowwise_adam", 0.0), ("rowwise_adagrad", 0.0), ("lazy_adam", 0.1)
+    for (kind, decay), place in drawn([*itertools.product(kinds, ("device", "host"))], 2):
         fields = {"optimizer.tables.kind": kind, "optimizer.tables.weight_decay": decay}
-        for place in ("device", "host"):
-            with pytest.raises(ConfigError, match="the optimizer of tables was another"):
-                train(changed(more, fields | {"mesh.table_memory": place}), tmp_path / "after")
+        with pytest.raises(ConfigError, match="the optimizer of tables was another"):
+            train(changed(more, fields | {"mesh.table_memory": place}), tmp_path / "after")
     train(changed(start, {"optimizer.tables.weight_decay": 0.1}), tmp_path / "decays")
     without = dataclasses.replace(more, init_from=str(tmp_path / "decays"))
     with pytest.raises(ConfigError, match="the optimizer of tables was another"):
